@@ -1,0 +1,537 @@
+"""MobileNet image processor: pictures of any kind to normalised tensors, on Pillow and torch alone."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+
+try:
+    Resampling = Image.Resampling
+except AttributeError:  # Pillow before 9.1
+    Resampling = Image
+
+
+class Recipe(NamedTuple):
+    """How a family of checkpoints was evaluated: resize the shortest edge, crop the center, normalise."""
+
+    resample: int
+    crop_fraction: float  # crop size over shortest edge
+    mean: tuple[float, float, float]  # of RGB in 0 to 1
+    std: tuple[float, float, float]
+
+
+_HALF = (0.5, 0.5, 0.5)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+RECIPES = {
+    # slim/preprocessing/inception_preprocessing.py; the preprocessor_config.json of google/mobilenet_*
+    "google": Recipe(Resampling.BILINEAR, 0.875, _HALF, _HALF),
+    # keras/applications/imagenet_utils.py, mode "tf"; its accuracies are those of slim's weights
+    "keras": Recipe(Resampling.BILINEAR, 0.875, _HALF, _HALF),
+    # torchvision/models/mobilenetv2.py: MobileNet_V2_Weights.IMAGENET1K_V1 and IMAGENET1K_V2
+    "torchvision": Recipe(Resampling.BILINEAR, 224 / 256, _IMAGENET_MEAN, _IMAGENET_STD),
+    "torchvision_v2": Recipe(Resampling.BILINEAR, 224 / 232, _IMAGENET_MEAN, _IMAGENET_STD),
+    # timm/models/efficientnet.py: _cfg, as mobilenetv2_*.ra_in1k use it
+    "timm": Recipe(Resampling.BICUBIC, 0.875, _IMAGENET_MEAN, _IMAGENET_STD),
+}
+
+
+class UnreadableImageError(ValueError):
+    """A picture that cannot be read: the message names it and says why."""
+
+
+# A picture of more pixels is refused: decoded, it would take over half a gigabyte.
+MAX_PIXELS = 178_956_970
+# A download of more bytes is refused.
+MAX_BYTES = 256 * 1024 * 1024
+
+
+def fetch(url: str, timeout: float = 30.0) -> bytes:
+    """Download a picture over HTTP or HTTPS.
+
+    Raises:
+        UnreadableImageError: The server does not answer, answers with an error, or sends more than MAX_BYTES.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "mobilenet"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            data = response.read(MAX_BYTES + 1)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise UnreadableImageError(f"{url}: cannot be downloaded: {error}") from error
+    if len(data) > MAX_BYTES:
+        raise UnreadableImageError(f"{url}: more than {MAX_BYTES} bytes")
+    return data
+
+
+def open_image(source: str | os.PathLike | bytes) -> Image.Image:
+    """Read a picture from a path, a URL or bytes, and turn it upright as its EXIF orientation says.
+
+    Raises:
+        UnreadableImageError: There is no such file, it is no picture, it is cut off, or it is too large.
+    """
+    name = "bytes" if isinstance(source, bytes) else os.fspath(source)
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        source = fetch(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UnreadableImageError(f"{name}: {image.width}x{image.height} is over {MAX_PIXELS} pixels")
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(f"{name}: not a picture in a format that Pillow reads") from error
+    except FileNotFoundError as error:
+        raise UnreadableImageError(f"{name}: no such file") from error
+    # Pillow's decoders and EXIF parser raise these on broken files.
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        MemoryError,
+        NotImplementedError,
+        RuntimeError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        raise UnreadableImageError(f"{name}: cannot be decoded: {error}") from error
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture of any mode to RGB; what is transparent shows a white ground.
+
+    Raises:
+        ValueError: The mode has no conversion to RGB, or values are out of range.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_eight_bits(image).convert("RGB")
+    if _has_alpha(image):
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"a picture of mode {image.mode} has no conversion to RGB") from error
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16 bits (modes I;16 and I) or floats (mode F) down to mode L."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        return Image.fromarray(np.rint(_as_byte_range(values, "picture of mode F")).astype(np.uint8))
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"a picture of mode {image.mode} must have values from 0 to 65535, got {low} to {high}.")
+    # Mode I may hold eight bits; the other modes say themselves that they hold 16.
+    if image.mode != "I" or high > 255:
+        values = np.rint(values / 257)
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _as_byte_range(values: np.ndarray, name: str) -> np.ndarray:
+    """Floats in 0 to 1 or in 0 to 255, as float32 in 0 to 255."""
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 255):  # false for NaN too
+        raise ValueError(f"{name} must have values from 0 to 1 or from 0 to 255, got {low} to {high}.")
+    return values.astype(np.float32) * (255 if high <= 1 else 1)
+
+
+class _Planes(NamedTuple):
+    """A picture in a form that Pillow resizes: one image of 8 bits, or one of mode F for each channel."""
+
+    images: tuple[Image.Image, ...]
+    scale: float  # what 255 stands for in the values that came: 255, or 1 for floats in 0 to 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.images[0].size
+
+
+def _is_array(image: Any) -> bool:
+    return isinstance(image, (np.ndarray, torch.Tensor))
+
+
+def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
+    """A picture of shape (H, W), (H, W, C) or (C, H, W) as (H, W, C)."""
+    if array.ndim == 2:
+        return array[..., None]
+    first, last = array.shape[0] in (1, 3, 4), array.shape[-1] in (1, 3, 4)
+    if input_data_format is None:
+        # A picture of 3 rows is unlikelier than one of channels: where both ends could be channels, the first is,
+        # as in transformers.
+        input_data_format = "channels_first" if first else "channels_last"
+    if not (first if input_data_format == "channels_first" else last):
+        raise ValueError(f"an array must have 1, 3 or 4 channels, got shape {array.shape} as {input_data_format}.")
+    return np.moveaxis(array, 0, -1) if input_data_format == "channels_first" else array
+
+
+def _from_array(array: np.ndarray, input_data_format: str | None, as_rgb: bool) -> _Planes:
+    array = _channels_last(array, input_data_format)
+    if array.size == 0:
+        raise ValueError(f"an array must not be empty, got shape {array.shape}.")
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.integer) and array.dtype != np.uint8:
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high > 255:
+            raise ValueError(f"an array of {array.dtype} must have values from 0 to 255, got {low} to {high}.")
+        array = array.astype(np.uint8)
+    if array.dtype == np.uint8:
+        array = np.ascontiguousarray(array if array.shape[-1] > 1 else array[..., 0])
+        image = Image.fromarray(array)
+        return _Planes((to_rgb(image) if as_rgb or image.mode == "RGBA" else image,), 255)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"an array must be of integers or floats, got {array.dtype}.")
+    scale = 255 if float(array.max()) > 1 else 1
+    array = _as_byte_range(array, f"an array of {array.dtype}")
+    if array.shape[-1] == 4:
+        alpha = array[..., 3:] / 255
+        array = array[..., :3] * alpha + 255 * (1 - alpha)
+    channels = [Image.fromarray(np.ascontiguousarray(array[..., c])) for c in range(array.shape[-1])]
+    if as_rgb and len(channels) == 1:
+        channels *= 3
+    return _Planes(tuple(channels), scale)
+
+
+def _to_planes(image: Any, input_data_format: str | None, as_rgb: bool) -> _Planes:
+    if isinstance(image, (str, os.PathLike, bytes)):
+        image = open_image(image)
+    if isinstance(image, Image.Image):
+        if not image.width or not image.height:
+            raise ValueError(f"a picture must not be empty, got {image.width}x{image.height}.")
+        if as_rgb or (image.mode not in ("1", "L", "F") and not image.mode.startswith("I")):
+            return _Planes((to_rgb(image),), 255)
+        return _Planes((image.convert("L") if image.mode in ("1", "L") else _to_eight_bits(image),), 255)
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+    if isinstance(image, np.ndarray):
+        return _from_array(image, input_data_format, as_rgb)
+    raise TypeError(f"images must be Pillow pictures, arrays, tensors, paths or URLs, got {type(image).__name__}.")
+
+
+def _flatten(images: Any) -> list[Any]:
+    """One picture, a batch of them, or lists of both, as a flat list of single pictures."""
+    if isinstance(images, (list, tuple)):
+        return [single for image in images for single in _flatten(image)]
+    if _is_array(images):
+        if images.ndim == 4:
+            return list(images)
+        if images.ndim not in (2, 3):
+            shape = tuple(images.shape)
+            raise ValueError(f"images must be arrays of 2 or 3 dimensions, or batches of 4, got shape {shape}.")
+    return [images]
+
+
+def _positive(name: str, *values: Any) -> None:
+    if not all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) and 0 < v <= 65536 for v in values):
+        raise ValueError(f"{name} must be made of integers from 1 to 65536, got {', '.join(map(repr, values))}.")
+
+
+def _read_size(name: str, size: Any, square: bool) -> dict[str, int]:
+    """A size as users write it: an integer, (height, width), or a dictionary.
+
+    An integer is the side of a square, or the shortest edge.
+    """
+    if isinstance(size, (int, np.integer)) and not isinstance(size, bool):
+        size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    elif isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    # transformers has a class for sizes, which is no Mapping but can be made one.
+    elif not isinstance(size, Mapping) and isinstance(size, Iterable) and not isinstance(size, (str, Sequence)):
+        size = dict(size)
+    size = {key: value for key, value in size.items() if value is not None} if isinstance(size, Mapping) else None
+    if size is None or set(size) not in ({"height", "width"}, set() if square else {"shortest_edge"}):
+        allowed = "an integer, (height, width)" + ("" if square else ', {"shortest_edge"}') + ' or {"height", "width"}'
+        raise ValueError(f"{name} must be {allowed}, got {size!r}.")
+    _positive(name, *size.values())
+    return {key: int(value) for key, value in size.items()}
+
+
+def _read_channel_values(name: str, values: Any) -> list[float]:
+    values = list(values) if isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str) else [values]
+    if not values or not all(isinstance(v, (int, float, np.number)) and math.isfinite(v) for v in values):
+        raise ValueError(f"{name} must be a number, or one for each channel, got {values!r}.")
+    if name == "image_std" and not all(v > 0 for v in values):
+        raise ValueError(f"image_std must be above 0, got {values!r}.")
+    return [float(v) for v in values]
+
+
+def _read_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be true or false, got {value!r}.")
+    return bool(value)
+
+
+def _read_resample(name: str, value: Any) -> int:
+    try:
+        return int(Resampling(value))
+    except ValueError:
+        allowed = ", ".join(f"{r.value} ({r.name.lower()})" for r in Resampling)
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}.") from None
+
+
+def _read_factor(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}.")
+    return float(value)
+
+
+# How each option is read, in the order in which they apply to a picture.
+_READERS = {
+    "do_convert_rgb": _read_flag,
+    "do_resize": _read_flag,
+    "size": lambda name, value: _read_size(name, value, square=False),
+    "resample": _read_resample,
+    "do_center_crop": _read_flag,
+    "crop_size": lambda name, value: _read_size(name, value, square=True),
+    "do_rescale": _read_flag,
+    "rescale_factor": _read_factor,
+    "do_normalize": _read_flag,
+    "image_mean": _read_channel_values,
+    "image_std": _read_channel_values,
+}
+
+
+class MobileNetImageProcessor(BaseImageProcessor):
+    """Resize, crop the center, rescale and normalise pictures.
+
+    Every argument is also an argument of a call, for that call alone.
+
+    Args:
+        do_resize: Whether to resize.
+        size: {"shortest_edge": pixels}, {"height": pixels, "width": pixels}, or an integer for the shortest edge.
+        resample: Filter, as a member of PIL.Image.Resampling; bilinear by default.
+        do_center_crop: Whether to crop the center; a smaller picture is padded with black.
+        crop_size: {"height": pixels, "width": pixels}, or an integer for a square.
+        do_rescale: Whether to multiply values of 0 to 255 by `rescale_factor`. Floats in 0 to 1 count as rescaled
+            by 1 / 255 already.
+        rescale_factor: 1 / 255 by default.
+        do_normalize: Whether to subtract `image_mean` and divide by `image_std`.
+        image_mean: A number for each channel; 0.5 by default.
+        image_std: A number for each channel; 0.5 by default.
+        do_convert_rgb: Whether to convert to three channels, on a white ground where the picture is transparent.
+            Without it, grayscale stays grayscale, for networks with one input channel.
+
+    Raises:
+        ValueError: An option is not what it allows; the message names option, allowed values and value.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+
+    def __init__(
+        self,
+        do_resize: bool = True,
+        size: Any = 256,
+        resample: int = Resampling.BILINEAR,
+        do_center_crop: bool = True,
+        crop_size: Any = 224,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
+        image_mean: float | Sequence[float] = _HALF,
+        image_std: float | Sequence[float] = _HALF,
+        do_convert_rgb: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        given = locals()
+        for name, read in _READERS.items():
+            setattr(self, name, read(name, given[name]))
+
+    @classmethod
+    def from_recipe(cls, name: str = "google", image_size: int = 224, **kwargs: Any) -> MobileNetImageProcessor:
+        """Configure as a family of checkpoints was evaluated; further options override the recipe's.
+
+        Raises:
+            ValueError: No recipe has that name; the message lists those that exist.
+        """
+        if name not in RECIPES:
+            raise ValueError(f"name must be one of {', '.join(RECIPES)}, got {name!r}.")
+        recipe = RECIPES[name]
+        options = {
+            "size": {"shortest_edge": int(image_size / recipe.crop_fraction)},
+            "crop_size": image_size,
+            "resample": recipe.resample,
+            "image_mean": recipe.mean,
+            "image_std": recipe.std,
+        }
+        return cls(**{**options, **kwargs})
+
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Preprocess one picture or many: see `preprocess`."""
+        return self.preprocess(images, *args, **kwargs)
+
+    def preprocess(
+        self,
+        images: Any,
+        return_tensors: str | None = None,
+        data_format: str = "channels_first",
+        input_data_format: str | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Turn pictures into the tensor that the network takes.
+
+        Args:
+            images: A picture, or a list of them: Pillow pictures of any mode; numpy arrays or torch tensors of shape
+                (H, W), (H, W, C) or (C, H, W), or batches of these, of integers in 0 to 255 or of floats in 0 to 1
+                or 0 to 255; paths, URLs, or the bytes of a file.
+            return_tensors: "pt" for one torch tensor, "np" for one numpy array, None for a list of arrays.
+            data_format: "channels_first" for (B, C, H, W), "channels_last" for (B, H, W, C).
+            input_data_format: The same for arrays that come; by default read off their shape.
+            device: Where a torch tensor shall be.
+            **kwargs: Options of the class, for this call.
+
+        Returns:
+            pixel_values: float32. As a torch tensor, in the channels-last memory format.
+
+        Raises:
+            TypeError: An unknown option, or something that is no picture.
+            ValueError: An option or a picture's values are not allowed, or pictures end up in different sizes but
+                shall make one tensor.
+            UnreadableImageError: A path, URL or file that cannot be read; a ValueError.
+        """
+        options = {name: read(name, self._option(name, kwargs)) for name, read in _READERS.items()}
+        if kwargs:
+            raise TypeError(f"unknown option {', '.join(kwargs)}; known are {', '.join(_READERS)}.")
+        return_tensors = getattr(return_tensors, "value", return_tensors)
+        data_format = getattr(data_format, "value", data_format) or "channels_first"
+        input_data_format = getattr(input_data_format, "value", input_data_format)
+        for name, value, allowed in (
+            ("return_tensors", return_tensors, ("pt", "np", None)),
+            ("data_format", data_format, ("channels_first", "channels_last")),
+            ("input_data_format", input_data_format, ("channels_first", "channels_last", None)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        images = _flatten(images)
+        if not images:
+            raise ValueError("images must hold at least one picture, got an empty list.")
+
+        pictures = [self._preprocess_one(image, input_data_format, options) for image in images]
+        if return_tensors is None:
+            if data_format == "channels_first":
+                pictures = [np.moveaxis(picture, -1, 0) for picture in pictures]
+            return BatchFeature({"pixel_values": pictures})
+        shapes = sorted({picture.shape for picture in pictures})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"pictures must end up in one shape to make one tensor, got {', '.join(map(str, shapes))}; set "
+                "do_resize and do_center_crop, or return_tensors=None."
+            )
+        batch = np.stack(pictures) if len(pictures) > 1 else pictures[0][None]
+        if data_format == "channels_first":
+            # The bytes stay where they are: only the strides change, which is torch.channels_last.
+            batch = np.moveaxis(batch, -1, 1)
+        if return_tensors == "np":
+            return BatchFeature({"pixel_values": batch})
+        tensor = torch.from_numpy(batch)
+        return BatchFeature({"pixel_values": tensor if device is None else tensor.to(device)})
+
+    def _option(self, name: str, kwargs: dict[str, Any]) -> Any:
+        value = kwargs.pop(name, None)
+        return getattr(self, name) if value is None else value
+
+    def _preprocess_one(self, image: Any, input_data_format: str | None, options: dict[str, Any]) -> np.ndarray:
+        """One picture as float32 of shape (H, W, C)."""
+        planes = _to_planes(image, input_data_format, options["do_convert_rgb"])
+        arrays = [np.asarray(_resize_and_crop(plane, options)) for plane in planes.images]
+        if planes.images[0].mode != "F":
+            array = arrays[0] if arrays[0].ndim == 3 else arrays[0][..., None]
+            # 8 bits have 256 values: what becomes of each is computed once, exactly as transformers does.
+            values = _to_floats(np.arange(256).repeat(array.shape[-1]).reshape(256, -1), 255, options)
+            return _look_up(np.ascontiguousarray(values.T), array)
+        return _to_floats(np.stack(arrays, axis=-1), planes.scale, options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Serialise the options."""
+        return {key: value for key, value in super().to_dict().items() if key in _READERS or not key.startswith("_")}
+
+
+def _target_size(width: int, height: int, size: dict[str, int]) -> tuple[int, int]:
+    """Width and height to resize to; the longer edge is rounded down, as transformers and torchvision do."""
+    if "height" in size:
+        return size["width"], size["height"]
+    short, edge = min(width, height), size["shortest_edge"]
+    return max(1, int(edge * width / short)), max(1, int(edge * height / short))
+
+
+def _resize_and_crop(image: Image.Image, options: dict[str, Any]) -> Image.Image:
+    """Resize and crop in one step: only the pixels that remain are computed."""
+    size = _target_size(*image.size, options["size"]) if options["do_resize"] else image.size
+    if not options["do_center_crop"]:
+        return image.resize(size, options["resample"])
+    width, height = options["crop_size"]["width"], options["crop_size"]["height"]
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    box = (left, top, left + width, top + height)
+    if size == image.size:
+        return image.crop(box)
+    if left < 0 or top < 0:
+        return image.resize(size, options["resample"]).crop(box)
+    across, down = image.width / size[0], image.height / size[1]
+    source = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
+    return image.resize((width, height), options["resample"], box=source)
+
+
+def _to_floats(values: np.ndarray, scale: float, options: dict[str, Any]) -> np.ndarray:
+    """Rescale and normalise values of 0 to 255, in the steps and precisions of transformers' own processor.
+
+    Args:
+        values: Of shape (..., C).
+        scale: What 255 stood for in the picture that came.
+    """
+    channels = values.shape[-1]
+    factor = options["rescale_factor"] if options["do_rescale"] else scale / 255
+    values = (values.astype(np.float64) * factor).astype(np.float32)
+    if options["do_normalize"]:
+        mean, std = (_for_channels(name, options[name], channels) for name in ("image_mean", "image_std"))
+        values = (values - mean) / std
+    return values
+
+
+def _for_channels(name: str, values: list[float], channels: int) -> np.ndarray:
+    if len(set(values)) == 1:  # one for all, however often it is written
+        values = values[:1] * channels
+    if len(values) != channels:
+        raise ValueError(f"{name} must have one number, or one for each of {channels} channels, got {values}.")
+    return np.array(values, np.float32)
+
+
+def _look_up(table: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Replace each value of an image (H, W, C) of 8 bits by its entry in a table (C, 256)."""
+    result = np.empty(image.shape, np.float32)
+    if (table == table[0]).all():
+        return table[0].take(image, out=result, mode="clip")
+    offsets = np.arange(0, table.size, 256, dtype=np.uint16)
+    return table.reshape(-1).take(image + offsets, out=result, mode="clip")
+
+
+MobileNetImageProcessor.register_for_auto_class("AutoImageProcessor")
+
+__all__ = ["RECIPES", "MobileNetImageProcessor", "UnreadableImageError", "open_image"]

@@ -1,0 +1,44 @@
+"""MobileNets for transformers: importing this package registers them with the Auto classes."""
+
+import os
+
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+)
+
+
+# A wheel holds the root files inside this package; a clone and an editable install hold them one folder up.
+if not os.path.exists(os.path.join(os.path.dirname(__file__), "modeling_mobilenet.py")):
+    __path__.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from .configuration_mobilenet import ARCHITECTURES, PRESETS, MobileNetConfig
+from .image_processing_mobilenet import RECIPES, MobileNetImageProcessor
+from .modeling_mobilenet import (
+    MobileNetBackbone,
+    MobileNetForImageClassification,
+    MobileNetModel,
+    MobileNetPreTrainedModel,
+)
+
+
+AutoConfig.register(MobileNetConfig.model_type, MobileNetConfig, exist_ok=True)
+AutoModel.register(MobileNetConfig, MobileNetModel, exist_ok=True)
+AutoModelForImageClassification.register(MobileNetConfig, MobileNetForImageClassification, exist_ok=True)
+AutoBackbone.register(MobileNetConfig, MobileNetBackbone, exist_ok=True)
+AutoImageProcessor.register(MobileNetConfig, slow_image_processor_class=MobileNetImageProcessor, exist_ok=True)
+
+__all__ = [
+    "ARCHITECTURES",
+    "PRESETS",
+    "RECIPES",
+    "MobileNetBackbone",
+    "MobileNetConfig",
+    "MobileNetForImageClassification",
+    "MobileNetImageProcessor",
+    "MobileNetModel",
+    "MobileNetPreTrainedModel",
+]
