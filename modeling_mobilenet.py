@@ -32,10 +32,13 @@ except ImportError:  # transformers before 5.2
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> int:
     """Rows (or columns) that TensorFlow's SAME adds in all, half of them rounded down at the start.
 
+    The kernel must reach as far as the stride, or the result would be negative where TensorFlow's is 0; a maximum
+    with 0 would make the symbolic sizes of an exported graph grow with every layer.
+
     Source: "Notes on padding" of tf.nn.
     """
     outputs = (size + stride - 1) // stride
-    return torch.sym_max((outputs - 1) * stride + (kernel_size - 1) * dilation + 1 - size, 0)
+    return (outputs - 1) * stride + (kernel_size - 1) * dilation + 1 - size
 
 
 class Conv2d(nn.Conv2d):

@@ -1,0 +1,48 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+DATA = Path(os.environ.get("MOBILENET_TEST_DATA", Path(__file__).parents[2] / "shared")).resolve()
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real weights and photographs, which is no part of the project."""
+    if not DATA.is_dir():
+        pytest.skip(f"no test data at {DATA}: set MOBILENET_TEST_DATA")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def photographs(data: Path) -> list[Path]:
+    """300 photographs as they come, each of another ImageNet class."""
+    return sorted((data / "imagenet_sample").glob("*.JPEG"))
+
+
+@pytest.fixture
+def cats(data: Path) -> Path:
+    """The picture of two cats that the Hub's examples use."""
+    return data / "images" / "000000039769.png"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where every oracle should be at hand, a test that is skipped hides something."""
+    if os.environ.get("CI") and terminalreporter.stats.get("skipped"):
+        terminalreporter.section("skipped tests fail here: CI is set")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run in CI that skipped a test."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and reporter and reporter.stats.get("skipped") and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,122 @@
+"""Peers that the tests compare with, and the ground on which networks can be compared."""
+
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    MobileNetV1Config,
+    MobileNetV1ForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+)
+
+from mobilenet import MobileNetConfig, MobileNetForImageClassification
+
+
+def randomize_norms(model: nn.Module) -> nn.Module:
+    """Give every batch norm statistics of its own: at their defaults all are alike, and two swapped ones pass."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def native(config: MobileNetConfig) -> nn.Module:
+    """The network of transformers that a configuration describes, with random weights of a sound scale."""
+    common = {
+        "depth_multiplier": config.width_multiplier,
+        "num_channels": config.num_channels,
+        "num_labels": config.num_labels,
+        "hidden_act": config.hidden_act,
+        "tf_padding": config.padding == "same",
+        "layer_norm_eps": config.batch_norm_eps,
+    }
+    if config.architecture == "mobilenet_v1":
+        model = MobileNetV1ForImageClassification(MobileNetV1Config(**common))
+    else:
+        model = MobileNetV2ForImageClassification(MobileNetV2Config(**common, output_stride=config.output_stride))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return randomize_norms(model).eval()
+
+
+def copy_in_order(source: nn.Module, target: nn.Module) -> nn.Module:
+    """Copy weights between two networks that define the same layers in the same order of execution.
+
+    Independent of any name: a name table that swapped two layers would not agree with this.
+    """
+    tensors = list(source.state_dict().values())
+    names = list(target.state_dict())
+    assert len(tensors) == len(names)
+    target.load_state_dict(dict(zip(names, tensors, strict=True)))
+    return target.eval()
+
+
+def ours_like(source: nn.Module, config: MobileNetConfig) -> MobileNetForImageClassification:
+    """Our network with another's weights."""
+    return copy_in_order(source, MobileNetForImageClassification(config))
+
+
+class _Torchvision:
+    """Stands in for torchvision while timm is imported: timm names it, and its MobileNets do not use it.
+
+    The real one refuses to be imported beside a build of torch that it was not made with.
+    """
+
+    class Anything(type):
+        def __getattr__(cls, name: str) -> str:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return name
+
+    @classmethod
+    def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, cls, is_package=True) if name.partition(".")[0] == "torchvision" else None
+
+    @classmethod
+    def create_module(cls, spec: ModuleSpec) -> ModuleType:
+        def __getattr__(name: str) -> type:  # noqa: N807
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return cls.Anything(name, (), {})
+
+        module = ModuleType(spec.name)
+        module.__getattr__ = __getattr__
+        return module
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        pass
+
+
+def import_timm() -> ModuleType:
+    """Import timm, which needs no torchvision for what the tests ask of it; skip where timm is missing."""
+    if "timm" in sys.modules:
+        return sys.modules["timm"]
+    sys.meta_path.insert(0, _Torchvision)
+    try:
+        return pytest.importorskip("timm", reason="timm is not installed: pip install --no-deps timm")
+    finally:
+        sys.meta_path.remove(_Torchvision)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+def timm_model(name: str, **kwargs: object) -> nn.Module:
+    """A network of timm with random weights."""
+    return randomize_norms(import_timm().create_model(name, **kwargs)).eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, pictures: torch.Tensor) -> torch.Tensor:
+    """Logits of a network of ours, of transformers or of timm."""
+    output = model(pictures)
+    return output if isinstance(output, torch.Tensor) else output.logits

@@ -1,0 +1,191 @@
+import json
+
+import pytest
+from mobilenet.configuration_mobilenet import make_divisible
+from transformers import AutoConfig
+
+from mobilenet import ARCHITECTURES, PRESETS, MobileNetConfig
+
+
+# slim/nets/mobilenet_v1.md and slim/nets/mobilenet/README.md list 16 and 22 checkpoints.
+def test_presets_are_those_that_were_published():
+    assert len(PRESETS) == 16 + 22 + 1
+    assert {"mobilenet_v1_0.25_128", "mobilenet_v2_1.4_224", "mobilenet_v2_0.35_96"} <= PRESETS.keys()
+    assert "mobilenet_v2_1.4_192" not in PRESETS
+    for name in PRESETS:
+        MobileNetConfig.from_preset(name)
+
+
+def test_preset_fills_fields_and_yields_to_arguments():
+    config = MobileNetConfig.from_preset("mobilenet_v1_0.75_192", num_labels=7, image_size=200)
+    assert (config.architecture, config.width_multiplier) == ("mobilenet_v1", 0.75)
+    assert (config.image_size, config.num_labels) == (200, 7)
+
+
+def test_unknown_preset_lists_those_that_exist():
+    with pytest.raises(ValueError, match=r"name must be one of mobilenet_v1_1\.0_224, .*, got 'mobilenet_v9'"):
+        MobileNetConfig.from_preset("mobilenet_v9")
+
+
+@pytest.mark.parametrize(
+    ("channels", "divisor", "expected"),
+    [
+        # By hand from slim's rule: nearest multiple, ties up, at least 8, at most 10 % down.
+        (32 * 0.35, 8, 16),  # 11.2 -> 8 would lose 29 %
+        (24 * 0.35, 8, 8),
+        (96 * 0.35, 8, 32),  # 33.6
+        (160 * 1.3, 8, 208),
+        (24 * 1.3, 8, 32),
+        (1280 * 1.4, 8, 1792),
+        (12, 8, 16),
+        (3, 8, 8),
+        (3, 16, 16),
+        # V1 keeps the whole part.
+        (1024 * 0.3, 1, 307),
+        (3.2, 1, 8),
+    ],
+)
+def test_make_divisible(channels, divisor, expected):
+    assert make_divisible(channels, divisor) == expected
+
+
+def test_tables_are_the_papers():
+    # Table 1 of arXiv:1704.04861: strides of the depthwise convolutions and filters of the 1x1 convolutions.
+    blocks = [block for stage in MobileNetConfig(architecture="mobilenet_v1").stages for block in stage]
+    assert [block.stride for block in blocks] == [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]
+    assert [block.out_channels for block in blocks] == [64, 128, 128, 256, 256] + 6 * [512] + 2 * [1024]
+    # Table 2 of arXiv:1801.04381.
+    table = [tuple(row) for row in ARCHITECTURES["mobilenet_v2"].rows]
+    assert table == [
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    ]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_blocks_chain(architecture):
+    config = MobileNetConfig(architecture=architecture, width_multiplier=0.75)
+    channels = config.stem_channels
+    for block in (block for stage in config.stages for block in stage):
+        assert block.in_channels == channels
+        channels = block.out_channels
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("output_stride", "strides", "dilations"),
+    [
+        (32, [1, 2, 2, 2, 2], [[1], [1], [1], [1], [1]]),
+        (16, [1, 2, 2, 2, 1], [[1], [1], [1], [1], [1, 2]]),
+        (8, [1, 2, 2, 1, 1], [[1], [1], [1], [1, 2], [2, 4]]),
+    ],
+)
+def test_output_stride_turns_strides_into_dilation(architecture, output_stride, strides, dilations):
+    stages = MobileNetConfig(architecture=architecture, output_stride=output_stride).stages
+    assert [stage[0].stride for stage in stages] == strides
+    assert [sorted({block.dilation for block in stage}) for stage in stages] == dilations
+
+
+@pytest.mark.parametrize(
+    ("architecture", "width", "shrink", "expected"),
+    [
+        ("mobilenet_v1", 0.5, False, 512),
+        ("mobilenet_v2", 0.5, False, 1280),
+        ("mobilenet_v2", 0.5, True, 640),
+        ("mobilenet_v2", 1.4, False, 1792),
+    ],
+)
+def test_head_shrinks_only_if_asked(architecture, width, shrink, expected):
+    config = MobileNetConfig(architecture=architecture, width_multiplier=width, shrink_head=shrink)
+    assert config.feature_channels == expected
+
+
+def test_dropout_defaults_to_the_papers_drop_probability():
+    assert MobileNetConfig(architecture="mobilenet_v1").classifier_dropout == 0.001
+    assert MobileNetConfig(architecture="mobilenet_v2").classifier_dropout == 0.2
+    assert MobileNetConfig(classifier_dropout=0.0).classifier_dropout == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("architecture", "resnet", "mobilenet_v1 or mobilenet_v2"),
+        ("architecture", ["mobilenet_v1"], "mobilenet_v1 or mobilenet_v2"),
+        ("width_multiplier", 0, "a number above 0 and at most 16"),
+        ("width_multiplier", float("nan"), "a number above 0 and at most 16"),
+        ("width_multiplier", "1.0", "a number above 0 and at most 16"),
+        ("width_multiplier", True, "a number above 0 and at most 16"),
+        ("width_multiplier", 1e9, "a number above 0 and at most 16"),
+        ("num_channels", 0, "an integer from 1 to 4096"),
+        ("image_size", 224.5, "an integer from 1 to 65536"),
+        ("output_stride", 7, "8, 16 or 32"),
+        ("output_stride", 32.0, "8, 16 or 32"),
+        ("hidden_act", "tanh", "relu, relu6, hardswish, silu or gelu"),
+        ("depthwise_activation", 1, "true or false"),
+        ("padding", "valid", "same or symmetric"),
+        ("use_batch_norm", "no", "true or false"),
+        ("batch_norm_eps", 0.0, "a number above 0"),
+        ("batch_norm_momentum", 1.5, "a number from 0 to 1"),
+        ("classifier_dropout", 1.0, "a drop probability from 0 to below 1"),
+        ("channel_divisor", 0, "an integer from 1 to 1024"),
+        ("shrink_head", None, "true or false"),
+    ],
+)
+def test_bad_fields_name_parameter_allowed_values_and_value(field, value, allowed):
+    with pytest.raises(ValueError, match="must be") as error:
+        MobileNetConfig(**{field: value})
+    assert str(error.value) == f"{field} must be {allowed}, got {value!r}."
+
+
+def test_depth_multiplier_is_the_width_multiplier():
+    config = MobileNetConfig(depth_multiplier=0.5)
+    assert config.width_multiplier == config.depth_multiplier == 0.5
+    config.depth_multiplier = 0.75
+    assert config.width_multiplier == 0.75
+    assert "depth_multiplier" not in config.to_dict()
+
+
+def test_output_features_and_indices_agree():
+    assert MobileNetConfig().out_features == ["stage5"]
+    assert MobileNetConfig(out_indices=(1, 3)).out_features == ["stage1", "stage3"]
+    assert MobileNetConfig(out_features=["stem", "stage2"]).out_indices == [0, 2]
+    with pytest.raises(ValueError, match="stage9"):
+        MobileNetConfig(out_features=["stage9"])
+
+
+def test_survives_saving(tmp_path):
+    config = MobileNetConfig(
+        architecture="mobilenet_v1",
+        width_multiplier=0.5,
+        num_channels=1,
+        image_size=160,
+        output_stride=16,
+        hidden_act="relu",
+        depthwise_activation=False,
+        padding="symmetric",
+        use_batch_norm=False,
+        batch_norm_eps=1e-5,
+        batch_norm_momentum=0.01,
+        classifier_dropout=0.3,
+        channel_divisor=4,
+        shrink_head=True,
+        out_indices=[1, 2],
+        id2label={0: "cat", 1: "dog", 2: "owl"},
+    )
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"].endswith("MobileNetModel")
+    assert (tmp_path / "configuration_mobilenet.py").is_file()
+    AutoConfig.from_pretrained(tmp_path, output_stride=8)
+
+
+def test_arguments_of_loading_override_and_are_checked(tmp_path):
+    MobileNetConfig().save_pretrained(tmp_path)
+    config = MobileNetConfig.from_pretrained(tmp_path, output_stride=8, out_indices=[1, 2], num_labels=5)
+    assert (config.output_stride, config.out_features, config.num_labels) == (8, ["stage1", "stage2"], 5)

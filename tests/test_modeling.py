@@ -1,0 +1,500 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from mobilenet.modeling_mobilenet import Conv2d, ConvNormAct, same_padding
+from oracles import copy_in_order, logits, native, ours_like, randomize_norms, timm_model
+from torch import nn
+from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
+
+from mobilenet import (
+    ARCHITECTURES,
+    MobileNetBackbone,
+    MobileNetConfig,
+    MobileNetForImageClassification,
+    MobileNetModel,
+)
+
+
+SIZES = [(224, 224), (97, 130), (64, 33)]
+WIDTHS = [("mobilenet_v1", w) for w in (0.25, 0.5, 0.75, 1.0)] + [
+    ("mobilenet_v2", w) for w in (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
+]
+
+
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal up to the rounding of the type, relative to the largest value."""
+    assert theirs.std() > 0
+    tolerance = 1e-11 if theirs.dtype == torch.float64 else 3e-5
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * max(1.0, theirs.abs().max().item()))
+
+
+def assert_same_network(ours: nn.Module, theirs: nn.Module) -> None:
+    """Equal logits at several sizes."""
+    for size in SIZES:
+        pictures = torch.randn(2, 3, *size)
+        assert_same(logits(ours, pictures), logits(theirs, pictures))
+
+
+def small(**kwargs) -> MobileNetForImageClassification:
+    """A small network whose batch norms differ, ready for inference."""
+    config = MobileNetConfig(**{"width_multiplier": 0.35, "num_labels": 5, **kwargs})
+    return randomize_norms(MobileNetForImageClassification(config)).eval()
+
+
+# The same network as others'
+
+
+@pytest.mark.parametrize(("architecture", "width"), WIDTHS)
+def test_logits_equal_transformers(architecture, width):
+    config = MobileNetConfig(architecture=architecture, width_multiplier=width, num_labels=11)
+    theirs = native(config)
+    assert_same_network(ours_like(theirs, config), theirs)
+
+
+@pytest.mark.parametrize("output_stride", [16, 8])
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+def test_dilated_features_equal_transformers(output_stride, padding):
+    config = MobileNetConfig(width_multiplier=0.5, output_stride=output_stride, padding=padding)
+    theirs = native(config)
+    assert_same_network(ours_like(theirs, config), theirs)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_hidden_states_equal_transformers(architecture):
+    config = MobileNetConfig(architecture=architecture, width_multiplier=0.35)
+    # Double precision: no difference can pass for rounding.
+    theirs = native(config)
+    ours, theirs = ours_like(theirs, config).double(), theirs.double()
+    pictures = torch.randn(1, 3, 33, 50).double()
+    with torch.no_grad():
+        states = ours(pictures, output_hidden_states=True).hidden_states
+        expected = theirs(pictures, output_hidden_states=True).hidden_states
+    # Theirs lack V1's and V2's stem (V2's first state is after the first block); V1 lists each half of a block.
+    expected = expected[1::2] if architecture == "mobilenet_v1" else expected
+    states = states[1:] if architecture == "mobilenet_v1" else states[2:]
+    assert len(states) == len(expected)
+    for state, their_state in zip(states, expected, strict=True):
+        assert_same(state, their_state)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("mobilenetv1_100", {"architecture": "mobilenet_v1"}),
+        ("mobilenetv2_035", {"width_multiplier": 0.35}),
+        ("mobilenetv2_100", {}),
+        ("mobilenetv2_140", {"width_multiplier": 1.4}),
+    ],
+)
+def test_logits_equal_timm(name, config):
+    config = MobileNetConfig(**config, padding="symmetric", batch_norm_eps=1e-5, num_labels=1000)
+    theirs = timm_model(name)
+    assert_same_network(ours_like(theirs, config), theirs)
+
+
+class PlainSeparableNetwork(nn.Module):
+    """The depthwise separable network that courses teach, written out."""
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, stride=2, padding=1)
+        self.depthwise, self.pointwise = nn.ModuleList(), nn.ModuleList()
+        channels = 32
+        for out, stride in (
+            [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)]
+            + 5 * [(512, 1)]
+            + [
+                (1024, 2),
+                (1024, 1),
+            ]
+        ):
+            self.depthwise.append(nn.Conv2d(channels, channels, 3, stride=stride, padding=1, groups=channels))
+            self.pointwise.append(nn.Conv2d(channels, out, 1))
+            channels = out
+        self.fc = nn.Linear(1024, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        for depthwise, pointwise in zip(self.depthwise, self.pointwise, strict=True):
+            x = F.relu(pointwise(depthwise(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def test_the_plain_network_is_a_configuration():
+    theirs = PlainSeparableNetwork().eval()
+    ours = MobileNetForImageClassification(MobileNetConfig.from_preset("depthwise_separable_plain")).eval()
+    layers = [ours.backbone.stem.conv]
+    for block in (block for stage in ours.backbone.stages for block in stage):
+        layers += [block.depthwise.conv, block.pointwise.conv]
+    pairs = [half for pair in zip(theirs.depthwise, theirs.pointwise, strict=True) for half in pair]
+    for mine, their in zip([*layers, ours.classifier], [theirs.stem, *pairs, theirs.fc], strict=True):
+        mine.load_state_dict(their.state_dict())
+    assert_same_network(ours, theirs)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_parameters_of_the_plain_network_by_hand():
+    pointwise = [(32, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512)] + 5 * [(512, 512)]
+    pointwise += [(512, 1024), (1024, 1024)]
+    weights = 3 * 3 * 3 * 32 + sum(9 * i + i * o for i, o in pointwise) + 1024 * 1000
+    biases = 32 + sum(i + o for i, o in pointwise) + 1000
+    assert weights + biases == 4_221_032
+    model = MobileNetForImageClassification(MobileNetConfig.from_preset("depthwise_separable_plain"))
+    assert parameters(model) == 4_221_032
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("mobilenet_v1", 4_231_976),  # trainable parameters that keras.applications prints
+        ("mobilenet_v2", 3_504_872),  # num_params of torchvision's MobileNet_V2_Weights; keras agrees
+    ],
+)
+def test_parameters_are_those_published(architecture, expected):
+    model = MobileNetForImageClassification(MobileNetConfig(architecture=architecture, num_labels=1000))
+    assert parameters(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    # Millions of multiply-accumulates, from slim's README.
+    [
+        ("mobilenet_v1_1.0_224", 569),
+        ("mobilenet_v1_0.25_224", 41),
+        ("mobilenet_v1_0.25_128", 14),
+        ("mobilenet_v2_1.4_224", 582),
+        ("mobilenet_v2_1.0_224", 300),
+        ("mobilenet_v2_0.35_96", 11),
+    ],
+)
+def test_multiply_accumulates_are_those_published(preset, expected):
+    config = MobileNetConfig.from_preset(preset, num_labels=1001)
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        nonlocal total
+        total += output.numel() * module.weight[0].numel()
+
+    with torch.device("meta"):
+        model = MobileNetForImageClassification(config).eval()
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.register_forward_hook(count)
+        model(torch.zeros(1, 3, config.image_size, config.image_size))
+    assert total / 1e6 == pytest.approx(expected, abs=1)
+
+
+# Padding
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "stride", "dilation", "expected"),
+    # tf.nn's notes on padding, by hand.
+    [(224, 3, 2, 1, 1), (225, 3, 2, 1, 2), (5, 3, 1, 1, 2), (5, 3, 1, 4, 8), (7, 1, 1, 1, 0), (1, 3, 2, 1, 2)],
+)
+def test_same_padding(size, kernel_size, stride, dilation, expected):
+    assert same_padding(size, kernel_size, stride, dilation) == expected
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (6, 6), (6, 7), (7, 6), (7, 7)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_same_convolution_equals_padding_first(size, stride, dilation):
+    conv = Conv2d(4, 4, 3, stride, dilation=dilation, groups=4, pads_same=True, activated=True)
+    x = torch.randn(2, 4, *size)
+    (top, bottom), (left, right) = (
+        (total // 2, total - total // 2)
+        for total in (max((-(-n // stride) - 1) * stride + 2 * dilation + 1 - n, 0) for n in size)
+    )
+    padded = F.pad(x, (left, right, top, bottom))
+    expected = F.conv2d(padded, conv.weight, conv.bias, stride, dilation=dilation, groups=4)
+    assert expected.shape[-2:] == tuple(-(-n // stride) for n in size)
+    torch.testing.assert_close(conv(x), expected)
+
+
+def test_eager_network_never_copies_its_input_to_pad(monkeypatch):
+    model = small()
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("F.pad was called")
+
+    monkeypatch.setattr(F, "pad", forbidden)
+    for size in SIZES:
+        logits(model, torch.randn(1, 3, *size))
+
+
+def test_symmetric_padding_differs_from_same_at_even_sizes_alone():
+    same = small(padding="same")
+    symmetric = copy_in_order(same, small(padding="symmetric"))
+    odd, even = torch.randn(1, 3, 33, 33), torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(logits(same, odd), logits(symmetric, odd))
+    assert (logits(same, even) - logits(symmetric, even)).abs().max() > 1e-3
+
+
+# Graphs
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_whole_and_once(architecture):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model = small(architecture=architecture, output_stride=16)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    # Not square first: torch takes equal sizes for one size, until it sees that they are not.
+    for batch, size in [(2, (64, 96)), (3, (97, 130)), (5, (65, 65)), (2, (224, 160))]:
+        pictures = torch.randn(batch, 3, *size)
+        assert_same(logits(compiled, pictures), logits(model, pictures))
+    assert counter.frame_count == 1
+
+
+def test_compiles_twice_at_most_when_sizes_turn_out_to_vary():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model = small()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for batch, side in [(2, 64), (3, 65), (4, 96), (5, 97), (6, 128)]:
+        logits(compiled, torch.randn(batch, 3, side, side))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_exports_with_dynamic_batch_height_and_width(architecture):
+    model = small(architecture=architecture)
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(
+        model,
+        (),
+        {"pixel_values": torch.randn(2, 3, 64, 96)},
+        dynamic_shapes={"pixel_values": {0: auto, 2: auto, 3: auto}},
+    )
+    for batch, size in [(1, (64, 96)), (3, (97, 130)), (2, (33, 224))]:
+        pictures = torch.randn(batch, 3, *size)
+        with torch.no_grad():
+            assert_same(program.module()(pixel_values=pictures).logits, logits(model, pictures))
+
+
+# Outputs
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_hidden_states_are_the_stem_and_every_block(architecture):
+    model = MobileNetModel(MobileNetConfig(architecture=architecture, width_multiplier=0.25)).eval()
+    output = model(torch.randn(1, 3, 64, 96), output_hidden_states=True)
+    blocks = sum(map(len, model.stages))
+    assert len(output.hidden_states) == 1 + blocks == {"mobilenet_v1": 14, "mobilenet_v2": 18}[architecture]
+    assert output.hidden_states[-1] is output.last_hidden_state
+    assert output.hidden_states[0].shape == (1, 8, 32, 48)
+    assert output.last_hidden_state.shape[-2:] == (2, 3)
+    assert output.pooler_output.shape == (1, model.config.feature_channels)
+
+
+def test_tuples_and_configured_defaults():
+    model = small()
+    pictures = torch.randn(1, 3, 64, 64)
+    assert len(model(pictures, return_dict=False)) == 1
+    loss, scores, states = model(pictures, labels=torch.tensor([1]), output_hidden_states=True, return_dict=False)
+    assert (loss.ndim, scores.shape, len(states)) == (0, (1, 5), 18)
+    model.config.output_hidden_states = True
+    assert len(model(pictures).hidden_states) == 18
+
+
+def test_without_pooling_there_is_no_head():
+    model = MobileNetModel(MobileNetConfig(), add_pooling_layer=False).eval()
+    assert not any(name.startswith("head") for name in model.state_dict())
+    assert model(torch.randn(1, 3, 32, 32)).pooler_output is None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("output_stride", "sides"), [(32, (48, 48, 24, 12, 6, 3)), (8, (48, 48, 24, 12, 12, 12))])
+def test_backbone_gives_the_feature_maps_of_a_classifier(tmp_path, architecture, output_stride, sides):
+    classifier = small(architecture=architecture, output_stride=output_stride)
+    classifier.save_pretrained(tmp_path)
+    backbone = MobileNetBackbone.from_pretrained(tmp_path, out_indices=[0, 1, 2, 3, 4, 5]).eval()
+    assert backbone.out_features == ["stem", "stage1", "stage2", "stage3", "stage4", "stage5"]
+    pictures = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        output = backbone(pictures, output_hidden_states=True)
+        states = classifier(pictures, output_hidden_states=True).hidden_states
+    assert [tuple(m.shape[-2:]) for m in output.feature_maps] == [(s, s) for s in sides]
+    assert [m.shape[1] for m in output.feature_maps] == backbone.channels
+    for state, expected in zip(output.hidden_states, states, strict=True):
+        assert_same(state, expected)
+    # The last state of each resolution is what a stage returns.
+    ends = {"mobilenet_v1": (0, 1, 3, 5, 11, 13), "mobilenet_v2": (0, 1, 3, 6, 13, 17)}[architecture]
+    for feature_map, end in zip(output.feature_maps, ends, strict=True):
+        assert feature_map is output.hidden_states[end]
+
+
+def test_auto_classes_know_the_models(tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path)
+    pictures = torch.randn(1, 3, 64, 64)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=False).eval()
+    assert_same(logits(loaded, pictures), logits(model, pictures))
+    features = AutoModel.from_pretrained(tmp_path, trust_remote_code=False).eval()
+    with torch.no_grad():
+        assert_same(features(pictures).pooler_output, model.backbone(pictures).pooler_output)
+    backbone = AutoBackbone.from_config(MobileNetConfig(out_indices=[2, 4]), trust_remote_code=False)
+    assert [m.shape[1] for m in backbone(pictures).feature_maps] == [24, 96]
+
+
+# Training
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("use_batch_norm", [True, False])
+def test_fresh_activations_keep_their_scale(architecture, use_batch_norm):
+    config = MobileNetConfig(architecture=architecture, use_batch_norm=use_batch_norm)
+    model = MobileNetModel(config).train()
+    with torch.no_grad():
+        output = model(torch.randn(8, 3, 96, 96), output_hidden_states=True)
+    for state in (*output.hidden_states, output.pooler_output):
+        assert 0.1 < state.pow(2).mean().sqrt() < 10
+
+
+def test_batch_norm_momentum_and_eps_are_the_configurations():
+    model = MobileNetModel(MobileNetConfig(batch_norm_momentum=0.03, batch_norm_eps=1e-4))
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 52
+    assert {(norm.momentum, norm.eps) for norm in norms} == {(0.03, 1e-4)}
+
+
+def test_no_batch_norm_means_biases_everywhere():
+    model = MobileNetModel(MobileNetConfig(use_batch_norm=False))
+    units = [module for module in model.modules() if isinstance(module, ConvNormAct)]
+    assert len(units) == 52
+    assert all(isinstance(unit.norm, nn.Identity) and unit.conv.bias is not None for unit in units)
+
+
+def test_loss_of_one_label_many_labels_and_regression():
+    pictures = torch.randn(4, 3, 64, 64)
+    model = small()
+    scores = logits(model, pictures)
+    one = torch.tensor([0, 4, 2, 1])
+    torch.testing.assert_close(model(pictures, labels=one).loss, F.cross_entropy(scores, one))
+
+    many = torch.tensor([[1, 0, 0, 1, 1]] * 4).float()
+    model = small(problem_type="multi_label_classification")
+    scores = logits(model, pictures)
+    expected = F.binary_cross_entropy_with_logits(scores, many)
+    torch.testing.assert_close(model(pictures, labels=many).loss, expected)
+
+    model = small(num_labels=1)
+    scores = logits(model, pictures)
+    values = torch.randn(4)
+    torch.testing.assert_close(model(pictures, labels=values).loss, F.mse_loss(scores[:, 0], values))
+
+
+def test_trainer_must_scale_the_loss_itself():
+    assert MobileNetForImageClassification.accepts_loss_kwargs is False
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradient_checkpointing_changes_no_gradient(architecture, use_reentrant):
+    model = small(architecture=architecture, classifier_dropout=0.0).train()
+    # float64: two runs of the same float32 convolution need not agree to the bit.
+    model = model.double()
+    pictures, labels = torch.randn(4, 3, 48, 48).double(), torch.tensor([0, 1, 2, 3])
+    model(pictures, labels=labels).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert model.is_gradient_checkpointing
+    model(pictures, labels=labels).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
+# Loading
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_and_agrees(tmp_path, dtype):
+    model = small()
+    model.save_pretrained(tmp_path)
+    half = MobileNetForImageClassification.from_pretrained(tmp_path, torch_dtype=dtype).eval()
+    assert half.dtype == dtype
+    pictures = torch.randn(2, 3, 64, 64)
+    expected = logits(model, pictures)
+    scores = logits(half, pictures)  # pictures stay float32: the model casts them
+    assert scores.dtype == dtype
+    assert (scores.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_builds_on_the_meta_device():
+    with torch.device("meta"):
+        model = MobileNetForImageClassification(MobileNetConfig())
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
+def test_loads_with_a_device_map(tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path)
+    loaded = MobileNetForImageClassification.from_pretrained(tmp_path, device_map={"": "cpu"}).eval()
+    pictures = torch.randn(1, 3, 64, 64)
+    assert_same(logits(loaded, pictures), logits(model, pictures))
+
+
+def test_a_new_head_is_initialised_and_the_rest_kept(tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path)
+    loaded = MobileNetForImageClassification.from_pretrained(tmp_path, num_labels=70, ignore_mismatched_sizes=True)
+    assert loaded.classifier.weight.shape == (70, 1280)
+    assert loaded.classifier.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert not loaded.classifier.bias.any()
+    for name, tensor in model.backbone.state_dict().items():
+        assert torch.equal(loaded.backbone.state_dict()[name], tensor)
+
+
+def test_missing_norms_start_neutral(tmp_path):
+    model = small(use_batch_norm=False)
+    model.save_pretrained(tmp_path)
+    loaded = MobileNetForImageClassification.from_pretrained(tmp_path, use_batch_norm=True)
+    norm = loaded.backbone.stem.norm
+    assert torch.equal(norm.running_var, torch.ones(16))
+    assert torch.equal(norm.weight, torch.ones(16))
+    assert not norm.running_mean.any()
+    assert not norm.num_batches_tracked.any()
+
+
+# Input
+
+
+def test_memory_format_of_the_input_does_not_matter():
+    model = small()
+    pictures = torch.randn(2, 3, 97, 64)
+    channels_last = pictures.to(memory_format=torch.channels_last)
+    assert torch.equal(logits(model, pictures), logits(model, channels_last))
+    assert model.backbone.stem(channels_last).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_grayscale_networks():
+    model = small(num_channels=1)
+    assert logits(model, torch.randn(2, 1, 64, 64)).shape == (2, 5)
+    with pytest.raises(ValueError, match=r"pixel_values must have shape \(B, 1, H, W\), got \(2, 3, 64, 64\)\."):
+        model(torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("pictures", "got"),
+    [(None, "None"), (torch.zeros(3, 64, 64), r"\(3, 64, 64\)"), (torch.zeros(1, 64, 64, 3), r"\(1, 64, 64, 3\)")],
+)
+def test_bad_pictures_are_named(pictures, got):
+    for model in (small(), small().backbone):
+        with pytest.raises(ValueError, match=rf"pixel_values must .*, got {got}\."):
+            model(pictures)
+
+
+def test_fields_set_after_construction_are_checked():
+    config = MobileNetConfig()
+    config.output_stride = 7
+    with pytest.raises(ValueError, match="output_stride must be 8, 16 or 32, got 7"):
+        MobileNetModel(config)
