@@ -129,6 +129,10 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_list_of(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(holds, value))
+
+
 def _one_of(*allowed: Any) -> tuple[str, Callable[[Any], bool]]:
     *first, last = map(str, allowed)
     return f"{', '.join(first)} or {last}", lambda value: any(value == a and type(value) is type(a) for a in allowed)
@@ -152,6 +156,9 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "classifier_dropout": ("a drop probability from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
     "channel_divisor": ("an integer from 1 to 1024", lambda v: _is_integer(v) and 1 <= v <= 1024),
     "shrink_head": _FLAG,
+    "num_labels": ("an integer from 0 to 1048576", lambda v: _is_integer(v) and 0 <= v <= 1 << 20),
+    "out_features": ("a list of stages", lambda v: v is None or _is_list_of(v, lambda name: isinstance(name, str))),
+    "out_indices": ("a list of integers", lambda v: v is None or _is_list_of(v, _is_integer)),
 }
 
 
@@ -248,12 +255,10 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.use_batch_norm = use_batch_norm
         self.batch_norm_eps = batch_norm_eps
         self.batch_norm_momentum = batch_norm_momentum
-        self._check("architecture")
         table = ARCHITECTURES[architecture]
         self.classifier_dropout = table.classifier_dropout if classifier_dropout is None else classifier_dropout
         self.channel_divisor = table.channel_divisor if channel_divisor is None else channel_divisor
         self.shrink_head = shrink_head
-        self.check_fields()
         if out_features is None and out_indices is not None:
             self.out_indices = list(out_indices)
         else:
@@ -270,16 +275,14 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
             raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}.")
         return cls(**{**PRESETS[name], **kwargs})
 
-    def check_fields(self) -> None:
-        """Raise ValueError for the first field whose value is not allowed."""
-        for name in _ALLOWED:
-            self._check(name)
-
-    def _check(self, name: str) -> None:
-        allowed, holds = _ALLOWED[name]
-        value = getattr(self, name)
-        if not holds(value):
-            raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field if its value is allowed: in __init__, by an argument of from_pretrained, or later."""
+        name = self.attribute_map.get(name, name)
+        if name in _ALLOWED:
+            allowed, holds = _ALLOWED[name]
+            if not holds(value):
+                raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+        super().__setattr__(name, value)
 
     def scale(self, channels: int) -> int:
         """Channels under the width multiplier."""

@@ -186,10 +186,6 @@ class MobileNetPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides by accumulation steps
     _no_split_modules: ClassVar[list[str]] = ["DepthwiseSeparable", "InvertedResidual"]
 
-    def __init__(self, config: MobileNetConfig, *args: Any, **kwargs: Any) -> None:
-        config.check_fields()  # fields may have been set since the configuration was made
-        super().__init__(config, *args, **kwargs)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Keep the scale of activations from layer to layer, with and without batch norm.
