@@ -1,0 +1,106 @@
+"""The model card of a converted network: where its weights come from, how they were checked, how to use them."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+
+from mobilenet.configuration_mobilenet import MobileNetConfig
+
+from .checkpoint import Checkpoint, Origin
+from .progress import open_file
+from .proof import Comparison
+
+
+_NAMES = {"mobilenet_v1": "MobileNet V1", "mobilenet_v2": "MobileNet V2"}
+_PAPERS = {"mobilenet_v1": "1704.04861", "mobilenet_v2": "1801.04381"}
+
+
+def write_card(
+    config: MobileNetConfig,
+    origin: Origin,
+    checkpoint: Checkpoint,
+    comparisons: Sequence[Comparison],
+    caveats: Sequence[str],
+) -> ModelCard:
+    """Describe a converted network."""
+    data = ModelCardData(
+        license=checkpoint.license,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["vision", "mobilenet", f"arxiv:{_PAPERS[config.architecture]}"],
+        datasets=["imagenet-1k"] if config.num_labels in (1000, 1001) else None,
+        metrics=["accuracy"],
+        base_model=origin.given if origin.revision else None,
+    )
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {_NAMES[config.architecture]}, width {config.width_multiplier:g}, {config.image_size} pixels",
+        f"Converted from {checkpoint.kind}. {config.num_labels} classes. "
+        f"Paper: [arXiv:{_PAPERS[config.architecture]}](https://arxiv.org/abs/{_PAPERS[config.architecture]}).",
+        _USE,
+        "## Source",
+        _source(origin, checkpoint),
+        "## Verification",
+        *([_table(Comparison.COLUMNS, [comparison.cells for comparison in comparisons])] if comparisons else []),
+        *caveats,
+        f"Made with {', '.join(_versions())}.",
+        *checkpoint.notes,
+    ]
+    return ModelCard("\n\n".join(sections) + "\n")
+
+
+_USE = """## Use
+
+```python
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="path/to/this/repository", trust_remote_code=True)
+classify("photo.jpg")
+```
+
+`trust_remote_code` runs the three Python files of this repository: `configuration_mobilenet.py`,
+`modeling_mobilenet.py` and `image_processing_mobilenet.py`. After `import mobilenet`, the installed package, it is not
+needed."""
+
+
+def _source(origin: Origin, checkpoint: Checkpoint) -> str:
+    given = f"[{origin.given}]({origin.url})" if origin.url else f"`{Path(origin.given).name}`"
+    where = f"{given} at revision `{origin.revision}`" if origin.revision else given
+    return f"{where}\n\n" + _table(
+        ("file", "SHA-256"), [(path.name, f"`{sha256(path)}`") for path in checkpoint.files]
+    )
+
+
+def _versions() -> list[str]:
+    try:
+        own = [f"mobilenet {version('mobilenet')}"]
+    except PackageNotFoundError:  # a clone
+        own = []
+    return [
+        *own,
+        f"transformers {transformers.__version__}",
+        f"torch {torch.__version__}",
+        f"Python {platform.python_version()}",
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open_file(path) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,138 @@
+"""Google's checkpoints on the Hub, and others of transformers' own MobileNetV1 and V2 classifiers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    MobileNetV1Config,
+    MobileNetV1ForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+)
+
+from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
+
+from .checkpoint import Checkpoint, Oracle, Origin, read_json, read_torch, weights_file
+from .names import TORCH, ConversionError, Row, Table
+
+
+def _unit(name: str) -> Row:
+    return Row(f"{name}.convolution", f"{name}.normalization")
+
+
+TABLES = {
+    "mobilenet_v1": Table(
+        {
+            "stem": _unit("mobilenet_v1.conv_stem"),
+            "block.depthwise": _unit("mobilenet_v1.layer.{twice}"),
+            "block.pointwise": _unit("mobilenet_v1.layer.{twice_more}"),
+            "classifier": Row("classifier"),
+        },
+        TORCH,
+    ),
+    "mobilenet_v2": Table(
+        {
+            "stem": _unit("mobilenet_v2.conv_stem.first_conv"),
+            "first.depthwise": _unit("mobilenet_v2.conv_stem.conv_3x3"),
+            "first.project": _unit("mobilenet_v2.conv_stem.reduce_1x1"),
+            "block.expand": _unit("mobilenet_v2.layer.{before}.expand_1x1"),
+            "block.depthwise": _unit("mobilenet_v2.layer.{before}.conv_3x3"),
+            "block.project": _unit("mobilenet_v2.layer.{before}.reduce_1x1"),
+            "head": _unit("mobilenet_v2.conv_1x1"),
+            "classifier": Row("classifier"),
+        },
+        TORCH,
+    ),
+}
+
+_CONFIGS = {"mobilenet_v1": MobileNetV1Config, "mobilenet_v2": MobileNetV2Config}
+_CLASSES = {"mobilenet_v1": MobileNetV1ForImageClassification, "mobilenet_v2": MobileNetV2ForImageClassification}
+# Written into every configuration as the probability of dropping, but taken from where it was that of keeping.
+_KEEP = {"mobilenet_v1": 0.999, "mobilenet_v2": 0.8}
+# What the tables of the papers say; no published checkpoint says otherwise.
+_FIXED = {"min_depth": 8, "expand_ratio": 6, "first_layer_is_expansion": True}
+
+
+def detect(path: Path) -> bool:
+    """Whether a folder is a repository of transformers' own MobileNets."""
+    return (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") in TABLES
+
+
+def read(origin: Origin) -> Checkpoint:
+    """Read a repository of transformers' own MobileNets.
+
+    Raises:
+        ConversionError: A file is missing or broken, or the network is no classifier or of an unknown shape.
+    """
+    folder = origin.path
+    model_type = read_json(folder / "config.json")["model_type"]
+    try:
+        theirs = _CONFIGS[model_type].from_pretrained(folder)
+    except (ValueError, TypeError) as error:
+        raise ConversionError(f"{folder / 'config.json'}: {error}") from error
+    expected = _CLASSES[model_type].__name__
+    if theirs.architectures and expected not in theirs.architectures:
+        raise ConversionError(f"{origin.given}: must hold a {expected}, got {', '.join(theirs.architectures)}.")
+    for name, value in _FIXED.items():
+        if getattr(theirs, name, value) != value:
+            raise ConversionError(f"{folder / 'config.json'}: {name} must be {value}, got {getattr(theirs, name)}.")
+    weights = weights_file(folder)
+    files = [folder / "config.json", weights]
+    options: dict[str, Any] = {}
+    if (folder / "preprocessor_config.json").is_file():
+        files.append(folder / "preprocessor_config.json")
+        options = read_json(files[-1])
+    return Checkpoint(
+        kind=f"transformers' {expected}",
+        tensors=read_torch(weights),
+        table=TABLES[model_type],
+        config=_translate(theirs),
+        processor=_processor(options, theirs.image_size),
+        files=files,
+        oracle=lambda: _oracle(model_type, folder),
+        labels=[theirs.id2label[i] for i in range(theirs.num_labels)],
+    )
+
+
+def _translate(theirs: Any) -> dict[str, Any]:
+    dropout = theirs.classifier_dropout_prob
+    fields = {
+        "architecture": theirs.model_type,
+        "width_multiplier": theirs.depth_multiplier,
+        "num_channels": theirs.num_channels,
+        "image_size": theirs.image_size,
+        "hidden_act": theirs.hidden_act,
+        "padding": "same" if theirs.tf_padding else "symmetric",
+        "batch_norm_eps": theirs.layer_norm_eps,
+        "classifier_dropout": round(1 - dropout, 6) if dropout == _KEEP[theirs.model_type] else dropout,
+        "num_labels": theirs.num_labels,
+    }
+    if theirs.problem_type:
+        fields["problem_type"] = theirs.problem_type
+    if theirs.model_type == "mobilenet_v2":
+        fields |= {
+            "output_stride": theirs.output_stride,
+            "channel_divisor": theirs.depth_divisible_by,
+            "shrink_head": not theirs.finegrained_output,
+        }
+    return fields
+
+
+def _processor(options: dict[str, Any], image_size: int) -> MobileNetImageProcessor:
+    known = vars(MobileNetImageProcessor())
+    options = {name: value for name, value in options.items() if name in known and value is not None}
+    return MobileNetImageProcessor.from_recipe("google", image_size, **options)
+
+
+def _oracle(model_type: str, folder: Path) -> Oracle:
+    model = _CLASSES[model_type].from_pretrained(folder, dtype=torch.float32).eval()
+
+    def logits(pixel_values: Tensor) -> Tensor:
+        return model(pixel_values).logits
+
+    return Oracle(f"transformers' {type(model).__name__}", transformers.__version__, logits)
