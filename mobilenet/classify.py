@@ -1,0 +1,344 @@
+"""Classify pictures by the thousand: names come in, and one result for each goes out, in order.
+
+Every step is a generator, and pictures are read only a few ahead of the network, so that memory does not grow with
+their number.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import groupby, islice
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import logging
+
+from .configuration_mobilenet import MobileNetConfig
+
+
+# What a folder is searched for; a file that is named itself may have any name.
+EXTENSIONS = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tga", ".tif", ".tiff", ".webp"),
+)
+
+TABLE, JSON, CSV = "table", "json", "csv"
+
+
+class Picture(NamedTuple):
+    """A picture on its way to the network: its name, then its pixels, or why it has none."""
+
+    name: str
+    pixels: Tensor | None = None  # of shape (1, C, H, W)
+    error: str | None = None
+
+
+class Prediction(NamedTuple):
+    """One label of a picture."""
+
+    index: int
+    label: str
+    score: float  # a probability; a plain value where the model was trained for regression
+
+
+class Result(NamedTuple):
+    """What a picture shows, best first, or why nobody knows."""
+
+    name: str
+    predictions: list[Prediction]
+    error: str | None
+
+
+class Classifier(NamedTuple):
+    """A model with what it takes to use it."""
+
+    read: Callable[[str], Tensor]  # from a path or URL to pixels of shape (1, C, H, W)
+    network: Callable[[Tensor], Tensor]  # from pixels of shape (B, C, H, W) to scores of shape (B, labels)
+    labels: list[str]
+    gives_probabilities: bool
+
+
+def default_model() -> str | None:
+    """The folder of the code, in a clone that holds weights too."""
+    root = Path(__file__).resolve().parents[1]
+    return str(root) if (root / "model.safetensors").exists() else None
+
+
+# What transformers and torch raise on configurations and weights that are missing or broken.
+_LOADING_ERRORS = (
+    *(AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError),
+    *(SafetensorError, UnpicklingError),
+)
+
+
+def load(model: str, revision: str | None = None) -> Classifier:
+    """Load a model and its image processor from a folder or a Hub id. Code that comes with them does not run.
+
+    Raises:
+        ValueError: There is no such model, it is broken, it is no MobileNet, or its weights do not fit its
+            configuration.
+    """
+    if not os.path.isdir(model):
+        _check_hub_id(model)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        return _load(model, {"revision": revision or "main", "trust_remote_code": False})
+    except _LOADING_ERRORS as error:
+        raise ValueError(f"{model} cannot be loaded: {str(error) or type(error).__name__}") from error
+
+
+def _check_hub_id(model: str) -> None:
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        is_id = False
+    else:
+        is_id = not os.path.exists(model)
+    if not is_id:
+        raise ValueError(f"model must be a folder or a Hub id, got {model!r}.")
+
+
+def _load(model: str, options: dict[str, Any]) -> Classifier:
+    if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "config.json")):
+        raise FileNotFoundError("it holds no config.json.")  # transformers would guess by the folder's name
+    config = AutoConfig.from_pretrained(model, **options)
+    if config.model_type != MobileNetConfig.model_type:
+        raise ValueError(f"model_type must be {MobileNetConfig.model_type}, got {config.model_type}.")
+    if config.num_labels < 1:
+        raise ValueError(f"num_labels must be at least 1, got {config.num_labels}.")
+    processor = AutoImageProcessor.from_pretrained(model, **options)
+    network, report = AutoModelForImageClassification.from_pretrained(
+        model,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+    # transformers gives such tensors random values. Before version 5 it reports names alone, without shapes.
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    if wrong := sorted({*report["missing_keys"], *mismatched}):
+        others = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"it lacks weights of the right shape for {', '.join(wrong[:3])}{others}.")
+    score = _score_function(config)
+
+    @torch.inference_mode()
+    def run_network(pixels: Tensor) -> Tensor:
+        return score(network(pixels).logits)
+
+    return Classifier(
+        read=lambda name: processor(images=name, return_tensors="pt")["pixel_values"],
+        network=run_network,
+        labels=[str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)],
+        gives_probabilities=config.problem_type != "regression",
+    )
+
+
+def _score_function(config: MobileNetConfig) -> Callable[[Tensor], Tensor]:
+    """From logits to scores, as transformers' image-classification pipeline decides."""
+    if config.problem_type == "regression":
+        return lambda logits: logits
+    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        return torch.sigmoid
+    return lambda logits: logits.softmax(-1)
+
+
+def find(names: Iterable[str]) -> Iterator[Picture]:
+    """Find the pictures that names stand for: files, folders, patterns, URLs, and - for names from stdin.
+
+    A file that exists is itself, whatever its name looks like. Folders are searched in alphabetical order, for files
+    with the extension of a picture; hidden ones are left out.
+    """
+    for name in names:
+        if name == "-":
+            lines = (os.fsdecode(line).rstrip("\r\n") for line in sys.stdin.buffer)
+            yield from find(line for line in lines if line not in ("", "-"))
+        elif os.path.isdir(name):
+            yield from _search(name)
+        elif os.path.exists(name) or not (matches := sorted(glob.glob(name, recursive=True))):
+            yield Picture(name)
+        else:
+            for match in matches:
+                if not os.path.isdir(match):
+                    yield Picture(match)
+                elif "**" not in name:  # which matches all below the folder, too
+                    yield from _search(match)
+
+
+def _search(folder: str) -> Iterator[Picture]:
+    """Find the pictures in a folder and all below it."""
+    errors: list[OSError] = []
+    empty = True
+    for path, folders, files in os.walk(folder, onerror=errors.append):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in sorted(files):
+            if file.lower().endswith(EXTENSIONS) and not file.startswith("."):
+                empty = False
+                yield Picture(os.path.join(path, file))
+    for error in errors:
+        yield Picture(error.filename, error=f"cannot be searched: {error.strerror}")
+    if empty and not errors:
+        yield Picture(folder, error="no pictures in this folder")
+
+
+def classify(pictures: Iterable[Picture], classifier: Classifier, top_k: int, batch_size: int) -> Iterator[Result]:
+    """Classify pictures, of which threads read the next ones while the network is busy.
+
+    Every picture gives one result, in order.
+    """
+
+    def read(picture: Picture) -> Picture:
+        if picture.error is not None:
+            return picture
+        name = picture.name
+        if os.path.exists(name) and not os.path.isfile(name):
+            return picture._replace(error="not a regular file")  # a pipe would keep its reader waiting
+        try:
+            return picture._replace(pixels=classifier.read(name))
+        except ValueError as error:  # UnreadableImageError among them
+            return picture._replace(error=str(error).removeprefix(f"{name}: "))
+
+    with closing(_map_ahead(read, pictures, ahead=2 * batch_size)) as finished:
+        while batch := list(islice(finished, batch_size)):
+            readable = [picture.pixels for picture in batch if picture.pixels is not None]
+            predictions = iter(
+                [
+                    row
+                    for _, alike in groupby(readable, key=lambda pixels: pixels.shape)
+                    for row in _predict(torch.cat(list(alike)), classifier, top_k)
+                ]
+            )
+            for name, pixels, error in batch:
+                yield Result(name, [] if pixels is None else next(predictions), error)
+
+
+def _map_ahead(function: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """Map items in threads, at most so many ahead of the consumer; results keep the order of the items."""
+    executor = ThreadPoolExecutor()
+    pending: deque[Future] = deque()
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _predict(pixels: Tensor, classifier: Classifier, top_k: int) -> list[list[Prediction]]:
+    scores, indices = classifier.network(pixels).topk(min(top_k, len(classifier.labels)))
+    return [
+        [Prediction(index, classifier.labels[index], score) for index, score in zip(*row, strict=True)]
+        for row in zip(indices.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def run(names: list[str], classifier: Classifier, layout: str = TABLE, top_k: int = 5, batch_size: int = 32) -> int:
+    """Classify what names stand for, print results on stdout and failures on stderr, and count the failures."""
+    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    write = {TABLE: _table_writer, JSON: _json_writer, CSV: _csv_writer}[layout](out, classifier)
+    failures = 0
+    # The bar and what is printed above it must go through one console, to stay out of each other's way.
+    screen = out if out.is_terminal else err
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures"), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not err.is_terminal) as progress:
+        total = None
+        if not progress.disable and "-" not in names:
+            total = sum(1 for _ in find(names))
+        task = progress.add_task("", total=total, visible=total is None or total > batch_size)
+        for result in classify(find(names), classifier, top_k, batch_size):
+            if result.error is not None:
+                failures += 1
+                print(f"{clean(result.name)}: {clean(result.error)}", file=sys.stderr)
+            write(result)
+            progress.advance(task)
+    return failures
+
+
+def clean(text: str) -> str:
+    """Replace what a terminal would obey instead of show: control characters, escapes, changes of direction."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+_BAR_WIDTH = 20
+
+
+def _table_writer(out: Console, classifier: Classifier) -> Callable[[Result], None]:
+    """A block for each picture: its name, and its labels by rank."""
+
+    # A Table of rich would take as long as the network.
+    def write(result: Result) -> None:
+        if result.error is not None:
+            return
+        text = Text(clean(result.name), style="bold")
+        for rank, (_, label, score) in enumerate(result.predictions, 1):
+            text.append(f"\n{rank:4}", style="not bold dim")
+            if classifier.gives_probabilities:
+                text.append(f"{100 * score:7.1f} %  ", style="not bold")
+                text.append(f"{'━' * round(_BAR_WIDTH * score):{_BAR_WIDTH}}  ", style="not bold green")
+            else:
+                text.append(f"{score:12.6g}  ", style="not bold")
+            text.append(clean(label), style="not bold")
+        out.print(text, soft_wrap=True)
+
+    return write
+
+
+def _json_writer(out: Console, classifier: Classifier) -> Callable[[Result], None]:
+    """An object a line for each picture, of ASCII characters alone."""
+
+    def write(result: Result) -> None:
+        if result.error is None:
+            predictions = [
+                {"label": label, "index": index, "score": round(score, 6)}
+                for index, label, score in result.predictions
+            ]
+            line = {"file": result.name, "predictions": predictions}
+        else:
+            line = {"file": result.name, "error": result.error}
+        out.out(json.dumps(line), highlight=False)
+
+    return write
+
+
+class _Lines:
+    """What csv.writer writes to."""
+
+    def __init__(self, out: Console) -> None:
+        self.out = out
+
+    def write(self, text: str) -> None:
+        self.out.out(text, end="", highlight=False)
+
+
+def _csv_writer(out: Console, classifier: Classifier) -> Callable[[Result], None]:
+    """A header, then a row for each label of a picture."""
+    rows = csv.writer(_Lines(out), lineterminator="\n")
+    rows.writerow(["file", "rank", "index", "label", "score"])
+
+    def write(result: Result) -> None:
+        for rank, (index, label, score) in enumerate(result.predictions, 1):
+            rows.writerow([clean(result.name), rank, index, clean(label), round(score, 6)])
+
+    return write

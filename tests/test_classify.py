@@ -1,0 +1,409 @@
+"""Classifying pictures: what is found, what is answered, how it is printed, and what becomes of broken pictures."""
+
+import csv
+import io
+import itertools
+import json
+import os
+import threading
+from functools import cache, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracles import copy_in_order
+from PIL import Image
+from transformers import AutoModelForImageClassification, MobileNetV2ForImageClassification, pipeline
+from typer.testing import CliRunner, Result
+
+from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet.classify import Picture, classify, clean, find, load
+from mobilenet.cli import app
+
+
+LABELS = {
+    0: "plain",
+    1: "[bold red]markup[/]",
+    2: "\x1b[31mescape\x1b]0;title\x07",
+    3: "line\nbreak\r",
+    4: "<script>alert('html')</script>",
+    5: "right\N{RIGHT-TO-LEFT OVERRIDE}left",
+}
+
+
+def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(app, ["classify", *map(str, arguments)], input=stdin)
+
+
+def make_model(folder: Path, **options: object) -> MobileNetForImageClassification:
+    """Save a small network whose answers depend on the picture."""
+    torch.manual_seed(0)
+    config = MobileNetConfig("mobilenet_v1", 0.25, image_size=64, **{"id2label": LABELS, **options})
+    model = MobileNetForImageClassification(config).eval()
+    # Answers center on the mean of all pictures, or every picture would get the same one.
+    with torch.no_grad():
+        features = model.backbone(torch.randn(16, 3, 1, 1).clamp(-1, 1).expand(-1, -1, 64, 64)).pooler_output
+        model.classifier.weight.normal_().div_(features.std(0).norm())
+        model.classifier.bias.copy_(-model.classifier.weight @ features.mean(0))
+    model.save_pretrained(folder)
+    MobileNetImageProcessor.from_recipe("google", 64).save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures of any size and kind, two levels deep, among other files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for name in ("b.png", "a.JPG", "sub/c.webp", "sub/deeper/d.bmp", ".hidden.png", ".hidden/e.png", "a[1].png"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        colors = random.choice([0, 255], (1, 1, 3)) + random.integers(-9, 10, (3, 4, 3))
+        colors = colors.clip(0, 255).astype(np.uint8)
+        Image.fromarray(colors).resize(tuple(random.integers(50, 150, 2).tolist())).save(path)
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "sub" / "empty").mkdir()
+    return folder
+
+
+FOUND = ["a.JPG", "a[1].png", "b.png", "sub/c.webp", "sub/deeper/d.bmp"]
+
+
+def found(*names: object, below: Path) -> list[str]:
+    result = list(find(map(str, names)))
+    assert all(picture.error is None for picture in result)
+    return [os.path.relpath(picture.name, below) for picture in result]
+
+
+def test_find_searches_folders(pictures):
+    assert found(pictures, below=pictures) == FOUND
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.png", ["a[1].png", "b.png"]),
+        ("*", ["a.JPG", "a[1].png", "b.png", "notes.txt", "sub/c.webp", "sub/deeper/d.bmp"]),
+        ("**", [*FOUND[:3], "notes.txt", *FOUND[3:]]),
+        ("**/*.bmp", ["sub/deeper/d.bmp"]),
+        ("a[1].png", ["a[1].png"]),  # the name of a file
+        ("[ab].*", ["a.JPG", "b.png"]),
+    ],
+)
+def test_find_expands_patterns(pictures, pattern, expected):
+    assert found(pictures / pattern, below=pictures) == expected
+
+
+def test_find_keeps_names_that_are_nothing_here():
+    names = ["https://example.org/a.jpg?size=*", "missing.jpg", "missing/*.jpg", "nul\0.jpg"]
+    assert [picture.name for picture in find(names)] == names
+
+
+def test_find_reads_stdin(monkeypatch, pictures):
+    lines = f"{pictures}/b.png\r\n\n-\n{pictures}/sub\nhttp://x/\n".encode() + b"\xff.jpg"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    names = [picture.name for picture in find(["first", "-", "last"])]
+    assert names == [
+        "first",
+        *(f"{pictures}/{name}" for name in ("b.png", "sub/c.webp", "sub/deeper/d.bmp")),
+        *("http://x/", os.fsdecode(b"\xff.jpg"), "last"),
+    ]
+
+
+def test_find_reports_folders_that_hold_nothing_or_are_shut(monkeypatch, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "shut").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    shut = (str(tmp_path / "shut"), "cannot be searched: Permission denied")
+    empty = (str(tmp_path / "empty"), "no pictures in this folder")
+    assert [(p.name, p.error) for p in find([str(tmp_path / "shut")])] == [shut]
+    assert [(p.name, p.error) for p in find([str(tmp_path / "empty")])] == [empty]
+    assert [(p.name, p.error) for p in find([str(tmp_path)])] == [(str(tmp_path / "a.png"), None), shut]
+
+
+@cache
+def scores(model: Path, picture: Path) -> dict[str, float]:
+    """What the network says, without anything of the command's."""
+    network = AutoModelForImageClassification.from_pretrained(model).eval()
+    pixels = MobileNetImageProcessor.from_pretrained(model)(images=str(picture), return_tensors="pt")
+    with torch.no_grad():
+        values = network(**pixels).logits.softmax(-1)[0].tolist()
+    return dict(zip(LABELS.values(), values, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_json_gives_the_networks_answers(model, pictures, batch_size):
+    result = run(pictures, "--model", model, "--json", "--top-k", 3, "--batch-size", batch_size)
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["file"] for line in lines] == [str(pictures / name) for name in FOUND]
+    for line in lines:
+        expected = sorted(scores(model, line["file"]).items(), key=lambda item: -item[1])[:3]
+        assert [p["label"] for p in line["predictions"]] == [label for label, _ in expected]
+        assert [LABELS[p["index"]] for p in line["predictions"]] == [label for label, _ in expected]
+        np.testing.assert_allclose(
+            [p["score"] for p in line["predictions"]], [score for _, score in expected], rtol=0, atol=1e-5
+        )
+    assert len({line["predictions"][0]["label"] for line in lines}) > 1  # or the pictures would not matter
+
+
+def test_csv_says_the_same(model, pictures):
+    result = run(pictures, "--model", model, "--csv", "-k", 6)
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert list(rows[0]) == ["file", "rank", "index", "label", "score"]
+    assert len(rows) == len(FOUND) * len(LABELS)
+    assert [int(row["rank"]) for row in rows[:6]] == [1, 2, 3, 4, 5, 6]
+    expected = scores(model, pictures / FOUND[0])
+    for row in rows[:6]:
+        label = LABELS[int(row["index"])]
+        assert row["label"] == clean(label)
+        assert float(row["score"]) == pytest.approx(expected[label], abs=1e-5)
+
+
+def test_table_says_the_same_and_ranks(model, pictures):
+    result = run(pictures / "b.png", "--model", model, "-k", 2)
+    name, *rows = result.stdout.splitlines()
+    assert name == str(pictures / "b.png")
+    best = sorted(scores(model, pictures / "b.png").items(), key=lambda item: -item[1])[:2]
+    assert len(rows) == 2
+    for rank, (row, (label, score)) in enumerate(zip(rows, best, strict=True), 1):
+        assert row.split()[:3] == [str(rank), f"{100 * score:.1f}", "%"]
+        assert row.endswith(f"  {clean(label)}")
+
+
+@pytest.mark.parametrize("layout", [(), ("--csv",)])
+def test_labels_and_names_cannot_command_a_terminal(model, tmp_path, layout):
+    Image.new("RGB", (64, 64)).save(tmp_path / "\x1b[2Jname.png")
+    (tmp_path / "\x1b[2Jbroken.png").write_bytes(b"")
+    result = run(tmp_path, "--model", model, "-k", 6, *layout)
+    assert all(c.isprintable() or c == "\n" for c in result.output)
+    for text in ("[bold red]markup[/]", "�[31mescape�]0;title�", "line�break�", "<script>", "�[2Jname.png"):
+        assert text in result.stdout
+    assert "�[2Jbroken.png: " in result.stderr
+
+
+def test_json_is_ascii(model, tmp_path):
+    Image.new("RGB", (64, 64)).save(os.fsencode(tmp_path) + b"/\xff\x1b.png")
+    result = run(tmp_path, "--model", model, "--json", "-k", 6)
+    assert result.stdout.isascii()
+    assert "\x1b" not in result.stdout
+    line = json.loads(result.stdout)
+    assert os.fsencode(line["file"]).endswith(b"/\xff\x1b.png")
+    assert {p["label"] for p in line["predictions"]} == set(LABELS.values())
+
+
+def test_a_broken_picture_is_reported_and_the_rest_goes_on(model, pictures, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes((pictures / "a.JPG").read_bytes()[:200])
+    result = run(
+        *(pictures / "b.png", broken, "missing.png", pictures / "notes.txt", pictures / "a.JPG"),
+        *("--model", model, "--json", "--batch-size", 2),
+    )
+    assert result.exit_code == 1
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert ["error" in line for line in lines] == [False, True, True, True, False]
+    messages = result.stderr.splitlines()
+    assert len(messages) == 3
+    assert messages[0].startswith(f"{broken}: cannot be decoded: ")
+    assert messages[1] == "missing.png: no such file"
+    assert messages[2] == f"{pictures / 'notes.txt'}: not a picture in a format that Pillow reads"
+    assert [line["error"] for line in lines[1:4]] == [m.split(": ", 1)[1] for m in messages]
+
+
+def test_only_broken_pictures(model, tmp_path):
+    result = run(tmp_path / "a", tmp_path / "b", "--model", model)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_does_not_hang(model, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    result = run(tmp_path, "--model", model)
+    assert result.exit_code == 1
+    assert result.stderr == f"{tmp_path / 'pipe.jpg'}: not a regular file\n"
+
+
+@pytest.fixture
+def server(pictures):
+    """A web server on the loopback that serves the pictures."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(pictures))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_urls(model, pictures, server):
+    result = run(f"{server}/b.png", f"{server}/none.png", pictures / "b.png", "--model", model, "--json")
+    assert result.exit_code == 1
+    there, missing, here = map(json.loads, result.stdout.splitlines())
+    assert there["predictions"] == here["predictions"]
+    assert there["file"] == f"{server}/b.png"
+    assert "404" in missing["error"]
+
+
+def test_names_from_stdin(model, pictures):
+    result = run("-", "--model", model, "--csv", "-k", 1, stdin=f"{pictures}/b.png\n{pictures}/sub\n")
+    assert result.exit_code == 0
+    names = [row["file"] for row in csv.DictReader(io.StringIO(result.stdout))]
+    assert names == [f"{pictures}/{name}" for name in ("b.png", "sub/c.webp", "sub/deeper/d.bmp")]
+
+
+def test_pictures_of_different_shapes_share_a_batch(tmp_path, pictures):
+    make_model(tmp_path)
+    MobileNetImageProcessor(size=64, do_center_crop=False).save_pretrained(tmp_path)
+    result = run(pictures, "--model", tmp_path, "--json")
+    assert result.exit_code == 0
+    for line in map(json.loads, result.stdout.splitlines()):
+        best = line["predictions"][0]
+        assert best["score"] == pytest.approx(scores(tmp_path, line["file"])[best["label"]], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "score"),
+    [
+        ({"problem_type": "regression"}, lambda logits: logits),
+        ({"problem_type": "multi_label_classification"}, torch.sigmoid),
+        ({"problem_type": None, "id2label": {0: "only"}}, torch.sigmoid),
+    ],
+)
+def test_scores_are_those_of_the_pipeline(tmp_path, pictures, options, score):
+    network = make_model(tmp_path, **options)
+    name = str(pictures / "b.png")
+    processor = MobileNetImageProcessor.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = score(network(**processor(images=name, return_tensors="pt")).logits)[0].sort(descending=True).values
+    predictions = json.loads(run(name, "--model", tmp_path, "--json").stdout)["predictions"]
+    np.testing.assert_allclose([p["score"] for p in predictions], expected[:5], atol=2e-6)
+    peer = pipeline("image-classification", model=network, image_processor=processor, trust_remote_code=False)
+    np.testing.assert_allclose([p["score"] for p in predictions], [p["score"] for p in peer(name)], atol=2e-6)
+    table = run(name, "--model", tmp_path).stdout
+    assert ("%" in table) == (options["problem_type"] != "regression")
+
+
+def test_pictures_stream(model, pictures):
+    taken = itertools.count()
+    endless = (Picture(str(pictures / "b.png")) for _ in taken)
+    results = classify(endless, load(str(model)), top_k=1, batch_size=4)
+    first = list(itertools.islice(results, 10))
+    assert all(result.predictions == first[0].predictions for result in first)
+    assert next(taken) <= 12 + 2 * 4 + 2  # three batches, and what is read ahead
+    results.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Missing argument"),
+        (("x.jpg", "--model", "m", "--json", "--csv"), "exclude each other"),
+        (("x.jpg", "--model", "m", "--top-k", 0), "--top-k"),
+        (("x.jpg", "--model", "m", "--batch-size", "many"), "--batch-size"),
+        (("x.jpg",), "name a folder or a Hub id"),
+    ],
+)
+def test_usage_errors(monkeypatch, arguments, message):
+    monkeypatch.setattr("mobilenet.classify.default_model", lambda: None)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert message in " ".join(result.stderr.split())
+
+
+def weights(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+BROKEN_MODELS = {
+    "no folder": (lambda folder: folder.rename(f"{folder}-away"), "must be a folder or a Hub id"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
+    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), ""),
+    "another model": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "resnet"}'),
+        "model_type must be mobilenet, got resnet.",
+    ),
+    "bad field": (lambda folder: edit_config(folder, width_multiplier="wide"), "width_multiplier must be a number"),
+    "no labels": (lambda folder: edit_config(folder, id2label={}), "num_labels must be at least 1"),
+    "other shapes": (
+        lambda folder: edit_config(folder, width_multiplier=0.5),
+        "lacks weights of the right shape for backbone.stages.0.0.depthwise.conv.weight, ",
+    ),
+    "more labels": (
+        lambda folder: edit_config(folder, id2label=dict(enumerate("abcdefg"))),
+        "lacks weights of the right shape for classifier.bias, classifier.weight.",
+    ),
+    "no weights": (lambda folder: weights(folder).unlink(), "model.safetensors"),
+    "weights cut off": (lambda folder: weights(folder).write_bytes(weights(folder).read_bytes()[:9999]), "header"),
+    "weights are noise": (lambda folder: weights(folder).write_bytes(bytes(range(256))), "header"),
+    "pickle is empty": (
+        lambda folder: weights(folder).rename(folder / "pytorch_model.bin").write_bytes(b""),
+        "",
+    ),
+    "no processor": (lambda folder: (folder / "preprocessor_config.json").unlink(), "image processor"),
+    "processor is a list": (lambda folder: (folder / "preprocessor_config.json").write_text("[]"), "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_MODELS)
+def test_a_broken_model_is_one_error(tmp_path, pictures, fault):
+    spoil, message = BROKEN_MODELS[fault]
+    folder = tmp_path / "model"
+    make_model(folder)
+    spoil(folder)
+    result = run(pictures, "--model", folder)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert str(folder) in line
+    assert message in line
+
+
+def test_a_models_own_code_does_not_run(tmp_path, pictures):
+    make_model(tmp_path)
+    code = list(tmp_path.glob("*.py"))
+    assert len(code) == 3
+    for file in code:
+        file.write_text("raise SystemExit('the code of a repository ran')")
+    assert run(pictures, "--model", tmp_path).exit_code == 0
+
+
+def test_the_cats_are_tabbies(data, cats, tmp_path):
+    theirs = MobileNetV2ForImageClassification.from_pretrained(data / "checkpoints/google_mobilenet_v2_1.0_224")
+    config = MobileNetConfig(id2label=theirs.config.id2label)
+    copy_in_order(theirs, MobileNetForImageClassification(config)).save_pretrained(tmp_path)
+    MobileNetImageProcessor.from_recipe().save_pretrained(tmp_path)
+    result = run(cats, "--model", tmp_path, "--json")
+    best, second, third, *_ = json.loads(result.stdout)["predictions"]
+    assert (best["index"], best["label"]) == (282, "tabby, tabby cat")
+    assert best["score"] == pytest.approx(0.7847, abs=1e-3)
+    assert second["score"] == pytest.approx(0.1446, abs=1e-3)
+    assert third["score"] == pytest.approx(0.0697, abs=1e-3)

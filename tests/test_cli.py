@@ -1,0 +1,58 @@
+"""The command itself: its help, its version, and how errors end."""
+
+import re
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mobilenet.cli import app
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def test_help_names_every_command():
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "classify" in result.stdout
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"mobilenet (\d+\.\d+\.\d+\S*|\(not installed: .+\))\n", result.stdout)
+
+
+def test_no_command_is_a_usage_error():
+    result = run()
+    assert result.exit_code == 2
+    assert "Usage" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("size must be 1 or 2,\n  got 3."), "Error: size must be 1 or 2, got 3.\n"),
+        (FileNotFoundError("x holds no config.json."), "Error: x holds no config.json.\n"),
+        (ImportError("export needs onnx: pip install onnx"), "Error: export needs onnx: pip install onnx\n"),
+        (ValueError("\x1b[31mred"), "Error: \N{REPLACEMENT CHARACTER}[31mred\n"),
+    ],
+)
+def test_an_expected_error_is_one_line_on_stderr(monkeypatch, error, line):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("mobilenet.classify.load", fail)
+    result = run("classify", "x.jpg", "--model", "m")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == line
+
+
+def test_a_fault_of_the_program_itself_keeps_its_traceback(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("mobilenet.classify.load", fail)
+    assert isinstance(run("classify", "x.jpg", "--model", "m").exception, ZeroDivisionError)
