@@ -151,6 +151,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "depthwise_activation": _FLAG,
     "padding": _one_of(*PADDINGS),
     "use_batch_norm": _FLAG,
+    "fused": _FLAG,
     "batch_norm_eps": ("a number above 0", lambda v: _is_number(v) and v > 0),
     "batch_norm_momentum": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "classifier_dropout": ("a drop probability from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
@@ -201,6 +202,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         depthwise_activation: Whether the depthwise convolution of a depthwise separable block has an activation.
         padding: "same" pads as TensorFlow does, by the size of the input; "symmetric" as PyTorch does.
         use_batch_norm: Whether batch norm follows each convolution. Without it, every convolution has a bias.
+        fused: Whether the weights come from a network whose batch norms were folded into its convolutions, as
+            `MobileNetPreTrainedModel.fuse` does; `use_batch_norm` is false then, and training warns.
         batch_norm_eps: Added to the variance.
         batch_norm_momentum: Share of a new batch in the running statistics, which is PyTorch's convention: one
             minus TensorFlow's decay. Google trained V1 with 0.0003 and V2 with 0.003 over millions of steps; the
@@ -234,6 +237,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         depthwise_activation: bool = True,
         padding: str = "same",
         use_batch_norm: bool = True,
+        fused: bool = False,
         batch_norm_eps: float = 1e-3,
         batch_norm_momentum: float = 0.1,
         classifier_dropout: float | None = None,
@@ -253,6 +257,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.depthwise_activation = depthwise_activation
         self.padding = padding
         self.use_batch_norm = use_batch_norm
+        self.fused = fused
         self.batch_norm_eps = batch_norm_eps
         self.batch_norm_momentum = batch_norm_momentum
         table = ARCHITECTURES[architecture]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
 )
+from transformers.utils import logging
 
 from .configuration_mobilenet import Block, MobileNetConfig
 
@@ -27,6 +29,8 @@ try:
     from transformers.backbone_utils import BackboneMixin
 except ImportError:  # transformers before 5.2
     from transformers.utils.backbone_utils import BackboneMixin
+
+logger = logging.get_logger(__name__)
 
 
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> int:
@@ -122,6 +126,21 @@ class ConvNormAct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
 
+    def fuse(self) -> None:
+        """Fold the batch norm's running statistics into the convolution's weight and bias, in double precision."""
+        if isinstance(self.norm, nn.Identity):
+            return
+        conv, norm = self.conv, self.norm
+        # Not every device has double precision, the CPU does.
+        weight, mean, variance, scale, shift = (
+            tensor.to("cpu", torch.float64)
+            for tensor in (conv.weight, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        )
+        weight, bias = nn.utils.fuse_conv_bn_weights(weight, None, mean, variance, norm.eps, scale, shift)
+        conv.weight.copy_(weight)
+        conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=conv.weight.requires_grad)
+        self.norm = nn.Identity()
+
 
 class DepthwiseSeparable(GradientCheckpointingLayer):
     """Filter each channel 3x3 (depthwise), then combine channels 1x1 (pointwise).
@@ -205,6 +224,39 @@ class MobileNetPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=0.01)
             init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def fuse(self) -> MobileNetPreTrainedModel:
+        """Fold every batch norm into its convolution, in place: the same answers, faster, from a third of the tensors.
+
+        For inference: the network is put in evaluation mode. It saves and loads as a fused checkpoint. A network that
+        is fused already, or has no batch norm, stays as it is.
+
+        Returns:
+            The network itself.
+        """
+        self.eval()
+        if not self.config.use_batch_norm:
+            return self
+        config = copy.deepcopy(self.config)  # other networks may share it
+        config.use_batch_norm = False
+        config.fused = True
+        for module in self.modules():
+            if isinstance(module, ConvNormAct):
+                module.fuse()
+            elif isinstance(module, MobileNetPreTrainedModel):
+                module.config = config
+        return self
+
+    def train(self, mode: bool = True) -> MobileNetPreTrainedModel:
+        """Set training mode, with a warning where batch norm was folded away."""
+        if mode and self.config.fused:
+            logger.warning_once(
+                "Training a fused network: its batch norms are folded into its convolutions, so nothing normalises "
+                "activations by the batch any more; expect slower and less stable training. Train the checkpoint from "
+                "before fuse(), and fuse the result."
+            )
+        return super().train(mode)
 
     def _prepare(self, pixel_values: Tensor | None, weight: Tensor) -> Tensor:
         """Check a batch of pictures, and lay it out as convolutions like it best: channels last."""

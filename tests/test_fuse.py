@@ -1,0 +1,130 @@
+"""Fusing: batch norm folded into the convolutions, for inference."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import randomize_norms
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+from mobilenet import MobileNetBackbone, MobileNetConfig, MobileNetForImageClassification, MobileNetModel
+
+
+CLASSES = (MobileNetModel, MobileNetForImageClassification, MobileNetBackbone)
+
+
+def network(model_class: type = MobileNetForImageClassification, **config: object) -> nn.Module:
+    return randomize_norms(model_class(MobileNetConfig(num_labels=10, **config))).eval()
+
+
+@torch.no_grad()
+def features(model: nn.Module, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+    """Every tensor that a network returns."""
+    output = model(pixel_values, output_hidden_states=True).to_tuple()
+    return [tensor for value in output for tensor in (value if isinstance(value, tuple) else (value,))]
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v1", "mobilenet_v2"])
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_answers_stay(architecture: str, model_class: type) -> None:
+    model = network(model_class, architecture=architecture, width_multiplier=0.5).double()
+    pictures = torch.randn(2, 3, 65, 94, dtype=torch.float64)
+    before = features(model, pictures)
+    assert model.fuse() is model
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    after = features(model, pictures)
+    assert len(after) == len(before) > 1
+    for ours, expected in zip(after, before, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v1", "mobilenet_v2"])
+def test_answers_stay_in_float32(architecture: str) -> None:
+    model = network(architecture=architecture)
+    pictures = torch.randn(2, 3, 224, 224)
+    (before,) = model(pictures, return_dict=False)
+    (after,) = model.fuse()(pictures, return_dict=False)
+    assert before.std() > 1e-2
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5 * float(before.detach().abs().max()))
+
+
+def test_fold_by_hand() -> None:
+    model = network()
+    unit = model.backbone.stem
+    weight, norm = unit.conv.weight.detach().double(), unit.norm
+    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    bias = norm.bias.double() - norm.running_mean.double() * factor
+    model.fuse()
+    torch.testing.assert_close(unit.conv.weight, (weight * factor[:, None, None, None]).float(), rtol=0, atol=0)
+    torch.testing.assert_close(unit.conv.bias, bias.float(), rtol=0, atol=0)
+    assert unit.conv.bias.requires_grad
+
+
+def test_twice_is_harmless() -> None:
+    model = network().fuse()
+    once = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert model.fuse() is model
+    assert model.state_dict().keys() == once.keys()
+    assert all(torch.equal(tensor, once[name]) for name, tensor in model.state_dict().items())
+
+
+def test_network_without_batch_norm_stays() -> None:
+    model = MobileNetForImageClassification(MobileNetConfig.from_preset("depthwise_separable_plain"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.fuse().state_dict().items())
+    assert not model.config.fused
+
+
+def test_other_networks_of_the_configuration_stay() -> None:
+    config = MobileNetConfig()
+    model, other = MobileNetForImageClassification(config).fuse(), MobileNetForImageClassification(config)
+    assert (model.config.use_batch_norm, model.config.fused) == (False, True)
+    assert model.backbone.config is model.config
+    assert (other.config.use_batch_norm, other.config.fused) == (True, False)
+
+
+def test_saves_and_loads(tmp_path: Path) -> None:
+    model = network()
+    unfused = len(model.state_dict())
+    model.fuse().save_pretrained(tmp_path)
+    loaded, report = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert len(loaded.state_dict()) <= unfused / 2
+    assert (loaded.config.use_batch_norm, loaded.config.fused) == (False, True)
+    pictures = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(loaded(pictures).logits, model(pictures).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_stays(dtype: torch.dtype) -> None:
+    model = network().to(dtype)
+    before = model(torch.randn(1, 3, 64, 64)).logits
+    after = model.fuse()(torch.randn(1, 3, 64, 64)).logits
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {before.dtype} == {after.dtype} == {dtype}
+    assert after.isfinite().all()
+
+
+def test_frozen_weights_stay_frozen() -> None:
+    model = network().requires_grad_(False).fuse()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_training_says_what_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    # It warns once a process.
+    sys.modules[MobileNetModel.__module__].logger.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        network().train()
+        model = network().fuse()
+        assert not model.training
+        assert not caplog.records
+        model.train()
+        model.eval().train()
+    (record,) = caplog.records
+    assert "batch norms are folded" in record.message
+    assert model.training
+    # It trains all the same.
+    model(torch.randn(2, 3, 64, 64), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
