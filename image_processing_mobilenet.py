@@ -8,6 +8,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -492,11 +493,57 @@ def _resize_and_crop(image: Image.Image, options: dict[str, Any]) -> Image.Image
     box = (left, top, left + width, top + height)
     if size == image.size:
         return image.crop(box)
-    if left < 0 or top < 0:
+    if left < 0 or top < 0 or "height" in options["size"]:
         return image.resize(size, options["resample"]).crop(box)
-    across, down = image.width / size[0], image.height / size[1]
-    source = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
-    return image.resize((width, height), options["resample"], box=source)
+    return _resize_box(image, size, box, options["resample"])
+
+
+def _resize_box(
+    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], resample: int
+) -> Image.Image:
+    """Resize a picture to a size of the same shape, and compute of it no more than a box.
+
+    The result equals the resized picture's, but for rare values next to a rounding boundary, which differ by one.
+    """
+    x, y = (_span(image.size[axis], size[axis], box[axis], box[axis + 2]) for axis in (0, 1))
+    # Pillow resizes along one axis, rounds to 8 bits, and then resizes along the other. A picture that keeps its shape
+    # goes across first; a box may not since Pillow 13, which would change a quarter of the values by one.
+    part = image.crop((x.first, y.first, x.last, y.last))
+    part = part.resize((x.stop - x.start, part.height), resample, box=(x.begin, 0, x.end, part.height))
+    part = part.resize((part.width, y.stop - y.start), resample, box=(0, y.begin, part.width, y.end))
+    return part.crop((box[0] - x.start, box[1] - y.start, box[2] - x.start, box[3] - y.start))
+
+
+class _Span(NamedTuple):
+    """Pixels of a resized row, and where they come from."""
+
+    start: int  # among the pixels of the resized row
+    stop: int
+    first: int  # among the pixels of the source
+    last: int
+    begin: float  # the same edges as start and stop, in the source from `first` on
+    end: float
+
+
+@lru_cache(maxsize=1024)  # photographs come in few sizes
+def _span(length: int, resized: int, start: int, stop: int) -> _Span:
+    """The pixels from start to stop of a resized row, and up to 32 more on either side.
+
+    Pillow takes the edges of a box as floats of 32 bits. Where an edge is no such float, every pixel shifts a little,
+    so the edges are moved out to where that error is least, which often is to none.
+    """
+
+    def edge(pixel: int) -> float:
+        return pixel * length / resized
+
+    def error(pixel: int) -> float:
+        return abs(float(np.float32(edge(pixel))) - edge(pixel))
+
+    start = min(range(start, max(start - 33, -1), -1), key=error)
+    stop = min(range(stop, min(stop + 32, resized) + 1), key=error)
+    margin = math.ceil(3 * max(length / resized, 1)) + 1  # no filter reaches further than 3 of the coarser pixels
+    first, last = max(0, int(edge(start)) - margin), min(length, int(edge(stop)) + margin)
+    return _Span(start, stop, first, last, edge(start) - first, edge(stop) - first)
 
 
 def _to_floats(values: np.ndarray, scale: float, options: dict[str, Any]) -> np.ndarray:

@@ -189,3 +189,12 @@ def test_arguments_of_loading_override_and_are_checked(tmp_path):
     MobileNetConfig().save_pretrained(tmp_path)
     config = MobileNetConfig.from_pretrained(tmp_path, output_stride=8, out_indices=[1, 2], num_labels=5)
     assert (config.output_stride, config.out_features, config.num_labels) == (8, ["stage1", "stage2"], 5)
+
+
+def test_fields_are_checked_whenever_they_are_set():
+    config = MobileNetConfig()
+    with pytest.raises(ValueError, match="output_stride must be 8, 16 or 32, got 7"):
+        config.output_stride = 7
+    with pytest.raises(ValueError, match="width_multiplier must be a number above 0 and at most 16, got -1"):
+        config.depth_multiplier = -1
+    assert (config.output_stride, config.width_multiplier) == (32, 1.0)

@@ -491,10 +491,3 @@ def test_bad_pictures_are_named(pictures, got):
     for model in (small(), small().backbone):
         with pytest.raises(ValueError, match=rf"pixel_values must .*, got {got}\."):
             model(pictures)
-
-
-def test_fields_set_after_construction_are_checked():
-    config = MobileNetConfig()
-    config.output_stride = 7
-    with pytest.raises(ValueError, match="output_stride must be 8, 16 or 32, got 7"):
-        MobileNetModel(config)

@@ -1,0 +1,365 @@
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from mobilenet.image_processing_mobilenet import UnreadableImageError, open_image
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from mobilenet import RECIPES, MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def native(**kwargs: object) -> object:
+    """The processor of transformers that uses Pillow."""
+    name = "MobileNetV2ImageProcessorPil"
+    if not hasattr(transformers, name):  # transformers before 5.5
+        name = "MobileNetV2ImageProcessor"
+    return getattr(transformers, name)(**kwargs)
+
+
+def picture(width: int = 60, height: int = 40, mode: str = "RGB") -> Image.Image:
+    """A picture of noise, the same each time."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(noise).convert(mode)
+
+
+def pixels(images: object, processor: MobileNetImageProcessor | None = None, **kwargs: object) -> torch.Tensor:
+    return (processor or MobileNetImageProcessor())(images, return_tensors="pt", **kwargs).pixel_values
+
+
+def raw(images: object, **kwargs: object) -> torch.Tensor:
+    """Pictures in values of 0 to 255, without resizing or cropping."""
+    off = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), False)
+    return pixels(images, **off, **kwargs)
+
+
+def assert_levels(ours: torch.Tensor, theirs: torch.Tensor, one_level: float) -> None:
+    """Equal, but for one level of 255 on at most 1 % of the values.
+
+    The cause: Pillow takes the edges of the crop's box as floats of 32 bits, so that values next to a rounding
+    boundary may fall to the other side.
+    """
+    difference = (ours - theirs).abs()
+    assert difference.max() <= one_level * 1.001
+    assert (difference > 1e-6).float().mean() <= 0.01
+
+
+# Equal to transformers
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_photographs_equal_transformers_under_every_recipe(photographs, name):
+    recipe = RECIPES[name]
+    ours = MobileNetImageProcessor.from_recipe(name)
+    theirs = native(
+        size={"shortest_edge": int(224 / recipe.crop_fraction)},
+        resample=recipe.resample,
+        image_mean=list(recipe.mean),
+        image_std=list(recipe.std),
+    )
+    every = 1 if name == "google" else 15
+    for path in photographs[::every]:
+        image = open_image(path).convert("RGB")
+        expected = theirs(image, return_tensors="pt").pixel_values
+        assert_levels(pixels(image, ours), expected, one_level=1 / 255 / min(recipe.std))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_resize": False},
+        {"do_center_crop": False},
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"do_resize": False, "do_center_crop": False},
+        {"size": {"height": 50, "width": 70}},
+        {"size": {"shortest_edge": 31}, "crop_size": {"height": 20, "width": 90}},
+        {"crop_size": {"height": 33, "width": 21}},
+        {"resample": 0},
+        {"resample": 3},
+        {"image_mean": list(MEAN), "image_std": list(STD)},
+        {"rescale_factor": 1 / 127.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(60, 40), (41, 67), (300, 300)])
+def test_every_switch_works_as_in_transformers(options, size):
+    image = picture(*size)
+    options = {"size": {"shortest_edge": 48}, "crop_size": {"height": 32, "width": 32}, **options}
+    expected = native()(image, return_tensors="pt", **options).pixel_values
+    level = options.get("rescale_factor", 1 / 255) if options.get("do_rescale", True) else 1
+    level /= min(options.get("image_std", [0.5])) if options.get("do_normalize", True) else 1
+    for given in (pixels(image, **options), pixels(image, MobileNetImageProcessor(**options))):
+        assert given.shape == expected.shape
+        assert_levels(given, expected, level)
+
+
+def test_values_by_hand():
+    image = Image.new("RGB", (4, 4), (0, 51, 255))
+    values = pixels(image, size=4, crop_size=4)[0, :, 0, 0]
+    torch.testing.assert_close(values, torch.tensor([-1.0, -0.6, 1.0]))
+    values = pixels(image, size=4, crop_size=4, image_mean=MEAN, image_std=STD)[0, :, 0, 0]
+    torch.testing.assert_close(values, (torch.tensor([0, 0.2, 1]) - torch.tensor(MEAN)) / torch.tensor(STD))
+
+
+# Pictures of every kind
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("1", (2, 2), 1), (255, 255, 255)),
+        (Image.new("L", (2, 2), 100), (100, 100, 100)),
+        (Image.new("LA", (2, 2), (100, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 255)), (255, 0, 0)),
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (0, 0, 0, 128)), (127, 127, 127)),
+        (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), (255, 0, 0)),
+        (Image.new("YCbCr", (2, 2), (128, 128, 128)), (128, 128, 128)),
+        (Image.new("HSV", (2, 2), (0, 0, 77)), (77, 77, 77)),
+        (Image.new("I;16", (2, 2), 257 * 9), (9, 9, 9)),
+        (Image.new("I", (2, 2), 65535), (255, 255, 255)),
+        (Image.new("I", (2, 2), 200), (200, 200, 200)),
+        (Image.new("F", (2, 2), 0.2), (51, 51, 51)),
+        (Image.new("F", (2, 2), 51.0), (51, 51, 51)),
+    ],
+    ids=lambda value: getattr(value, "mode", ""),
+)
+def test_pillow_pictures_of_every_mode(image, expected):
+    assert raw(image)[0, :, 0, 0].tolist() == list(expected)
+
+
+def test_palettes_with_and_without_transparency():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    assert raw(image)[0, :, 0].T.tolist() == [[10, 20, 30], [40, 50, 60]]
+    image.info["transparency"] = 1
+    assert raw(image)[0, :, 0].T.tolist() == [[10, 20, 30], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("make", [np.array, lambda image: torch.from_numpy(np.array(image))], ids=["numpy", "torch"])
+def test_arrays_in_either_layout_equal_the_picture(make):
+    image = picture()
+    expected = pixels(image)
+    array = make(image)
+    first = array.transpose(2, 0, 1) if isinstance(array, np.ndarray) else array.permute(2, 0, 1)
+    for given in (array, first, array[None], first[None], [array, first], [[array], [first]]):
+        for values in pixels(given):
+            assert torch.equal(values, expected[0])
+
+
+def test_floats_in_either_range_equal_the_picture():
+    image = picture()
+    array = np.array(image)
+    unit = (array / 255).astype(np.float32)
+    options = {"do_resize": False, "crop_size": 32}
+    expected = pixels(image, **options)
+    for given in (array.astype(np.float32), unit, torch.from_numpy(unit), unit.astype(np.float64)):
+        torch.testing.assert_close(pixels(given, **options), expected, rtol=0, atol=1e-6)
+    half = pixels(torch.from_numpy(unit).bfloat16(), **options)
+    torch.testing.assert_close(half, expected, rtol=0, atol=0.01)
+
+
+def test_floats_are_resized_without_rounding():
+    image = picture(300, 200)
+    floats = pixels(np.array(image) / 255)
+    assert 1e-4 < (floats - pixels(image)).abs().max() <= 1.01 / 127.5
+
+
+def test_floats_keep_their_units_without_rescaling():
+    unit = np.full((8, 8, 3), 0.25, np.float32)
+    assert raw(unit).unique().tolist() == [0.25]
+    assert raw(unit * 255).unique().tolist() == [63.75]
+
+
+def test_alpha_of_arrays_shows_white():
+    array = np.zeros((4, 4, 4), np.uint8)
+    assert raw(array).unique().tolist() == [255]
+    assert raw(array / 1.0).unique().tolist() == [1.0]
+
+
+def test_layout_can_be_said_where_it_cannot_be_seen():
+    array = np.zeros((3, 8, 3), np.uint8)
+    assert raw(array).shape == (1, 3, 8, 3)
+    assert raw(array, input_data_format="channels_last").shape == (1, 3, 3, 8)
+
+
+def test_grayscale_can_stay_grayscale():
+    processor = MobileNetImageProcessor(do_convert_rgb=False, image_mean=0.5, image_std=0.5)
+    for image in (picture(mode="L"), np.array(picture(mode="L")), np.array(picture(mode="L"))[None]):
+        assert pixels(image, processor).shape == (1, 1, 224, 224)
+    model = MobileNetForImageClassification(MobileNetConfig(num_channels=1)).eval()
+    assert model(pixels(picture(mode="L"), processor)).logits.shape == (1, 2)
+
+
+def test_files_are_turned_upright(tmp_path):
+    image = picture(60, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    image.save(tmp_path / "on its side.png", exif=exif)
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    expected = pixels(upright)
+    for source in (
+        tmp_path / "on its side.png",
+        str(tmp_path / "on its side.png"),
+        (tmp_path / "on its side.png").read_bytes(),
+    ):
+        assert torch.equal(pixels(source), expected)
+
+
+def test_urls_are_fetched(tmp_path, serve):
+    picture().save(tmp_path / "noise.png")
+    assert torch.equal(pixels(f"{serve(tmp_path)}/noise.png"), pixels(picture()))
+    with pytest.raises(UnreadableImageError, match=r"missing\.png: cannot be downloaded: .*404"):
+        pixels(f"{serve(tmp_path)}/missing.png")
+
+
+def test_a_photograph_of_grayscale_and_one_of_colour_make_a_batch(photographs):
+    gray = next(path for path in photographs if open_image(path).mode == "L")
+    values = pixels([gray, photographs[0], str(photographs[1])])
+    assert values.shape == (3, 3, 224, 224)
+
+
+# What comes out
+
+
+def test_tensors_are_channels_last_without_a_copy():
+    values = pixels([picture(), picture(50, 70)])
+    assert values.shape == (2, 3, 224, 224)
+    assert values.dtype == torch.float32
+    assert values.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_formats_of_the_result():
+    processor, image = MobileNetImageProcessor(), picture()
+    assert processor(image).pixel_values[0].shape == (3, 224, 224)
+    assert isinstance(processor(image, return_tensors="np").pixel_values, np.ndarray)
+    last = processor(image, return_tensors="pt", data_format="channels_last").pixel_values
+    assert torch.equal(last.permute(0, 3, 1, 2), pixels(image))
+    assert pixels(image, device="meta").device.type == "meta"
+    shapes = [p.shape for p in processor([image, picture(50, 70)], do_resize=False, do_center_crop=False).pixel_values]
+    assert shapes == [(3, 40, 60), (3, 70, 50)]
+
+
+def test_input_is_not_changed():
+    array = np.array(picture())
+    before = array.copy()
+    raw(array)
+    pixels(array)
+    assert np.array_equal(array, before)
+
+
+def test_survives_saving(tmp_path):
+    processor = MobileNetImageProcessor.from_recipe("timm", 160, do_convert_rgb=False)
+    processor.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved["auto_map"] == {"AutoImageProcessor": "image_processing_mobilenet.MobileNetImageProcessor"}
+    assert saved["size"] == {"shortest_edge": 182}
+    assert (tmp_path / "image_processing_mobilenet.py").is_file()
+    MobileNetConfig().save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=False)
+    assert {**loaded.to_dict(), "auto_map": None} == {**processor.to_dict(), "auto_map": None}
+    assert torch.equal(pixels(picture(), loaded), pixels(picture(), processor))
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "shortest_edge"),
+    # The preprocessor_config.json of Google's repositories say 146 for 128 pixels, and 219 for 192.
+    [("google", 128, 146), ("google", 192, 219), ("google", 224, 256), ("torchvision_v2", 224, 232)],
+)
+def test_recipes_scale_with_the_image_size(name, image_size, shortest_edge):
+    processor = MobileNetImageProcessor.from_recipe(name, image_size)
+    assert processor.size == {"shortest_edge": shortest_edge}
+    assert processor.crop_size == {"height": image_size, "width": image_size}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": {"width": 3}}, r"size must be an integer, \(height, width\), .*, got \{'width': 3\}"),
+        ({"size": "big"}, "size must be an integer"),
+        ({"size": 0}, "size must be made of integers from 1 to 65536, got 0"),
+        ({"crop_size": {"shortest_edge": 3}}, "crop_size must be an integer"),
+        ({"crop_size": 1 << 30}, "crop_size must be made of integers from 1 to 65536"),
+        ({"resample": 17}, r"resample must be one of 0 \(nearest\), .*, got 17"),
+        ({"do_resize": "yes"}, "do_resize must be true or false, got 'yes'"),
+        ({"rescale_factor": 0}, "rescale_factor must be a number above 0, got 0"),
+        ({"image_std": [0.5, 0, 0.5]}, "image_std must be above 0"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "image_mean must be a number, or one for each channel"),
+        ({"image_mean": [0.1, 0.2]}, "image_mean must have one number, or one for each of 3 channels"),
+    ],
+)
+def test_bad_options_name_option_allowed_values_and_value(options, message):
+    with pytest.raises(ValueError, match=message):
+        pixels(picture(), **options)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "at least one picture"),
+        (np.zeros(5), r"2 or 3 dimensions, or batches of 4, got shape \(5,\)"),
+        (np.zeros((5, 5, 7), np.uint8), r"1, 3 or 4 channels, got shape \(5, 5, 7\)"),
+        (np.zeros((0, 5, 3), np.uint8), r"must not be empty, got shape \(0, 5, 3\)"),
+        (np.full((5, 5, 3), 300), "from 0 to 255, got 300 to 300"),
+        (np.full((5, 5, 3), -1.0), "from 0 to 1 or from 0 to 255, got -1.0 to -1.0"),
+        (np.full((5, 5, 3), np.nan), "from 0 to 1 or from 0 to 255, got nan to nan"),
+        (np.full((5, 5, 3), "a"), "an array must be of integers or floats"),
+        (Image.new("I", (2, 2), 70000), "from 0 to 65535, got 70000 to 70000"),
+    ],
+)
+def test_bad_pictures_are_named(images, message):
+    with pytest.raises(ValueError, match=message):
+        pixels(images)
+
+
+def test_other_things_are_no_pictures():
+    with pytest.raises(TypeError, match=r"images must be Pillow pictures, .*, got int"):
+        pixels(7)
+    with pytest.raises(TypeError, match="unknown option do_flip; known are do_convert_rgb, "):
+        pixels(picture(), do_flip=True)
+
+
+def test_pictures_of_different_sizes_make_no_tensor():
+    with pytest.raises(ValueError, match=r"one shape to make one tensor, got \(40, 60, 3\), \(70, 50, 3\)"):
+        raw([picture(), picture(50, 70)])
+
+
+def test_broken_files_are_named(tmp_path):
+    picture().save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "empty.jpg").touch()
+    for name, reason in [
+        ("cut.png", "cannot be decoded"),
+        ("text.jpg", "not a picture"),
+        ("empty.jpg", "not a picture"),
+        ("none.jpg", "no such file"),
+    ]:
+        with pytest.raises(UnreadableImageError, match=rf"{name}: {reason}"):
+            open_image(tmp_path / name)
+    with pytest.raises(UnreadableImageError, match="cannot be decoded"):
+        open_image(tmp_path)
+
+
+def test_a_decompression_bomb_is_refused():
+    data = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(data, "PNG")
+    with pytest.raises(UnreadableImageError, match=r"20000x20000 is over 178956970 pixels|cannot be decoded"):
+        open_image(data.getvalue())
+
+
+def test_unknown_recipe_lists_those_that_exist():
+    with pytest.raises(ValueError, match=r"name must be one of google, .*, got 'none'"):
+        MobileNetImageProcessor.from_recipe("none")
