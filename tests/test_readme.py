@@ -1,0 +1,39 @@
+"""The README's snippets run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+from mobilenet.convert_checkpoint import convert
+from PIL import Image
+
+
+README = Path(__file__).parents[1] / "README.md"
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader of the README stands: a converted model, and a photograph."""
+    folder = tmp_path_factory.mktemp("readme")
+    convert(str(data / "checkpoints" / "google_mobilenet_v2_1.0_224"), folder / "my-mobilenet", verify=False)
+    with Image.open(data / "images" / "000000039769.png") as image:
+        image.save(folder / "photo.jpg", quality=95)
+    return folder
+
+
+def test_there_are_snippets():
+    assert len(SNIPPETS) >= 4
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # the Trainer's default, without a GPU
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_snippets_run(snippet, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    with Image.open("photo.jpg") as image:
+        names = {"dataset": [{"image": image.copy(), "label": label} for label in range(4)]}
+    exec(compile(snippet, "README.md", "exec"), names)
+    if "print(" in snippet:
+        assert "tabby" in capsys.readouterr().out
+    if "maps" in names:
+        assert [tuple(m.shape[-2:]) for m in names["maps"]] == [(56, 56), (28, 28), (14, 14), (7, 7)]
