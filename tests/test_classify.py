@@ -151,7 +151,7 @@ def scores(model: Path, picture: Path) -> dict[str, float]:
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_json_gives_the_networks_answers(model, pictures, batch_size):
     result = run(pictures, "--model", model, "--json", "--top-k", 3, "--batch-size", batch_size)
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "Engine: torch\n")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["file"] for line in lines] == [str(pictures / name) for name in FOUND]
     for line in lines:
@@ -219,7 +219,8 @@ def test_a_broken_picture_is_reported_and_the_rest_goes_on(model, pictures, tmp_
     assert result.exit_code == 1
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert ["error" in line for line in lines] == [False, True, True, True, False]
-    messages = result.stderr.splitlines()
+    engine, *messages = result.stderr.splitlines()
+    assert engine == "Engine: torch"
     assert len(messages) == 3
     assert messages[0].startswith(f"{broken}: cannot be decoded: ")
     assert messages[1] == "missing.png: no such file"
@@ -230,7 +231,7 @@ def test_a_broken_picture_is_reported_and_the_rest_goes_on(model, pictures, tmp_
 def test_only_broken_pictures(model, tmp_path):
     result = run(tmp_path / "a", tmp_path / "b", "--model", model)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert len(result.stderr.splitlines()) == 2
+    assert len(result.stderr.splitlines()) == 1 + 2
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
@@ -238,7 +239,7 @@ def test_a_pipe_does_not_hang(model, tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     result = run(tmp_path, "--model", model)
     assert result.exit_code == 1
-    assert result.stderr == f"{tmp_path / 'pipe.jpg'}: not a regular file\n"
+    assert f"{tmp_path / 'pipe.jpg'}: not a regular file\n" in result.stderr
 
 
 @pytest.fixture
@@ -298,8 +299,9 @@ def test_scores_are_those_of_the_pipeline(tmp_path, pictures, options, score):
         expected = score(network(**processor(images=name, return_tensors="pt")).logits)[0].sort(descending=True).values
     predictions = json.loads(run(name, "--model", tmp_path, "--json").stdout)["predictions"]
     np.testing.assert_allclose([p["score"] for p in predictions], expected[:5], atol=2e-6)
-    peer = pipeline("image-classification", model=network, image_processor=processor, trust_remote_code=False)
-    np.testing.assert_allclose([p["score"] for p in predictions], [p["score"] for p in peer(name)], atol=2e-6)
+    if options["problem_type"] != "regression":  # where the pipeline of transformers 4.57 applies softmax
+        peer = pipeline("image-classification", model=network, image_processor=processor, trust_remote_code=False)
+        np.testing.assert_allclose([p["score"] for p in predictions], [p["score"] for p in peer(name)], atol=2e-6)
     table = run(name, "--model", tmp_path).stdout
     assert ("%" in table) == (options["problem_type"] != "regression")
 
@@ -325,7 +327,7 @@ def test_pictures_stream(model, pictures):
     ],
 )
 def test_usage_errors(monkeypatch, arguments, message):
-    monkeypatch.setattr("mobilenet.classify.default_model", lambda: None)
+    monkeypatch.setattr("mobilenet.cli.default_model", lambda: None)
     result = run(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
