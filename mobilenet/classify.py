@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from enum import Enum
 from itertools import groupby, islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,7 +30,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from .configuration_mobilenet import MobileNetConfig
 
@@ -40,7 +41,22 @@ EXTENSIONS = (
     *(".tga", ".tif", ".tiff", ".webp"),
 )
 
-TABLE, JSON, CSV = "table", "json", "csv"
+
+class Layout(str, Enum):
+    """How results are printed."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+
+
+class Engine(str, Enum):
+    """What runs the network. All but torch run what `mobilenet export` writes."""
+
+    AUTO = "auto"  # what the model was exported for, or else torch
+    TORCH = "torch"
+    ONNX = "onnx"
+    OPENVINO = "openvino"
 
 
 class Picture(NamedTuple):
@@ -70,6 +86,7 @@ class Result(NamedTuple):
 class Classifier(NamedTuple):
     """A model with what it takes to use it."""
 
+    engine: Engine
     read: Callable[[str], Tensor]  # from a path or URL to pixels of shape (1, C, H, W)
     network: Callable[[Tensor], Tensor]  # from pixels of shape (B, C, H, W) to scores of shape (B, labels)
     labels: list[str]
@@ -89,19 +106,20 @@ _LOADING_ERRORS = (
 )
 
 
-def load(model: str, revision: str | None = None) -> Classifier:
+def load(model: str, revision: str | None = None, engine: str = Engine.AUTO) -> Classifier:
     """Load a model and its image processor from a folder or a Hub id. Code that comes with them does not run.
 
     Raises:
-        ValueError: There is no such model, it is broken, it is no MobileNet, or its weights do not fit its
-            configuration.
+        ImportError: The engine is not installed.
+        ValueError: There is no such model, it is broken, it is no MobileNet, its weights do not fit its
+            configuration, or it was not exported for the engine.
     """
     if not os.path.isdir(model):
         _check_hub_id(model)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        return _load(model, {"revision": revision or "main", "trust_remote_code": False})
+        return _load(model, revision or "main", Engine(engine))
     except _LOADING_ERRORS as error:
         raise ValueError(f"{model} cannot be loaded: {str(error) or type(error).__name__}") from error
 
@@ -117,7 +135,8 @@ def _check_hub_id(model: str) -> None:
         raise ValueError(f"model must be a folder or a Hub id, got {model!r}.")
 
 
-def _load(model: str, options: dict[str, Any]) -> Classifier:
+def _load(model: str, revision: str, engine: Engine) -> Classifier:
+    options = {"revision": revision, "trust_remote_code": False}
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "config.json")):
         raise FileNotFoundError("it holds no config.json.")  # transformers would guess by the folder's name
     config = AutoConfig.from_pretrained(model, **options)
@@ -126,6 +145,32 @@ def _load(model: str, options: dict[str, Any]) -> Classifier:
     if config.num_labels < 1:
         raise ValueError(f"num_labels must be at least 1, got {config.num_labels}.")
     processor = AutoImageProcessor.from_pretrained(model, **options)
+    exported_for = _exported_for(model, revision)
+    if engine is Engine.AUTO:
+        engine = Engine.TORCH if exported_for is None else exported_for
+    if engine is Engine.TORCH:
+        network = _load_weights(model, config, options)
+    elif engine is exported_for:
+        network = _load_export(model, engine, options)
+    else:
+        exports = "no engine" if exported_for is None else exported_for.value
+        raise ValueError(f"it was exported for {exports}, not for {engine.value}.")
+    score = _score_function(config)
+
+    @torch.inference_mode()
+    def run_network(pixels: Tensor) -> Tensor:
+        return score(network(pixel_values=pixels).logits)
+
+    return Classifier(
+        engine=engine,
+        read=lambda name: processor(images=name, return_tensors="pt")["pixel_values"],
+        network=run_network,
+        labels=[str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)],
+        gives_probabilities=config.problem_type != "regression",
+    )
+
+
+def _load_weights(model: str, config: MobileNetConfig, options: dict[str, Any]) -> Callable[..., Any]:
     network, report = AutoModelForImageClassification.from_pretrained(
         model,
         config=config,
@@ -139,18 +184,37 @@ def _load(model: str, options: dict[str, Any]) -> Classifier:
     if wrong := sorted({*report["missing_keys"], *mismatched}):
         others = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"it lacks weights of the right shape for {', '.join(wrong[:3])}{others}.")
-    score = _score_function(config)
+    return network.fuse()
 
-    @torch.inference_mode()
-    def run_network(pixels: Tensor) -> Tensor:
-        return score(network(pixels).logits)
 
-    return Classifier(
-        read=lambda name: processor(images=name, return_tensors="pt")["pixel_values"],
-        network=run_network,
-        labels=[str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)],
-        gives_probabilities=config.problem_type != "regression",
-    )
+def _exported_for(model: str, revision: str) -> Engine | None:
+    """The engine that a model was exported for; None if it was not."""
+    manifest = cached_file(model, "export.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if manifest is None:
+        return None
+    name = json.loads(Path(manifest).read_text(encoding="utf-8"))["export_format"]
+    if name not in (Engine.ONNX, Engine.OPENVINO):
+        raise ValueError(f"it must be exported for onnx or openvino, got {name}.")
+    return Engine(name)
+
+
+def _load_export(model: str, engine: Engine, options: dict[str, Any]) -> Callable[..., Any]:
+    try:
+        from transformers.exporters import ExportedModel
+    except ImportError as error:
+        raise ImportError(
+            f"engine {engine.value} needs transformers.exporters: pip install 'transformers>=5.23'"
+        ) from error
+    if engine is Engine.OPENVINO:
+        return ExportedModel.from_pretrained(model, device="cpu", **options)
+    try:
+        from onnxruntime import SessionOptions
+    except ImportError as error:
+        raise ImportError("engine onnx needs onnxruntime: pip install onnxruntime") from error
+    settings = SessionOptions()
+    # Threads that wait for work by spinning would take the processor from those that read pictures.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ExportedModel.from_pretrained(model, device="cpu", session_options=settings, **options)
 
 
 def _score_function(config: MobileNetConfig) -> Callable[[Tensor], Tensor]:
@@ -254,10 +318,12 @@ def _predict(pixels: Tensor, classifier: Classifier, top_k: int) -> list[list[Pr
     ]
 
 
-def run(names: list[str], classifier: Classifier, layout: str = TABLE, top_k: int = 5, batch_size: int = 32) -> int:
+def run(
+    names: list[str], classifier: Classifier, layout: Layout = Layout.TABLE, top_k: int = 5, batch_size: int = 32
+) -> int:
     """Classify what names stand for, print results on stdout and failures on stderr, and count the failures."""
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-    write = {TABLE: _table_writer, JSON: _json_writer, CSV: _csv_writer}[layout](out, classifier)
+    write = {Layout.TABLE: _table_writer, Layout.JSON: _json_writer, Layout.CSV: _csv_writer}[layout](out, classifier)
     failures = 0
     # The bar and what is printed above it must go through one console, to stay out of each other's way.
     screen = out if out.is_terminal else err

@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from .classify import Engine, Layout, clean, default_model, load, run
+
+
+# Subcommands that bring their own options: module and function.
+MODULES = {
+    "convert": ("convert_checkpoint", "command"),
+}
+
 
 class Group(TyperGroup):
-    """Subcommands whose expected errors end as one line on stderr and exit code 1."""
+    """Subcommands, of which those in MODULES are imported when they are named."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """List the names of all subcommands."""
+        return [*dict.fromkeys([*super().list_commands(ctx), *MODULES])]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Find a subcommand by its name."""
+        if cmd_name in MODULES and cmd_name not in self.commands:
+            module, function = MODULES[cmd_name]
+            single = typer.Typer(add_completion=False)
+            single.command(cmd_name)(getattr(import_module(f".{module}", __package__), function))
+            self.commands[cmd_name] = typer.main.get_command(single)
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a subcommand."""
+        """Run a subcommand, and end an expected error as one line on stderr and exit code 1."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            # As the system would: at once, without waiting for threads, and so that a shell's loop ends too.
+            sys.stdout.flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
         except BrokenPipeError:
             raise  # whoever read the output has seen enough: typer ends quietly
         except (OSError, ValueError, ImportError) as error:
-            from .classify import clean
-
             typer.echo(f"Error: {clean(' '.join(str(error).split()))}", err=True)
             raise typer.Exit(1) from error
 
@@ -63,27 +90,29 @@ def classify(
         str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Labels for each picture.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each picture.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print a CSV row for each label.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one for each picture.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a row for each label of a picture.")] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="What runs the network: what the model was exported for, or torch.")
+    ] = Engine.AUTO,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures that the network sees at once.")] = 32,
 ) -> None:
     """Name what pictures show. No code that comes with a model is run.
 
     A picture that cannot be read is reported on stderr, and the rest goes on; the exit code is then 1.
 
-    With --json, each picture gives one line: {"file", "predictions": [{"label", "index", "score"}]}, or
-    {"file", "error"}. With --csv, the columns are file, rank, index, label, score.
+    --json prints an object a line, with file, and predictions (of label, index and score) or error. --csv prints the
+    columns file, rank, index, label and score.
     """
-    from . import classify
-
     if as_json and as_csv:
         raise typer.BadParameter("--json and --csv exclude each other.")
-    model = model or classify.default_model()
+    model = model or default_model()
     if model is None:
         raise typer.BadParameter("name a folder or a Hub id: there is no default model.", param_hint="--model")
-    layout = classify.JSON if as_json else classify.CSV if as_csv else classify.TABLE
-    classifier = classify.load(model, revision=revision)
-    if classify.run(pictures, classifier, layout=layout, top_k=top_k, batch_size=batch_size):
+    layout = Layout.JSON if as_json else Layout.CSV if as_csv else Layout.TABLE
+    classifier = load(model, revision=revision, engine=engine)
+    typer.echo(f"Engine: {classifier.engine.value}", err=True)
+    if run(pictures, classifier, layout=layout, top_k=top_k, batch_size=batch_size):
         raise typer.Exit(1)
 
 

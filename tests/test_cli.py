@@ -15,7 +15,7 @@ def run(*arguments: str) -> Result:
 def test_help_names_every_command():
     result = run("--help")
     assert result.exit_code == 0
-    assert "classify" in result.stdout
+    assert {"classify", "convert"} <= set(result.stdout.split())
 
 
 def test_version():
@@ -43,7 +43,7 @@ def test_an_expected_error_is_one_line_on_stderr(monkeypatch, error, line):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("mobilenet.classify.load", fail)
+    monkeypatch.setattr("mobilenet.cli.load", fail)
     result = run("classify", "x.jpg", "--model", "m")
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -54,5 +54,5 @@ def test_a_fault_of_the_program_itself_keeps_its_traceback(monkeypatch):
     def fail(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("mobilenet.classify.load", fail)
+    monkeypatch.setattr("mobilenet.cli.load", fail)
     assert isinstance(run("classify", "x.jpg", "--model", "m").exception, ZeroDivisionError)
