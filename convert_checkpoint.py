@@ -18,20 +18,21 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from mobilenet.configuration_mobilenet import MobileNetConfig
+from mobilenet.image_processing_mobilenet import RECIPES
+from mobilenet.modeling_mobilenet import MobileNetForImageClassification
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from mobilenet.configuration_mobilenet import MobileNetConfig
+from mobilenet.classify import clean
 from mobilenet.conversion import Checkpoint, ConversionError, Options, read_source
 from mobilenet.conversion.card import write_card
 from mobilenet.conversion.labels import known, read_labels
 from mobilenet.conversion.names import rename
 from mobilenet.conversion.proof import BATCH, Comparison, draw_pictures, find_pictures, prove
 from mobilenet.conversion.unfold import unfold_batch_norm
-from mobilenet.image_processing_mobilenet import RECIPES
-from mobilenet.modeling_mobilenet import MobileNetForImageClassification
 
 
 UNFOLDED = (
@@ -265,14 +266,14 @@ def command(
     """Convert a MobileNet into a repository for transformers, and prove that it is the same network.
 
     \b
-    SOURCE may be
-      google/mobilenet_v2_1.0_224            a Hub id, or a folder, of transformers' own V1 and V2
-      timm/mobilenetv2_100.ra_in1k           a Hub id, a folder, or a .safetensors or .pth file of timm
-      MobileNet_V2_Weights.IMAGENET1K_V2     torchvision's weights by name, or mobilenet_v2-7ebf99e0.pth
-      network.pth                            the plain depthwise separable network of courses
-      mobilenet_v1_1.0_224.tgz               slim's archive, or mobilenet_v1_1.0_224.ckpt (needs tensorflow)
-      mobilenet_1_0_224_tf.h5                Keras: .h5, .weights.h5, .keras (needs h5py)
-      mobilenet_v2_1.0_224_quant.tflite      TFLite, float or quantized (needs ai-edge-litert)
+    SOURCE is one of
+      google/mobilenet_v2_1.0_224         Hub id or folder of transformers' own
+      timm/mobilenetv2_100.ra_in1k        Hub id, folder, .safetensors or .pth
+      MobileNet_V2_Weights.IMAGENET1K_V2  torchvision's name, or its .pth
+      network.pth                         the plain network of courses
+      mobilenet_v1_1.0_224.tgz            slim: archive or .ckpt (tensorflow)
+      mobilenet_1_0_224_tf.h5             Keras: .h5, .weights.h5, .keras (h5py)
+      mobilenet_v2_1.0_224_quant.tflite   TFLite, any bits (ai-edge-litert)
     """
     signal.signal(signal.SIGTERM, _stop)
     logging.disable_progress_bar()  # one bar is enough
@@ -291,7 +292,7 @@ def command(
             overwrite=overwrite,
         )
     except (OSError, ValueError, ImportError) as error:
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"Error: {clean(' '.join(str(error).split()))}", err=True)
         raise typer.Exit(1) from error
     console = Console()
     if comparisons:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from . import convert_checkpoint
+
 
 class Group(TyperGroup):
     """Subcommands whose expected errors end as one line on stderr and exit code 1."""
@@ -85,6 +87,9 @@ def classify(
     classifier = classify.load(model, revision=revision)
     if classify.run(pictures, classifier, layout=layout, top_k=top_k, batch_size=batch_size):
         raise typer.Exit(1)
+
+
+app.command("convert")(convert_checkpoint.command)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from oracles import logits
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
@@ -19,7 +20,6 @@ import convert_checkpoint
 from convert_checkpoint import build, convert
 from mobilenet import MobileNetForImageClassification
 from mobilenet.conversion import ConversionError, from_google, read_source
-from oracles import logits
 
 
 GOOGLE = {

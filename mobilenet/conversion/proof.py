@@ -18,13 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mobilenet.classify import EXTENSIONS
+
 from .checkpoint import Checkpoint, Oracle
 from .names import ConversionError
 from .progress import status, track
 
 
 BATCH = 16
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 class Comparison(NamedTuple):
@@ -200,7 +201,7 @@ def find_pictures(folder: Path) -> list[str]:
     Raises:
         ConversionError: There is none.
     """
-    found = sorted(str(path.absolute()) for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    found = sorted(str(path.absolute()) for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
     if not found:
         raise ConversionError(f"--verify-on must be a folder of pictures, got {folder}, which holds none.")
     return found
