@@ -6,6 +6,7 @@ python convert_checkpoint.py google/mobilenet_v2_1.0_224 my-mobilenet
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -13,20 +14,33 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from mobilenet.configuration_mobilenet import MobileNetConfig
+from mobilenet.image_processing_mobilenet import RECIPES
 from mobilenet.modeling_mobilenet import MobileNetForImageClassification
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers.utils import logging
 
-from mobilenet.conversion import Checkpoint, ConversionError, read_source
+from mobilenet.classify import clean
+from mobilenet.conversion import Checkpoint, ConversionError, Options, read_source
 from mobilenet.conversion.card import write_card
+from mobilenet.conversion.labels import known, read_labels
 from mobilenet.conversion.names import rename
-from mobilenet.conversion.proof import Comparison, draw_pictures, find_pictures, prove
+from mobilenet.conversion.proof import BATCH, Comparison, draw_pictures, find_pictures, prove
+from mobilenet.conversion.unfold import unfold_batch_norm
+
+
+UNFOLDED = (
+    "The source comes with its batch norms folded. They were put back, so that it can be fine-tuned; what the network "
+    "computes is the same."
+)
+# Statistics of unfolded batch norms settle with fewer pictures than this.
+MAX_STATISTICS = 256
 
 
 def convert(
@@ -34,7 +48,11 @@ def convert(
     output: str | os.PathLike,
     *,
     revision: str | None = None,
+    recipe: str | None = None,
+    image_size: int | None = None,
+    labels: str | None = None,
     drop_background: bool = False,
+    unfold: bool = False,
     verify: bool = True,
     verify_on: str | os.PathLike | None = None,
     overwrite: bool = False,
@@ -42,12 +60,18 @@ def convert(
     """Convert a checkpoint into a repository for transformers.
 
     Args:
-        source: Path or Hub id.
+        source: Path, Hub id, or the name of published weights of torchvision.
         output: Folder to write. It appears complete or not at all.
         revision: Branch, tag or commit of a Hub id.
+        recipe: Preprocessing, a key of RECIPES; by default, what the source records, or its publisher's recipe.
+        image_size: Side of the pictures in pixels; by default, what the source records, or 224.
+        labels: File of labels, "imagenet" or "imagenet-background"; by default, the source's own, or those of
+            ImageNet for 1000 and 1001 classes.
         drop_background: Whether to leave out class 0, "background", so that ImageNet's classes count from 0.
+        unfold: Whether to put batch norms back into a network that comes folded, so that it can be fine-tuned.
         verify: Whether to load the result back and compare it with the source's own runtime.
-        verify_on: Folder of pictures to compare on; by default, synthetic ones.
+        verify_on: Folder of pictures to compare on, and to take the statistics of unfolded batch norms from; by
+            default, synthetic ones.
         overwrite: Whether to replace a repository that exists.
 
     Returns:
@@ -55,26 +79,59 @@ def convert(
 
     Raises:
         ConversionError: The source cannot be read or converted, or the result is another network.
+        ImportError: The reader of the source is not installed.
     """
-    with staged(Path(output), overwrite) as folder:
-        origin, checkpoint = read_source(source, revision)
+    with staged(Path(output), overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
+        pictures = find_pictures(Path(verify_on)) if verify_on else draw_pictures(Path(scratch))
+        origin, checkpoint = read_source(source, revision, Options(recipe, image_size))
+        choose_labels(checkpoint, labels)
         model = build(checkpoint, origin.given)
+        if unfold:
+            starts = range(0, min(len(pictures), MAX_STATISTICS), BATCH)
+            process = checkpoint.processor
+            model = unfold_batch_norm(
+                model, (process(pictures[i : i + BATCH], return_tensors="pt").pixel_values for i in starts)
+            )
+            checkpoint.notes.append(UNFOLDED)
         if drop_background:
-            leave_out_background(model)
+            leave_out_background(model, checkpoint.quantization)
+        write(folder, model, checkpoint)
+        comparisons, caveats = [], ["Not verified: converted with `--no-verify`."]
+        if verify:
+            classes = slice(1 if drop_background else 0, None)
+            comparisons, caveats = prove(folder, model, checkpoint, pictures, classes)
+        write_card(model.config, origin, checkpoint, comparisons, caveats).save(folder / "README.md")
+    return comparisons
+
+
+def write(folder: Path, model: MobileNetForImageClassification, checkpoint: Checkpoint) -> None:
+    """Write everything but the card.
+
+    Raises:
+        ConversionError: The disk is full, or does not let us write.
+    """
+    try:
         model.save_pretrained(folder)
         # safetensors lets nobody else read what it writes.
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
         checkpoint.processor.save_pretrained(folder)
-        for name, text in checkpoint.extra_files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        comparisons, caveats = [], ["Not verified: converted with `--no-verify`."]
-        if verify:
-            with tempfile.TemporaryDirectory() as scratch:
-                pictures = find_pictures(Path(verify_on)) if verify_on else draw_pictures(Path(scratch))
-                classes = slice(1 if drop_background else 0, None)
-                comparisons, caveats = prove(folder, model, checkpoint, pictures, classes)
-        write_card(model.config, origin, checkpoint, comparisons, caveats).save(folder / "README.md")
-    return comparisons
+        if checkpoint.quantization:
+            (folder / "quantization.json").write_text(json.dumps(checkpoint.quantization), encoding="utf-8")
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{folder.name} cannot be written: {error}") from error
+
+
+def choose_labels(checkpoint: Checkpoint, labels: str | None) -> None:
+    """Give a checkpoint the labels that a user wants; or its own; or, by their number, those it probably has."""
+    count = checkpoint.config["num_labels"]
+    if labels:
+        checkpoint.labels = read_labels(labels, count)
+    elif not checkpoint.labels:
+        checkpoint.labels = known(count)
+        guess = (
+            f"the labels are those of ImageNet, since there are {count}" if checkpoint.labels else "labels are numbers"
+        )
+        checkpoint.notes.append(f"The source does not name its classes: {guess}.")
 
 
 def build(checkpoint: Checkpoint, origin: str) -> MobileNetForImageClassification:
@@ -83,7 +140,10 @@ def build(checkpoint: Checkpoint, origin: str) -> MobileNetForImageClassificatio
     Raises:
         ConversionError: The tensors are not those of such a network.
     """
-    config = MobileNetConfig(**checkpoint.config)
+    try:
+        config = MobileNetConfig(**checkpoint.config)
+    except ValueError as error:
+        raise ConversionError(f"{origin}: {error}") from error
     if checkpoint.labels:
         name_classes(config, checkpoint.labels)
     model = MobileNetForImageClassification(config).eval()
@@ -99,8 +159,8 @@ def name_classes(config: MobileNetConfig, labels: list[str]) -> None:
 
 
 @torch.no_grad()
-def leave_out_background(model: MobileNetForImageClassification) -> None:
-    """Take class 0 out of the classifier and of the labels.
+def leave_out_background(model: MobileNetForImageClassification, quantization: dict[str, Any] | None) -> None:
+    """Take class 0 out of the classifier, of the labels, and of what is kept of a quantized classifier.
 
     Raises:
         ConversionError: The network has not 1001 classes.
@@ -113,6 +173,10 @@ def leave_out_background(model: MobileNetForImageClassification) -> None:
     model.classifier = torch.nn.Linear(old.in_features, config.num_labels)
     model.classifier.weight.copy_(old.weight[1:])
     model.classifier.bias.copy_(old.bias[1:])
+    kept = quantization["weights"]["classifier.weight"] if quantization else {}
+    for field, values in kept.items():
+        if isinstance(values, list) and len(values) > 1:  # one for each class
+            kept[field] = values[1:]
 
 
 @contextlib.contextmanager
@@ -155,14 +219,43 @@ def _stop(*_: object) -> None:
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="Hub id, folder or file.", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(help="Hub id, folder, file, or name of published weights.", show_default=False)
+    ],
     output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="File of labels (one a line, or JSON), imagenet (1000) or imagenet-background (1001, as Google "
+            "counts). By default the source's own, or ImageNet's where the number of classes is one of these.",
+            show_default=False,
+        ),
+    ] = None,
     drop_background: Annotated[
         bool, typer.Option("--drop-background", help="Leave out class 0 of Google's 1001 classes.")
     ] = False,
+    unfold: Annotated[
+        bool,
+        typer.Option(
+            "--unfold-batch-norm", help="Put batch norms back into a network that comes folded, to fine-tune it."
+        ),
+    ] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Preprocessing: {', '.join(RECIPES)}. By default as the source records it, or its publisher's.",
+            show_default=False,
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Side of the pictures; by default as the source records it, or 224.", show_default=False
+        ),
+    ] = None,
     verify_on: Annotated[
         Path | None,
         typer.Option(help="Folder of pictures to compare on; by default, synthetic ones.", show_default=False),
@@ -170,7 +263,18 @@ def command(
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with the source's runtime.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a repository that exists.")] = False,
 ) -> None:
-    """Convert a MobileNet into a repository for transformers, and prove that it is the same network."""
+    """Convert a MobileNet into a repository for transformers, and prove that it is the same network.
+
+    \b
+    SOURCE is one of
+      google/mobilenet_v2_1.0_224         Hub id or folder of transformers' own
+      timm/mobilenetv2_100.ra_in1k        Hub id, folder, .safetensors or .pth
+      MobileNet_V2_Weights.IMAGENET1K_V2  torchvision's name, or its .pth
+      network.pth                         the plain network of courses
+      mobilenet_v1_1.0_224.tgz            slim: archive or .ckpt (tensorflow)
+      mobilenet_1_0_224_tf.h5             Keras: .h5, .weights.h5, .keras (h5py)
+      mobilenet_v2_1.0_224_quant.tflite   TFLite, any bits (ai-edge-litert)
+    """
     signal.signal(signal.SIGTERM, _stop)
     logging.disable_progress_bar()  # one bar is enough
     try:
@@ -178,13 +282,17 @@ def command(
             source,
             output,
             revision=revision,
+            recipe=recipe,
+            image_size=image_size,
+            labels=labels,
             drop_background=drop_background,
+            unfold=unfold,
             verify=verify,
             verify_on=verify_on,
             overwrite=overwrite,
         )
     except (OSError, ValueError, ImportError) as error:
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"Error: {clean(' '.join(str(error).split()))}", err=True)
         raise typer.Exit(1) from error
     console = Console()
     if comparisons:

@@ -45,6 +45,9 @@ RECIPES = {
     "torchvision_v2": Recipe(Resampling.BILINEAR, 224 / 232, _IMAGENET_MEAN, _IMAGENET_STD),
     # timm/models/efficientnet.py: _cfg, as mobilenetv2_*.ra_in1k use it
     "timm": Recipe(Resampling.BICUBIC, 0.875, _IMAGENET_MEAN, _IMAGENET_STD),
+    # the same file: mobilenetv1_100.ra4_e3600_r224_in1k, and mobilenetv1_125.ra4_e3600_r224_in1k
+    "timm_ra4": Recipe(Resampling.BICUBIC, 0.875, _HALF, _HALF),
+    "timm_ra4_125": Recipe(Resampling.BICUBIC, 0.9, _HALF, _HALF),
 }
 
 

@@ -5,33 +5,41 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from . import from_google
-from .checkpoint import Checkpoint, Origin, download
+from . import from_google, from_keras, from_slim, from_state_dict, from_tflite, from_timm, from_torchvision
+from .checkpoint import Checkpoint, Options, Origin, download
 from .names import ConversionError
 
 
-SOURCES = (from_google,)
+_SOURCES = (from_google, from_timm, from_slim, from_keras, from_tflite, from_state_dict)
 
 
-def read_source(given: str, revision: str | None = None) -> tuple[Origin, Checkpoint]:
-    """Find out what kind of source a path or a Hub id is, and read it.
+def read_source(given: str, revision: str | None = None, options: Options | None = None) -> tuple[Origin, Checkpoint]:
+    """Find out what kind of source a path or a name is, and read it.
+
+    Args:
+        given: A path, a Hub id, or the name of published weights.
+        revision: Branch, tag or commit of a Hub id.
+        options: What the source does not tell.
 
     Raises:
         ConversionError: There is no such source, or it cannot be read.
+        ImportError: Its reader is not installed.
     """
     path = Path(given).expanduser()
-    if path.exists():
+    origin = Origin(given, path)
+    if path.exists() or from_slim.detect(origin):
         if revision is not None:
-            raise ConversionError(f"--revision is for Hub ids, got the path {given}.")
-        origin = Origin(given, path)
+            raise ConversionError(f"a revision is for Hub ids, got the path {given}.")
+    elif given in from_torchvision.PUBLISHED:
+        origin = from_torchvision.download(given)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", given):
         origin = download(given, revision)
     else:
         raise ConversionError(f"{given}: no such file or folder.")
-    for source in SOURCES:
-        if source.detect(origin.path):
-            return origin, source.read(origin)
+    for source in _SOURCES:
+        if source.detect(origin):
+            return origin, source.read(origin, options or Options())
     raise ConversionError(f"{given}: no known source of a MobileNet.")
 
 
-__all__ = ["Checkpoint", "ConversionError", "Origin", "read_source"]
+__all__ = ["Checkpoint", "ConversionError", "Options", "Origin", "read_source"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -14,8 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from mobilenet.configuration_mobilenet import MobileNetConfig
 
-from .checkpoint import Checkpoint, Origin
-from .progress import open_file
+from .checkpoint import Checkpoint, Origin, sha256
 from .proof import Comparison
 
 
@@ -52,7 +50,7 @@ def write_card(
         *([_table(Comparison.COLUMNS, [comparison.cells for comparison in comparisons])] if comparisons else []),
         *caveats,
         f"Made with {', '.join(_versions())}.",
-        *checkpoint.notes,
+        *(["## Notes", *checkpoint.notes] if checkpoint.notes else []),
     ]
     return ModelCard("\n\n".join(sections) + "\n")
 
@@ -95,12 +93,3 @@ def _versions() -> list[str]:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open_file(path) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

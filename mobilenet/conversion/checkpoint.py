@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import pickle
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from torch import Tensor
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 
 from .names import ConversionError, Table
+from .progress import open_file
 
 
 class Origin(NamedTuple):
@@ -45,6 +48,21 @@ class Oracle(NamedTuple):
     logits: Callable[[Tensor], Tensor]  # of pixel values of shape (B, C, H, W)
 
 
+class Options(NamedTuple):
+    """What a user may say of a source that does not tell it."""
+
+    recipe: str | None = None
+    image_size: int | None = None
+
+    def processor(self, recipe: str, image_size: int | None) -> MobileNetImageProcessor:
+        """Preprocessing by a recipe for a size, unless the user wants another recipe or size."""
+        return MobileNetImageProcessor.from_recipe(self.recipe or recipe, self.size(image_size))
+
+    def size(self, recorded: int | None) -> int:
+        """The size that pictures are cropped to; 224 where nobody knows."""
+        return self.image_size or recorded or 224
+
+
 @dataclass
 class Checkpoint:
     """What a reader takes from a source."""
@@ -57,9 +75,27 @@ class Checkpoint:
     files: list[Path]  # what was read
     oracle: Callable[[], Oracle]  # raises ImportError where the runtime is not installed
     labels: list[str] | None = None
-    license: str = "apache-2.0"
+    license: str | None = "apache-2.0"  # None where it is not known
     notes: list[str] = field(default_factory=list)  # for the model card
-    extra_files: dict[str, str] = field(default_factory=dict)  # text of further files, by name
+    quantization: dict[str, Any] | None = None  # scales of a quantized source
+
+
+# A file of more bytes, once unpacked, is refused; the largest published checkpoint has some 100 million.
+MAX_BYTES = 2 * 1024**3
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open_file(path) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,7 +124,9 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Trainers such as timm's store their arguments, which run no code either.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ConversionError(f"{path}: no such file.") from error
     except pickle.UnpicklingError as error:
@@ -96,13 +134,13 @@ def read_torch(path: Path) -> dict[str, Tensor]:
             f"{path}: holds more than tensors, or is broken; it is not read, since it could run code."
         ) from error
     except Exception as error:  # neither safetensors nor torch says what a broken file raises
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConversionError(f"{path}: truncated or corrupt: {reason[0]}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]  # a training checkpoint
+        raise ConversionError(f"{path}: truncated or corrupt: {first_line(error)}") from error
+    for nested in ("state_dict_ema", "state_dict"):  # a training checkpoint; averaged weights are what is evaluated
+        if isinstance(content, dict) and isinstance(content.get(nested), dict):
+            content = content[nested]
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise ConversionError(f"{path}: must hold a dictionary of tensors.")
-    return dict(content)
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}  # of DataParallel
 
 
 def weights_file(folder: Path) -> Path:
@@ -111,13 +149,13 @@ def weights_file(folder: Path) -> Path:
     Raises:
         ConversionError: There are none.
     """
-    for name in WEIGHTS:
+    for name in _WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    raise ConversionError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}.")
+    raise ConversionError(f"{folder}: holds neither {' nor '.join(_WEIGHTS)}.")
 
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def download(repo: str, revision: str | None = None) -> Origin:
@@ -127,23 +165,18 @@ def download(repo: str, revision: str | None = None) -> Origin:
         ConversionError: The Hub does not answer, refuses, or has no such repository, revision or file.
     """
 
-    def fetch(name: str) -> Path:
-        return Path(hf_hub_download(repo, name, revision=revision))
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repo, name, revision=revision))
+        except LocalEntryNotFoundError:  # no answer, and nothing in the cache
+            raise
+        except EntryNotFoundError:
+            return None
 
     try:
         config = fetch("config.json")
-        try:
-            fetch("preprocessor_config.json")
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            pass  # a recipe will do
-        try:
-            fetch(WEIGHTS[0])
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            fetch(WEIGHTS[1])
+        fetch("preprocessor_config.json")
+        weights = fetch(_WEIGHTS[0]) or fetch(_WEIGHTS[1])
     except HFValidationError as error:
         raise ConversionError(f"{repo}: no such file or folder, and no Hub id either.") from error
     except GatedRepoError as error:
@@ -157,9 +190,10 @@ def download(repo: str, revision: str | None = None) -> Origin:
         raise ConversionError(f"{repo}: the Hub has no revision {revision!r} of it.") from error
     except LocalEntryNotFoundError as error:
         raise ConversionError(f"{repo}: no such file or folder, and the Hub does not answer.") from error
-    except EntryNotFoundError as error:
-        raise ConversionError(f"{repo}: its repository lacks config.json, or both {' and '.join(WEIGHTS)}.") from error
     except HfHubHTTPError as error:
         raise ConversionError(f"{repo}: the Hub answers with an error: {str(error).splitlines()[0]}") from error
-    # A snapshot's folder carries the commit's name.
+    for found, name in ((config, "config.json"), (weights, " nor ".join(_WEIGHTS))):
+        if found is None:
+            raise ConversionError(f"{repo}: the Hub's repository does not hold {name}.")
+    # A snapshot's folder has the commit for a name.
     return Origin(repo, config.parent, config.parent.name, f"https://huggingface.co/{repo}")

@@ -17,7 +17,7 @@ from transformers import (
 
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 
-from .checkpoint import Checkpoint, Oracle, Origin, read_json, read_torch, weights_file
+from .checkpoint import Checkpoint, Options, Oracle, Origin, read_json, read_torch, weights_file
 from .names import TORCH, ConversionError, Row, Table
 
 
@@ -27,22 +27,24 @@ def _unit(name: str) -> Row:
 
 TABLES = {
     "mobilenet_v1": Table(
+        {"architecture": "mobilenet_v1"},
         {
             "stem": _unit("mobilenet_v1.conv_stem"),
-            "block.depthwise": _unit("mobilenet_v1.layer.{twice}"),
-            "block.pointwise": _unit("mobilenet_v1.layer.{twice_more}"),
+            "block.depthwise": _unit("mobilenet_v1.layer.{even}"),
+            "block.pointwise": _unit("mobilenet_v1.layer.{odd}"),
             "classifier": Row("classifier"),
         },
         TORCH,
     ),
     "mobilenet_v2": Table(
+        {"architecture": "mobilenet_v2"},
         {
             "stem": _unit("mobilenet_v2.conv_stem.first_conv"),
             "first.depthwise": _unit("mobilenet_v2.conv_stem.conv_3x3"),
             "first.project": _unit("mobilenet_v2.conv_stem.reduce_1x1"),
-            "block.expand": _unit("mobilenet_v2.layer.{before}.expand_1x1"),
-            "block.depthwise": _unit("mobilenet_v2.layer.{before}.conv_3x3"),
-            "block.project": _unit("mobilenet_v2.layer.{before}.reduce_1x1"),
+            "block.expand": _unit("mobilenet_v2.layer.{previous}.expand_1x1"),
+            "block.depthwise": _unit("mobilenet_v2.layer.{previous}.conv_3x3"),
+            "block.project": _unit("mobilenet_v2.layer.{previous}.reduce_1x1"),
             "head": _unit("mobilenet_v2.conv_1x1"),
             "classifier": Row("classifier"),
         },
@@ -58,12 +60,13 @@ _KEEP = {"mobilenet_v1": 0.999, "mobilenet_v2": 0.8}
 _FIXED = {"min_depth": 8, "expand_ratio": 6, "first_layer_is_expansion": True}
 
 
-def detect(path: Path) -> bool:
+def detect(origin: Origin) -> bool:
     """Whether a folder is a repository of transformers' own MobileNets."""
-    return (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") in TABLES
+    config = origin.path / "config.json"
+    return config.is_file() and read_json(config).get("model_type") in TABLES
 
 
-def read(origin: Origin) -> Checkpoint:
+def read(origin: Origin, options: Options) -> Checkpoint:
     """Read a repository of transformers' own MobileNets.
 
     Raises:
@@ -83,16 +86,16 @@ def read(origin: Origin) -> Checkpoint:
             raise ConversionError(f"{folder / 'config.json'}: {name} must be {value}, got {getattr(theirs, name)}.")
     weights = weights_file(folder)
     files = [folder / "config.json", weights]
-    options: dict[str, Any] = {}
-    if (folder / "preprocessor_config.json").is_file():
+    recorded: dict[str, Any] = {}
+    if (folder / "preprocessor_config.json").is_file() and options == Options():
         files.append(folder / "preprocessor_config.json")
-        options = read_json(files[-1])
+        recorded = read_json(files[-1])
     return Checkpoint(
         kind=f"transformers' {expected}",
         tensors=read_torch(weights),
         table=TABLES[model_type],
-        config=_translate(theirs),
-        processor=_processor(options, theirs.image_size),
+        config=_translate(theirs) | {"image_size": options.size(theirs.image_size)},
+        processor=_processor(recorded, options, theirs.image_size),
         files=files,
         oracle=lambda: _oracle(model_type, folder),
         labels=[theirs.id2label[i] for i in range(theirs.num_labels)],
@@ -123,10 +126,12 @@ def _translate(theirs: Any) -> dict[str, Any]:
     return fields
 
 
-def _processor(options: dict[str, Any], image_size: int) -> MobileNetImageProcessor:
-    known = vars(MobileNetImageProcessor())
-    options = {name: value for name, value in options.items() if name in known and value is not None}
-    return MobileNetImageProcessor.from_recipe("google", image_size, **options)
+def _processor(recorded: dict[str, Any], options: Options, image_size: int) -> MobileNetImageProcessor:
+    known = options.processor("google", image_size).to_dict()
+    del known["image_processor_type"]  # the native class's, in what was recorded
+    return MobileNetImageProcessor(
+        **known | {name: value for name, value in recorded.items() if name in known and value is not None}
+    )
 
 
 def _oracle(model_type: str, folder: Path) -> Oracle:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from mobilenet.configuration_mobilenet import ARCHITECTURES, MobileNetConfig
+from mobilenet.configuration_mobilenet import ARCHITECTURES, PUBLISHED, MobileNetConfig
+from mobilenet.modeling_mobilenet import MobileNetForImageClassification
 
 
 class ConversionError(ValueError):
@@ -18,12 +20,12 @@ class ConversionError(ValueError):
 class Part(NamedTuple):
     """A tensor of a layer, as a framework names and stores it."""
 
-    name: str  # what follows the layer's name
-    layout: str  # an axis a letter: output and input channels, height, width
+    suffix: str  # what follows the layer's name
+    layout: str  # a letter for each axis: Output and Input channels, Height, Width
 
 
 class Convention(NamedTuple):
-    """How a framework names the tensors of each kind of layer; keys are PyTorch's names."""
+    """How a framework names the tensors of each kind of layer; the keys are PyTorch's names."""
 
     conv: dict[str, Part]
     depthwise: dict[str, Part]
@@ -32,33 +34,37 @@ class Convention(NamedTuple):
 
 
 _TORCH_CONV = {"weight": Part(".weight", "OIHW"), "bias": Part(".bias", "O")}
-_TORCH_NORM = {name: Part(f".{name}", "O") for name in ("weight", "bias", "running_mean", "running_var")} | {
-    "num_batches_tracked": Part(".num_batches_tracked", "")
-}
 TORCH = Convention(
     conv=_TORCH_CONV,
     depthwise=_TORCH_CONV,
-    norm=_TORCH_NORM,
+    norm={
+        "weight": Part(".weight", "O"),
+        "bias": Part(".bias", "O"),
+        "running_mean": Part(".running_mean", "O"),
+        "running_var": Part(".running_var", "O"),
+        "num_batches_tracked": Part(".num_batches_tracked", ""),
+    },
     linear={"weight": Part(".weight", "OI"), "bias": Part(".bias", "O")},
 )
 
 
 class Row(NamedTuple):
-    """A layer of ours, and the names of the source's layers that it is made of."""
+    """What a source calls one of our layers: the convolution (or the classifier), and its batch norm."""
 
-    conv: str  # or the classifier
+    conv: str
     norm: str | None = None
 
 
 class Table(NamedTuple):
     """A source's names for one architecture.
 
-    Keys of `rows` are our layers: "stem", "block.<role>", "first.<role>" where the first block is named apart, "head"
-    and "classifier". Names may hold these numbers of a block, all from 0: {index} among all blocks, {stage} and
-    {block} in our stages, {row} and {repeat} in the paper's table; and {number}, {before}, {twice} and {twice_more},
-    which are index + 1, index - 1, 2 * index and 2 * index + 1.
+    The keys of `rows` are our layers: "stem", "block.<role>", "first.<role>" where a source names the first block
+    apart, "head" and "classifier". Names of blocks hold numbers: {index} counts all blocks from 0, {from_1} and
+    {from_2} from 1 and 2; {previous} is index - 1, {even} 2 * index, {odd} 2 * index + 1; {stage} and {block} count
+    our stages and the blocks in one, {row} and {repeat} the rows of the paper's table and the blocks in one.
     """
 
+    config: dict[str, Any]  # the fields of MobileNetConfig that are the same for all of the source's networks
     rows: dict[str, Row]
     convention: Convention
     dropped: tuple[str, ...] = ()  # patterns of names that are no part of the network
@@ -69,71 +75,150 @@ class Place(NamedTuple):
 
     name: str
     source_layout: str
-    layout: str
     source_shape: tuple[int, ...]
+    layout: str
     optional: bool
 
 
-_OURS = {"conv": "OIHW", "linear": "OI", "vector": "O", "scalar": ""}
+_LAYOUTS = {4: "OIHW", 2: "OI", 1: "O", 0: ""}
 
 
 def _numbers(config: MobileNetConfig) -> dict[tuple[str, str], dict[str, int]]:
-    """The numbers that names may hold, by our stage and block."""
-    rows = ARCHITECTURES[config.architecture].rows
-    repeats = [(row, repeat) for row, of in enumerate(rows) for repeat in range(of.repeats)]
-    places = [(stage, block) for stage, blocks in enumerate(config.stages) for block in range(len(blocks))]
+    """What the numbers in names stand for, by our stage and block."""
+    blocks = [(stage, block) for stage, of_stage in enumerate(config.stages) for block in range(len(of_stage))]
+    table = ARCHITECTURES[config.architecture].rows
+    repeats = [(row, repeat) for row, values in enumerate(table) for repeat in range(values.repeats)]
     return {
         (str(stage), str(block)): {
             "index": index,
-            "number": index + 1,
-            "before": index - 1,
-            "twice": 2 * index,
-            "twice_more": 2 * index + 1,
+            "from_1": index + 1,
+            "from_2": index + 2,
+            "previous": index - 1,
+            "even": 2 * index,
+            "odd": 2 * index + 1,
             "stage": stage,
             "block": block,
             "row": row,
             "repeat": repeat,
         }
-        for index, ((stage, block), (row, repeat)) in enumerate(zip(places, repeats, strict=True))
+        for index, ((stage, block), (row, repeat)) in enumerate(zip(blocks, repeats, strict=True))
     }
 
 
-def _tensors(model: nn.Module, table: Table) -> Iterator[tuple[str, Part, Tensor]]:
-    """Our name, the source's name and layout, and our tensor, for every tensor of a network."""
+def _layers(model: nn.Module, table: Table) -> Iterator[tuple[str, nn.Module, str, dict[str, Part]]]:
+    """Every layer that has tensors: our name, the layer, the source's name, and the parts that it is stored in."""
     numbers = _numbers(model.config)
-    for path, module in model.named_modules():
-        if not isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)):
+    for path, layer in model.named_modules():
+        if not isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)):
             continue
-        # backbone.stages.1.2.expand.conv, backbone.stem.norm, classifier
-        found = re.fullmatch(r"(?:backbone\.)?(?:stages\.(\d+)\.(\d+)\.)?(\w+)(?:\.(?:conv|norm))?", path)
-        stage, block, role = found.groups()
+        # Such as backbone.stages.1.2.expand.conv, backbone.stem.norm, classifier
+        stage, block, role = re.fullmatch(
+            r"(?:backbone\.)?(?:stages\.(\d+)\.(\d+)\.)?(\w+)(?:\.conv|\.norm)?", path
+        ).groups()
         values = numbers.get((stage, block), {})
         row = table.rows.get(f"first.{role}") if values.get("index") == 0 else None
         row = row or table.rows[f"block.{role}" if values else role]
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(layer, nn.BatchNorm2d):
             source, parts = row.norm, table.convention.norm
-        elif isinstance(module, nn.Linear):
+        elif isinstance(layer, nn.Linear):
             source, parts = row.conv, table.convention.linear
         else:
             source = row.conv
             parts = table.convention.depthwise if role == "depthwise" else table.convention.conv
-        for name, tensor in module.state_dict().items():
-            if name in parts:  # a count of batches is PyTorch's alone
-                part = parts[name]
-                yield f"{path}.{name}", Part(source.format(**values) + part.name, part.layout), tensor
+        yield path, layer, source.format(**values), parts
 
 
 def places(model: nn.Module, table: Table) -> dict[str, Place]:
-    """Expand a table over the blocks of a network: each of the source's names, and where its tensor goes."""
+    """Expand a table over the blocks of a network: each of the source's names, and where its tensor goes.
+
+    Raises:
+        ValueError: Two of our tensors have the same name in the source.
+    """
     result: dict[str, Place] = {}
-    for name, part, tensor in _tensors(model, table):
-        layout = {4: "OIHW", 2: "OI", 1: "O", 0: ""}[tensor.ndim]
-        sizes = dict(zip(layout, tensor.shape, strict=True))
-        shape = tuple(sizes.get(axis, 1) for axis in part.layout)
-        if part.name in result:
-            raise ConversionError(f"the name table gives {part.name} to both {result[part.name].name} and {name}.")
-        result[part.name] = Place(name, part.layout, layout, shape, name.endswith("num_batches_tracked"))
+    for path, layer, source, parts in _layers(model, table):
+        for name, tensor in layer.state_dict().items():
+            if name not in parts:  # only PyTorch counts batches
+                continue
+            suffix, source_layout = parts[name]
+            if source + suffix in result:
+                raise ValueError(f"the name table gives {source + suffix} twice.")
+            layout = _LAYOUTS[tensor.ndim]
+            sizes = dict(zip(layout, tensor.shape, strict=True))
+            shape = tuple(sizes.get(axis, 1) for axis in source_layout)
+            optional = name == "num_batches_tracked"
+            result[source + suffix] = Place(f"{path}.{name}", source_layout, shape, layout, optional)
     return result
+
+
+def skeleton(**config: Any) -> MobileNetForImageClassification:
+    """A network without memory for its weights, for its names and shapes."""
+    with torch.device("meta"):
+        return MobileNetForImageClassification(MobileNetConfig(**config))
+
+
+def _dropped(name: str, table: Table) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in table.dropped)
+
+
+def closest(names: Iterable[str], tables: Sequence[Table]) -> tuple[Table, float]:
+    """The table that knows most of a source's names, and the share that fits: of its own or of the source's."""
+    names = set(names)
+
+    def share(table: Table) -> float:
+        wanted = {name for name, place in places(skeleton(**table.config), table).items() if not place.optional}
+        given = sum(not _dropped(name, table) for name in names)
+        return len(wanted & names) / max(len(wanted), given, 1)
+
+    return max(((table, share(table)) for table in tables), key=lambda choice: choice[1])
+
+
+def measure(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Any]:
+    """Read width, classes and input channels off the shapes of a source's tensors.
+
+    What a missing tensor would tell is left at its default: the strict renaming will name the tensor.
+    """
+    config = dict(table.config)
+    known = places(skeleton(**config), table)
+    by_name = {place.name: (source, place) for source, place in known.items()}
+
+    def size(name: str, axis: str) -> int | None:
+        source, place = by_name[name]
+        if source not in tensors or tensors[source].ndim != len(place.source_layout):
+            return None
+        return tensors[source].shape[place.source_layout.index(axis)]
+
+    for field, name, axis in (
+        ("num_labels", "classifier.weight", "O"),
+        ("num_channels", "backbone.stem.conv.weight", "I"),
+    ):
+        found = size(name, axis)
+        if found:
+            config[field] = found
+    last = [name for name in by_name if ".stages." in name and name.endswith(".conv.weight")][-1]
+    channels = size(last, "O")
+    if not channels:
+        return config
+    base = ARCHITECTURES[config["architecture"]].rows[-1].channels
+    for candidate in _candidates(channels / base):
+        for shrink_head in (False, True):
+            chosen = config | {"width_multiplier": candidate, "shrink_head": shrink_head}
+            if not any(_misshapen(tensors, places(skeleton(**chosen), table))):
+                return chosen
+    return config | {"width_multiplier": round(channels / base, 2) or 0.01}
+
+
+def _candidates(ratio: float) -> list[float]:
+    """Width multipliers that may have given a ratio of rounded channels: published ones, then short ones."""
+    published = {width for widths in PUBLISHED.values() for width in widths}
+    hundredths = {(round(100 * ratio) + step) / 100 for step in range(-4, 5)} - {0}
+    near = sorted(hundredths, key=lambda width: (width not in published, abs(width - ratio)))
+    return [width for width in (*near, ratio) if 0 < width <= 16]
+
+
+def _misshapen(tensors: Mapping[str, Tensor], wanted: Mapping[str, Place]) -> Iterator[str]:
+    for name, place in wanted.items():
+        if name in tensors and tuple(tensors[name].shape) != place.source_shape:
+            yield f"{name} {list(tensors[name].shape)} instead of {list(place.source_shape)}"
 
 
 def relay(tensor: Tensor, source: str, target: str) -> Tensor:
@@ -143,8 +228,12 @@ def relay(tensor: Tensor, source: str, target: str) -> Tensor:
     return tensor.squeeze(gone).permute([kept.index(letter) for letter in target]).contiguous()
 
 
+# A file with more faults than this holds another network, and a few of them tell which.
+MAX_LISTED = 40
+
+
 def rename(tensors: Mapping[str, Tensor], table: Table, model: nn.Module, origin: str) -> dict[str, Tensor]:
-    """Give a source's tensors our names and layouts, as float32.
+    """Give a source's tensors our names, layouts and type.
 
     Args:
         tensors: By the source's names.
@@ -156,33 +245,28 @@ def rename(tensors: Mapping[str, Tensor], table: Table, model: nn.Module, origin
         ConversionError: Names are missing, unexpected or misshapen, all listed; or values are not finite.
     """
     wanted = places(model, table)
-    tensors = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not any(re.fullmatch(pattern, name) for pattern in table.dropped)
+    tensors = {name: tensor for name, tensor in tensors.items() if not _dropped(name, table)}
+    faults = {
+        "missing": [name for name, place in wanted.items() if name not in tensors and not place.optional],
+        "unexpected": [name for name in tensors if name not in wanted],
+        "misshapen": list(_misshapen(tensors, wanted)),
     }
-    missing = [name for name, place in wanted.items() if name not in tensors and not place.optional]
-    unexpected = [name for name in tensors if name not in wanted]
-    misshapen = [
-        f"{name} {list(tensors[name].shape)} instead of {list(place.source_shape)}"
-        for name, place in wanted.items()
-        if name in tensors and tuple(tensors[name].shape) != place.source_shape
-    ]
-    faults = [
-        f"{len(names)} {what}: {', '.join(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if names
-    ]
-    if faults:
+    if any(faults.values()):
         config = model.config
         network = f"a {config.architecture} of width {config.width_multiplier:g} with {config.num_labels} classes"
-        raise ConversionError(f"{origin} does not hold {network}: {'; '.join(faults)}.")
+        shown = 10 if sum(map(len, faults.values())) > MAX_LISTED else MAX_LISTED
+        listed = [
+            f"{len(names)} {fault}: {', '.join(names[:shown])}{' and so on' if len(names) > shown else ''}"
+            for fault, names in faults.items()
+            if names
+        ]
+        raise ConversionError(f"{origin} does not hold {network}: {'; '.join(listed)}.")
     broken = [name for name in wanted if name in tensors and not tensors[name].isfinite().all()]
     if broken:
         raise ConversionError(f"{origin} holds values that are not finite, in {', '.join(broken)}.")
     return {
         place.name: relay(tensors[name], place.source_layout, place.layout).to(
-            tensors[name].dtype if place.optional else model.dtype
+            torch.int64 if place.optional else model.dtype
         )
         for name, place in wanted.items()
         if name in tensors

@@ -1,4 +1,4 @@
-"""The proof that a converted network is the same: its logits against the source's own runtime's."""
+"""The proof that a converted network is the same: its logits against those of the source's own runtime."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mobilenet.classify import EXTENSIONS
+
 from .checkpoint import Checkpoint, Oracle
 from .names import ConversionError
 from .progress import status, track
 
 
-TOLERANCE = 1e-4
-_BATCH = 16
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+BATCH = 16
 
 
 class Comparison(NamedTuple):
@@ -32,42 +33,73 @@ class Comparison(NamedTuple):
 
     against: str
     pictures: int
-    difference: float  # largest difference of logits
+    largest: float  # difference of two logits
+    mean: float
     agreement: float  # share of pictures with the same top-1
-    tolerance: float
+    limits: dict[str, float]  # on `largest` or `mean`
 
-    COLUMNS = ("compared with", "pictures", "largest logit difference", "allowed", "same top-1")
+    COLUMNS = ("compared with", "pictures", "largest difference", "mean difference", "limit", "same top-1")
 
     @classmethod
-    def of(cls, against: str, ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> Comparison:
+    def of(cls, against: str, ours: Tensor, theirs: Tensor, **limits: float) -> Comparison:
         """Compare logits of shape (B, num_labels).
 
         Raises:
-            ConversionError: They differ by more than the tolerance, or in shape.
+            ConversionError: They differ by more than the limits, or in shape.
         """
         if ours.shape != theirs.shape:
             raise ConversionError(
-                f"logits of {against} must have shape {tuple(ours.shape)}, got {tuple(theirs.shape)}."
+                f"{against} gives logits of shape {tuple(theirs.shape)}, the converted network {tuple(ours.shape)}."
             )
-        same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
-        result = cls(against, len(ours), (ours - theirs).abs().max().item(), same, tolerance)
-        if not result.difference <= tolerance:  # true for NaN too
-            raise ConversionError(
-                f"the converted network is another than {against}: logits differ by {result.difference:.3g}, "
-                f"{tolerance:g} is allowed; nothing was written."
-            )
+        difference = (ours - theirs).abs()
+        same = (ours.argmax(-1) == theirs.argmax(-1)).float()
+        result = cls(against, len(ours), difference.max().item(), difference.mean().item(), same.mean().item(), limits)
+        for name, limit in limits.items():
+            value = getattr(result, name)
+            if not value <= limit:  # true for NaN too
+                raise ConversionError(
+                    f"the converted network is another than {against}: the {name} difference of logits is "
+                    f"{value:.3g}, {limit:.3g} is allowed; nothing was written."
+                )
         return result
 
     @property
     def cells(self) -> tuple[str, ...]:
         """A row of the table that is printed and written into the model card."""
+        limits = ", ".join(f"{name} {limit:.2g}" for name, limit in self.limits.items())
         return (
             self.against,
             str(self.pictures),
-            f"{self.difference:.1e}",
-            f"{self.tolerance:.0e}",
+            f"{self.largest:.2g}",
+            f"{self.mean:.2g}",
+            limits or "none",
             f"{100 * self.agreement:.4g} %",
         )
+
+
+def limit(logits: Tensor) -> float:
+    """How much two runtimes may differ: 1e-4, or 5e-6 of the largest logit where that is more, which float32 gives."""
+    return max(1e-4, 5e-6 * logits.abs().max().item())
+
+
+@contextmanager
+def rounded(model: nn.Module, activations: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Let a network round the output of each layer as a quantized file does, while the context lasts."""
+
+    def rounding(name: str) -> Callable[..., Tensor]:
+        scale, zero_point = activations[name]["scale"], activations[name]["zero_point"]
+        low, high = {"uint8": (0, 255), "int8": (-128, 127)}[activations[name]["dtype"]]
+        return lambda _, inputs, output: ((output / scale + zero_point).round().clamp(low, high) - zero_point) * scale
+
+    modules = {name: module for name, module in model.named_modules() if name in activations}
+    if "backbone.pooler_output" in activations:
+        modules["backbone.pooler_output"] = model.dropout  # what sees it next
+    hooks = [module.register_forward_hook(rounding(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def prove(
@@ -86,25 +118,38 @@ def prove(
         The comparisons, and what could not be compared.
 
     Raises:
-        ConversionError: A difference is beyond its tolerance.
+        ConversionError: A difference is beyond its limit.
     """
-    comparisons, caveats = [], []
     oracle: Oracle | None = None
+    caveats = []
     try:
         oracle = checkpoint.oracle()
     except ImportError as error:
         caveats.append(f"Not compared with the source's own runtime, which is not installed: {error}.")
-    ours, theirs = [], []
-    for start in track(range(0, len(pictures), _BATCH), "comparing"):
-        batch = checkpoint.processor(pictures[start : start + _BATCH], return_tensors="pt").pixel_values
+    activations = checkpoint.quantization and checkpoint.quantization["activations"]
+    ours, theirs, like_theirs = [], [], []
+    for start in track(range(0, len(pictures), BATCH), "comparing"):
+        batch = checkpoint.processor(pictures[start : start + BATCH], return_tensors="pt").pixel_values
         with torch.no_grad():
             ours.append(model(batch).logits)
             if oracle:
                 theirs.append(oracle.logits(batch)[:, classes])
+                with rounded(model, activations) if activations else nullcontext():
+                    like_theirs.append(model(batch).logits)
+    comparisons = []
     if oracle:
-        comparisons.append(Comparison.of(f"{oracle.name} {oracle.version}", torch.cat(ours), torch.cat(theirs)))
+        name = f"{oracle.name} {oracle.version}"
+        if activations:
+            # A step is one level of the file's logits. Integer kernels round between layers in ways of their own.
+            step = activations["classifier"]["scale"]
+            comparisons.append(
+                Comparison.of(f"{name}, rounding alike", torch.cat(like_theirs), torch.cat(theirs), mean=2 * step)
+            )
+            comparisons.append(Comparison.of(f"{name}, not rounding", torch.cat(ours), torch.cat(theirs)))
+        else:
+            comparisons.append(Comparison.of(name, torch.cat(ours), torch.cat(theirs), largest=limit(theirs)))
     loaded = load_back(folder, pictures)
-    comparisons.append(Comparison.of("this repository, loaded by a new process", torch.cat(ours), loaded))
+    comparisons.append(Comparison.of("the repository, loaded anew", torch.cat(ours), loaded, largest=1e-4))
     return comparisons, caveats
 
 
@@ -139,7 +184,7 @@ def load_back(folder: Path, pictures: Sequence[str]) -> Tensor:
         listing, result = Path(scratch, "pictures.json"), Path(scratch, "logits.safetensors")
         listing.write_text(json.dumps(list(pictures)), encoding="utf-8")
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", _LOAD_BACK, str(folder), str(listing), str(result), str(_BATCH)]
+        command = [sys.executable, "-c", _LOAD_BACK, str(folder), str(listing), str(result), str(BATCH)]
         with status("loading the result back"):
             run = subprocess.run(  # noqa: S603
                 command, cwd=scratch, env=environment, capture_output=True, text=True, check=False
@@ -156,7 +201,7 @@ def find_pictures(folder: Path) -> list[str]:
     Raises:
         ConversionError: There is none.
     """
-    found = sorted(str(path.absolute()) for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    found = sorted(str(path.absolute()) for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
     if not found:
         raise ConversionError(f"--verify-on must be a folder of pictures, got {folder}, which holds none.")
     return found

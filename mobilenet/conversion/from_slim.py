@@ -1,0 +1,175 @@
+"""TensorFlow slim's checkpoints: a prefix such as mobilenet_v1_1.0_224.ckpt, or the archive that it comes in."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import MAX_BYTES, Checkpoint, Options, Oracle, Origin, first_line
+from .from_tflite import interpreter
+from .names import Convention, ConversionError, Part, Row, Table, closest, measure
+from .progress import open_file, track
+
+
+SLIM = Convention(
+    conv={"weight": Part("/weights", "HWIO"), "bias": Part("/biases", "O")},
+    depthwise={"weight": Part("/depthwise_weights", "HWOI")},
+    norm={
+        "weight": Part("/gamma", "O"),
+        "bias": Part("/beta", "O"),
+        "running_mean": Part("/moving_mean", "O"),
+        "running_var": Part("/moving_variance", "O"),
+    },
+    # The classifier is a 1x1 convolution.
+    linear={"weight": Part("/weights", "HWIO"), "bias": Part("/biases", "O")},
+)
+
+# What training leaves beside the network.
+_DROPPED = (r"global_step", r".+/(RMSProp|RMSProp_1|Momentum|Adam|Adam_1)", r"beta[12]_power")
+_AVERAGE = "/ExponentialMovingAverage"
+
+
+def _unit(name: str) -> Row:
+    return Row(name, f"{name}/BatchNorm")
+
+
+# slim/nets/mobilenet_v1.py, slim/nets/mobilenet/mobilenet_v2.py
+TABLES = (
+    Table(
+        {"architecture": "mobilenet_v1"},
+        {
+            "stem": _unit("MobilenetV1/Conv2d_0"),
+            "block.depthwise": _unit("MobilenetV1/Conv2d_{from_1}_depthwise"),
+            "block.pointwise": _unit("MobilenetV1/Conv2d_{from_1}_pointwise"),
+            "classifier": Row("MobilenetV1/Logits/Conv2d_1c_1x1"),
+        },
+        SLIM,
+        _DROPPED,
+    ),
+    Table(
+        {"architecture": "mobilenet_v2"},
+        {
+            "stem": _unit("MobilenetV2/Conv"),
+            "first.depthwise": _unit("MobilenetV2/expanded_conv/depthwise"),
+            "first.project": _unit("MobilenetV2/expanded_conv/project"),
+            "block.expand": _unit("MobilenetV2/expanded_conv_{index}/expand"),
+            "block.depthwise": _unit("MobilenetV2/expanded_conv_{index}/depthwise"),
+            "block.project": _unit("MobilenetV2/expanded_conv_{index}/project"),
+            "head": _unit("MobilenetV2/Conv_1"),
+            "classifier": Row("MobilenetV2/Logits/Conv2d_1c_1x1"),
+        },
+        SLIM,
+        _DROPPED,
+    ),
+)
+
+
+def detect(origin: Origin) -> bool:
+    """Whether a path is an archive, or a checkpoint's prefix or one of its files."""
+    return _is_archive(origin.path) or _index(_prefix(origin.path)).is_file()
+
+
+def _is_archive(path: Path) -> bool:
+    return path.name.endswith((".tgz", ".tar.gz"))
+
+
+def _prefix(path: Path) -> Path:
+    return path.with_name(re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", path.name))
+
+
+def _index(prefix: Path) -> Path:
+    return prefix.with_name(f"{prefix.name}.index")
+
+
+def read(origin: Origin, options: Options) -> Checkpoint:
+    """Read a checkpoint of slim.
+
+    Raises:
+        ConversionError: The files are broken, or hold another network.
+        ImportError: TensorFlow is not installed.
+    """
+    if _is_archive(origin.path):
+        with unpacked(origin.path) as folder:
+            prefixes = sorted(_prefix(path) for path in folder.glob("*.index"))
+            if len(prefixes) != 1:
+                raise ConversionError(f"{origin.path}: must hold one checkpoint (.index), got {len(prefixes)}.")
+            tensors = _load(prefixes[0], origin.path)
+            twins = [path.read_bytes() for path in folder.glob("*.tflite")]
+        name, files = origin.path.name, [origin.path]
+    else:
+        prefix = _prefix(origin.path)
+        tensors, twins = _load(prefix, prefix), []
+        name, files = prefix.name, [_index(prefix), *sorted(prefix.parent.glob(f"{prefix.name}.data-*"))]
+    table, share = closest(tensors, TABLES)
+    if share < 0.5:
+        raise ConversionError(f"{origin.path}: holds no MobileNet V1 or V2 of slim.")
+    size = re.search(r"_(\d{2,3})(_\d+)?\.(?:ckpt|tgz|tar)", name)  # mobilenet_v2_1.0_224.tgz
+    image_size = int(size[1]) if size else None
+
+    def oracle() -> Oracle:
+        if not twins:
+            raise ImportError("slim itself runs on TensorFlow 1 alone")
+        return interpreter(twins[0], "the TFLite file in the same archive, LiteRT")
+
+    return Checkpoint(
+        kind="a TensorFlow slim checkpoint",
+        tensors=tensors,
+        table=table,
+        config=measure(tensors, table) | {"image_size": options.size(image_size)},
+        processor=options.processor("google", image_size),
+        files=files,
+        oracle=oracle,
+    )
+
+
+def _load(prefix: Path, origin: Path) -> dict[str, Tensor]:
+    """Every variable of a checkpoint; its moving average, where training kept one."""
+    try:
+        from tensorflow.train import load_checkpoint
+    except ImportError as error:
+        raise ImportError("a TensorFlow checkpoint needs TensorFlow: pip install 'mobilenet[slim]'") from error
+    try:
+        reader = load_checkpoint(str(prefix))
+        names = [name for name in reader.get_variable_to_shape_map() if not name.endswith(_AVERAGE)]
+        averaged = reader.has_tensor
+        return {
+            name: torch.as_tensor(reader.get_tensor(name + _AVERAGE if averaged(name + _AVERAGE) else name))
+            for name in track(sorted(names), f"reading {origin.name}")
+        }
+    except Exception as error:  # TensorFlow has a class for each cause, and raises some of Python's too
+        raise ConversionError(f"{origin}: truncated or corrupt: {first_line(error)}") from error
+
+
+@contextmanager
+def unpacked(archive: Path) -> Iterator[Path]:
+    """Unpack the checkpoint and the TFLite file of an archive into a temporary folder.
+
+    Raises:
+        ConversionError: The archive is broken, too large, or holds paths that leave its folder.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with open_file(archive) as file, tarfile.open(fileobj=file, mode="r|gz") as members:
+                left = MAX_BYTES
+                for member in members:
+                    path = Path(member.name)
+                    if path.is_absolute() or ".." in path.parts or member.issym() or member.islnk():
+                        raise ConversionError(f"{archive}: holds a path that leaves its folder: {member.name}")
+                    left -= member.size
+                    if left < 0:
+                        raise ConversionError(f"{archive}: unpacks to more than {MAX_BYTES} bytes.")
+                    if member.isfile() and re.search(r"\.(index|data-\d+-of-\d+|tflite)$", path.name):
+                        with Path(folder, path.name).open("wb") as target:
+                            shutil.copyfileobj(members.extractfile(member), target)
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            raise ConversionError(f"{archive}: truncated or corrupt: {error}") from error
+        yield Path(folder)

@@ -1,0 +1,70 @@
+"""Names of classes: from a file, or of ImageNet as installed packages know them."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+from .names import ConversionError
+
+
+# Classes of ImageNet (ILSVRC 2012), and the one that Google's checkpoints put before them.
+IMAGENET, GOOGLE = "imagenet", "imagenet-background"
+_SETS = {1000: IMAGENET, 1001: GOOGLE}
+
+
+def imagenet() -> list[str] | None:
+    """ImageNet's 1000 labels, such as "tench, Tinca tinca"; None where no installed package knows them."""
+    timm = find_spec("timm")
+    if timm and timm.submodule_search_locations:
+        folder = Path(timm.submodule_search_locations[0], "data", "_info")
+        lines = (folder / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8").splitlines()
+        lemmas = dict(line.split("\t", 1) for line in lines)
+        return [lemmas[synset] for synset in (folder / "imagenet_synsets.txt").read_text().split()]
+    if find_spec("torchvision"):
+        from torchvision.models import MobileNet_V2_Weights
+
+        return list(MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"])
+    return None
+
+
+def known(count: int) -> list[str] | None:
+    """The labels that a network of so many classes usually has: ImageNet's, with or without background."""
+    labels = imagenet() if count in _SETS else None
+    return ["background", *labels] if labels and count == 1001 else labels
+
+
+def read_labels(source: str, count: int) -> list[str]:
+    """Labels by the name of a set, or from a file: one a line, or a JSON list or an object by index.
+
+    Raises:
+        ConversionError: There is no such file, it holds no labels, or another number of them than of classes.
+    """
+    if source in _SETS.values():
+        size = 1000 + (source == GOOGLE)
+        labels = known(size)
+        if labels is None:
+            raise ConversionError(f"{source} labels come with timm or torchvision, and neither is installed.")
+    else:
+        labels = _read_file(Path(source).expanduser())
+    if len(labels) != count:
+        raise ConversionError(f"{source}: must hold a label for each of {count} classes, got {len(labels)}.")
+    return labels
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".json":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        content = json.loads(text)
+        if isinstance(content, dict):
+            content = [content[str(index)] for index in range(len(content))]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConversionError(
+            f"{path}: no labels: must be {', '.join(_SETS.values())}, a file of one label a line, or JSON; {error}"
+        ) from error
+    if not isinstance(content, list) or not all(isinstance(label, str) for label in content):
+        raise ConversionError(f"{path}: must hold a list of texts, or an object of texts by index.")
+    return content
