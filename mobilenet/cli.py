@@ -116,7 +116,5 @@ def classify(
         raise typer.Exit(1)
 
 
-
-
 if __name__ == "__main__":
     app(prog_name="mobilenet")
