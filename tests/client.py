@@ -32,7 +32,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("picture")
     parser.add_argument("--revision", default="main")
     parser.add_argument("--trust", type=json.loads, help="trust_remote_code: true, or false, or neither")
+    parser.add_argument("--code-revision", default="main", help="of a repository that holds the code alone")
     parser.add_argument("--package", help="folder of the package, to import it first")
+    parser.add_argument("--snapshot", action="store_true", help="download the repository, and use the folder")
+    parser.add_argument("--all", action="store_true", help="use every class, not the classifier alone")
     parser.add_argument("--train", action="store_true", help="train a step")
     parser.add_argument("--save", help="folder to save model and processor in")
     parser.add_argument("--push", help="repository to push model and processor to")
@@ -50,10 +53,10 @@ def train_a_step(model: torch.nn.Module, pixel_values: torch.Tensor) -> None:
 
 
 def load_backbone(source: str, features: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:
-    """AutoBackbone.from_pretrained; from the configuration where source is a folder, which transformers 5 refuses."""
+    """AutoBackbone.from_pretrained; from the configuration where transformers 5 refuses: folders, and offline."""
     from transformers import AutoBackbone, AutoConfig
 
-    if not os.path.isdir(source):
+    if not os.path.isdir(source) and "HF_HUB_OFFLINE" not in os.environ:
         return AutoBackbone.from_pretrained(source, **options).eval()
     config = AutoConfig.from_pretrained(source, **options)
     backbone = AutoBackbone.from_config(config, trust_remote_code=options["trust_remote_code"])
@@ -80,10 +83,17 @@ def use_all(given: argparse.Namespace, inputs: dict[str, torch.Tensor], options:
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """Load classifier and processor, and do what else is asked for."""
+    from huggingface_hub import snapshot_download
     from PIL import Image
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    options = {"revision": given.revision, "trust_remote_code": given.trust}
+    if given.snapshot:
+        given.source = snapshot_download(given.source, revision=given.revision)
+    options = {
+        "revision": given.revision,
+        "code_revision": given.code_revision,
+        "trust_remote_code": given.trust,
+    }
     processor = AutoImageProcessor.from_pretrained(given.source, **options)
     model = AutoModelForImageClassification.from_pretrained(given.source, **options)
     inputs = processor(images=Image.open(given.picture), return_tensors="pt")
@@ -99,8 +109,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
             "classes": [f"{type(t).__module__}.{type(t).__qualname__}" for t in (model.config, model, processor)],
             "logits": model(**inputs).logits.tolist(),
         }
-    only_passes_on = given.train or given.save or given.push
-    return result if only_passes_on else result | use_all(given, inputs, options)
+    return result | use_all(given, inputs, options) if given.all else result
 
 
 def main(arguments: list[str]) -> None:
@@ -125,6 +134,7 @@ def serve() -> None:
             os.environ.clear()
             os.environ.update(order["environment"])
             os.chdir(order["folder"])
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for stream, name in ((1, "stdout"), (2, "stderr")):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
             return main(order["arguments"])

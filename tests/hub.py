@@ -41,8 +41,8 @@ class Repository:
 class Fault:
     """What goes wrong with the next requests whose method and path match.
 
-    `kind` is a status to answer with, "cut" to close the connection in the middle of the file, or "etag" to send the
-    tag of another file.
+    `kind` is a status to answer with, "cut" to close the connection in the middle of the file, "stall" to stop sending
+    there, or "etag" to send the tag of another file.
     """
 
     pattern: str  # of "METHOD /path"
@@ -75,12 +75,14 @@ class Hub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
         self.faults: list[Fault] = []
         self.log: list[str] = []  # "METHOD /path" of each request
+        self.stalled, self.closing = threading.Event(), threading.Event()
 
     def __enter__(self) -> Hub:
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closing.set()
         self.shutdown()
         self.server_close()
 
@@ -113,6 +115,11 @@ class Hub(ThreadingHTTPServer):
             paths = [path for path in sorted(files.rglob("*")) if path.is_file()]
             files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
         return self.repositories.setdefault(repo_id, Repository()).commit(files)
+
+    def tag(self, repo_id: str, name: str) -> None:
+        """Give the last commit a name that stays."""
+        refs = self.repositories[repo_id].refs
+        refs[name] = refs["main"]
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """Files of a repository at a branch, tag or commit."""
@@ -167,10 +174,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.fault and self.fault.kind == "cut":
-            data = data[: len(data) // 2]
-            self.close_connection = True
-        self.wfile.write(data)
+        if not self.fault or self.fault.kind not in ("cut", "stall"):
+            self.wfile.write(data)
+            return
+        self.wfile.write(data[: len(data) // 2])
+        self.close_connection = True
+        if self.fault.kind == "stall":
+            self.server.stalled.set()
+            self.server.closing.wait()
 
     def send_json(self, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self.send(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})

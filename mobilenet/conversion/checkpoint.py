@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
+from mobilenet.verify import is_as_announced
 
 from .names import ConversionError, Table
 from .progress import open_file
@@ -167,11 +168,14 @@ def download(repo: str, revision: str | None = None) -> Origin:
 
     def fetch(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(repo, name, revision=revision))
+            path = Path(hf_hub_download(repo, name, revision=revision))
         except LocalEntryNotFoundError:  # no answer, and nothing in the cache
             raise
         except EntryNotFoundError:
             return None
+        if not is_as_announced(path):
+            raise ConversionError(f"{path}: is not what the Hub announced: delete it, and try again.")
+        return path
 
     try:
         config = fetch("config.json")
@@ -189,9 +193,14 @@ def download(repo: str, revision: str | None = None) -> Origin:
     except RevisionNotFoundError as error:
         raise ConversionError(f"{repo}: the Hub has no revision {revision!r} of it.") from error
     except LocalEntryNotFoundError as error:
-        raise ConversionError(f"{repo}: no such file or folder, and the Hub does not answer.") from error
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConversionError(f"{repo}: no such file or folder, and the Hub does not answer: {reason}") from error
     except HfHubHTTPError as error:
         raise ConversionError(f"{repo}: the Hub answers with an error: {str(error).splitlines()[0]}") from error
+    except ConversionError:
+        raise
+    except Exception as error:  # of requests before huggingface_hub 1, of httpx since
+        raise ConversionError(f"{repo}: cannot be downloaded: {str(error).splitlines()[0]}") from error
     for found, name in ((config, "config.json"), (weights, " nor ".join(_WEIGHTS))):
         if found is None:
             raise ConversionError(f"{repo}: the Hub's repository does not hold {name}.")
