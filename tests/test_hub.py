@@ -316,3 +316,36 @@ def test_a_failing_hub_ends_a_conversion(hub: Hub, google: str, tmp_path: Path, 
     check_folder(folder / "mobilenet")
     (commit,) = hub.repositories[google].refs.values()
     assert commit in (folder / "mobilenet" / "README.md").read_text()
+
+
+def test_a_checkpoint_of_google_converts_and_classifies_by_id(
+    hub: Hub, data: Path, cats: Path, tmp_path: Path
+) -> None:
+    """From one Hub id to another, with the commands alone."""
+
+    def run(*command: object) -> str:
+        environment = hub.environment(tmp_path / "home", PYTHONPATH=str(ROOT))
+        done = subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    source = "google/mobilenet_v2_1.0_224"
+    commit = hub.publish(source, data / "checkpoints" / source.replace("/", "_"))
+    hub.tag(source, "v1")
+    hub.publish(source, {"model.safetensors": b"a later version"})
+    run(ROOT / "convert_checkpoint.py", source, "converted", "--revision", "v1")
+    assert commit in (tmp_path / "converted" / "README.md").read_text()
+    hub.publish("someone/converted", tmp_path / "converted")
+    answer = run("-m", "mobilenet.cli", "classify", cats, "--model", "someone/converted", "--json", "--top-k", 1)
+    (best,) = json.loads(answer)["predictions"]
+    assert best["label"] == "tabby, tabby cat"
+    assert best["score"] == pytest.approx(0.7847, abs=1e-3)
+    assert not asked_for_code(hub)
+    run("-m", "mobilenet.cli", "verify", "converted", "--against", "someone/converted")
