@@ -160,6 +160,8 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_labels": ("an integer from 0 to 1048576", lambda v: _is_integer(v) and 0 <= v <= 1 << 20),
     "out_features": ("a list of stages", lambda v: v is None or _is_list_of(v, lambda name: isinstance(name, str))),
     "out_indices": ("a list of integers", lambda v: v is None or _is_list_of(v, _is_integer)),
+    # transformers before 5.3 runs code from the repository that this names, trusted or not (CVE-2026-4372).
+    "_attn_implementation_internal": ("a name, not a repository", lambda v: "/" not in str(v)),
 }
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
 import io
+import ipaddress
 import math
 import os
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -61,17 +65,37 @@ MAX_PIXELS = 178_956_970
 MAX_BYTES = 256 * 1024 * 1024
 
 
+def _is_private(url: str) -> bool:
+    """Whether a URL leads into this machine or a network that the internet does not reach."""
+    try:
+        addresses = {address[0] for *_, address in socket.getaddrinfo(urlsplit(url).hostname, None)}
+    except socket.gaierror:  # a proxy may know the name
+        return False
+    return not all(ipaddress.ip_address(address.partition("%")[0]).is_global for address in addresses)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follow a server to where its user may have wanted to go: to HTTP and HTTPS, and never from outside to inside."""
+
+    def redirect_request(self, request: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
+        *_, url = args
+        if not url.startswith(("http://", "https://")) or (_is_private(url) and not _is_private(request.full_url)):
+            raise urllib.error.URLError(f"redirects to {url}")
+        return super().redirect_request(request, *args)
+
+
 def fetch(url: str, timeout: float = 30.0) -> bytes:
     """Download a picture over HTTP or HTTPS.
 
     Raises:
-        UnreadableImageError: The server does not answer, answers with an error, or sends more than MAX_BYTES.
+        UnreadableImageError: The server does not answer, answers with an error, sends more than MAX_BYTES, or
+            redirects to another protocol or from a public address to a private one.
     """
-    request = urllib.request.Request(url, headers={"User-Agent": "mobilenet"})
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        request = urllib.request.Request(url, headers={"User-Agent": "mobilenet"})
+        with urllib.request.build_opener(_Redirects).open(request, timeout=timeout) as response:
             data = response.read(MAX_BYTES + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (http.client.HTTPException, OSError, ValueError) as error:
         raise UnreadableImageError(f"{url}: cannot be downloaded: {error}") from error
     if len(data) > MAX_BYTES:
         raise UnreadableImageError(f"{url}: more than {MAX_BYTES} bytes")

@@ -1,5 +1,9 @@
 import io
 import json
+import socket
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -220,6 +224,68 @@ def test_urls_are_fetched(tmp_path, serve):
     assert torch.equal(pixels(f"{serve(tmp_path)}/noise.png"), pixels(picture()))
     with pytest.raises(UnreadableImageError, match=r"missing\.png: cannot be downloaded: .*404"):
         pixels(f"{serve(tmp_path)}/missing.png")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/a b.png", "http://[::1/a.png", "http:///a.png", "http://-.png"])
+def test_urls_that_lead_nowhere_are_named(url):
+    with pytest.raises(UnreadableImageError, match=r"\.png: cannot be downloaded: "):
+        pixels(url)
+
+
+def redirect_to(url: str) -> type:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", url)
+            self.end_headers()
+
+        def log_message(self, *_): ...
+
+    return Handler
+
+
+@pytest.fixture
+def redirect():
+    """A function that starts a server on the loopback, which redirects to a URL, and gives its own."""
+    with ExitStack() as stack:
+
+        def start(url: str) -> str:
+            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), redirect_to(url)))
+            Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}/picture.png"
+
+        yield start
+
+
+def test_redirects_are_followed(tmp_path, serve, redirect):
+    picture().save(tmp_path / "noise.png")
+    assert torch.equal(pixels(redirect(f"{serve(tmp_path)}/noise.png")), pixels(picture()))
+
+
+@pytest.mark.parametrize("scheme", ["file", "ftp", "data"])
+def test_redirects_do_not_lead_to_local_files(tmp_path, redirect, scheme):
+    picture().save(tmp_path / "secret.png")
+    with pytest.raises(UnreadableImageError, match=rf"picture\.png: cannot be downloaded: .*{scheme}:"):
+        pixels(redirect(f"{scheme}://{tmp_path}/secret.png"))
+
+
+def test_redirects_do_not_lead_inside(tmp_path, serve, redirect, monkeypatch):
+    """A name of a public address, whose server redirects to this machine."""
+    picture().save(tmp_path / "secret.png")
+    inside = f"{serve(tmp_path)}/secret.png"
+    outside = redirect(inside).replace("127.0.0.1", "public.example")
+    real = socket.getaddrinfo
+
+    def look_up(host, port, *args, **kwargs):
+        if host != "public.example":
+            return real(host, port, *args, **kwargs)
+        # With a port, it is looked up to be connected to: by the server of this test.
+        return real("127.0.0.1" if port else "8.8.8.8", port, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(UnreadableImageError, match=rf"redirects to {inside}"):
+        pixels(outside)
 
 
 def test_a_photograph_of_grayscale_and_one_of_colour_make_a_batch(photographs):
