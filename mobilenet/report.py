@@ -91,6 +91,31 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def dataset_name(dataset: str) -> str:
+    """What a card calls a dataset: its Hub id, or the name of its folder or file."""
+    return Path(dataset).resolve().name if Path(dataset).exists() else dataset
+
+
+def accuracy_on_card(model: str, dataset: str, split: str) -> float | None:
+    """The accuracy on a split that the model card of a folder or Hub id gives; None where it gives none."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        path = Path(model) / "README.md"
+        data = ModelCard.load(path if Path(model).exists() else model).data
+    except (FileNotFoundError, EntryNotFoundError, ValueError):
+        return None
+    for result in data.eval_results or []:
+        if (result.dataset_name, result.dataset_split, result.metric_name) == (
+            dataset_name(dataset),
+            split,
+            "accuracy",
+        ):
+            return float(result.metric_value)
+    return None
+
+
 def write_card(folder: Path, options: Any, model: Any, measured: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Write the model card, with the metrics that were measured on the files in the folder.
 
@@ -102,17 +127,14 @@ def write_card(folder: Path, options: Any, model: Any, measured: dict[str, tuple
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    dataset = {"type": options.dataset, "name": Path(options.dataset).name, "revision": options.revision}
-    if Path(options.dataset).exists():
-        dataset["type"] = dataset["name"]
     figures = {split: metrics(*pair) for split, pair in measured.items()}
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=dataset["type"],
-            dataset_name=dataset["name"],
+            dataset_type=dataset_name(options.dataset),
+            dataset_name=dataset_name(options.dataset),
             dataset_split=split,
-            dataset_revision=dataset["revision"],
+            dataset_revision=options.revision,
             metric_type="accuracy",
             metric_name=name.replace("_", " "),
             metric_value=round(value, 6),

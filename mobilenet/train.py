@@ -73,6 +73,10 @@ class Options:
     image_size: Annotated[
         int | None, _option("Side of the network's input in pixels; by default the checkpoint's, or 224.")
     ] = None
+    first_size: Annotated[
+        int | None,
+        _option("Side of the pictures in the first epoch; it grows to the full size over three quarters of them."),
+    ] = None
     crop_fraction: Annotated[
         float, _option("From scratch: share of a picture's shorter edge that the center crop keeps.")
     ] = 0.875
@@ -114,9 +118,9 @@ class Options:
     seed: Annotated[int, _option("Seed.")] = 0
 
     # How to run
-    precision: Annotated[str, _option("auto (bfloat16 or else float16 on a GPU), float32, bfloat16 or float16.")] = (
-        "auto"
-    )
+    precision: Annotated[
+        str, _option("auto (mixed where the hardware is fast at it), float32, bfloat16, float16.")
+    ] = "auto"
     compile: Annotated[bool, _option("Compile the network, which pays on long runs.")] = False
     workers: Annotated[int, _option("Processes that gather batches; 0 suits pictures that fit in memory.")] = 0
     log_steps: Annotated[int | None, _option("Steps between log lines; by default a tenth of an epoch.")] = None
@@ -136,6 +140,7 @@ class Options:
             ("balance", f"one of {', '.join(BALANCES)}", self.balance in BALANCES),
             ("validation", "from 0 to below 1", 0 <= self.validation < 1),
             ("image_size", "at least 1", self.image_size is None or self.image_size >= 1),
+            ("first_size", "at least 1", self.first_size is None or self.first_size >= 1),
             ("crop_fraction", "above 0 and at most 1", 0 < self.crop_fraction <= 1),
             ("crop_scale", "above 0 and at most 1", 0 < self.crop_scale <= 1),
             ("erasing", "from 0 to 1", 0 <= self.erasing <= 1),
@@ -377,6 +382,14 @@ def _decode(
     return decode(rows, processor, Storage(work), split, square, options.skip_unreadable)
 
 
+def _best_precision() -> str:
+    """The precision that the hardware is fast at."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
+
+
 def _arguments(options: Options, count: int, processes: int, validates: bool) -> Any:
     """The recipe in the words of the Trainer."""
     from transformers import TrainingArguments
@@ -386,11 +399,7 @@ def _arguments(options: Options, count: int, processes: int, validates: bool) ->
     batch = options.batch_size * processes
     steps = -(-whole_batches(count, batch) // (batch * options.accumulation))
     pictures = min(batch * options.accumulation, count)
-    precision = options.precision
-    if precision == "auto":
-        precision = "float32"
-        if torch.cuda.is_available():
-            precision = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    precision = _best_precision() if options.precision == "auto" else options.precision
     return TrainingArguments(
         output_dir=str(options.work),
         num_train_epochs=options.epochs,
@@ -403,6 +412,7 @@ def _arguments(options: Options, count: int, processes: int, validates: bool) ->
         max_grad_norm=0.0,
         bf16=precision == "bfloat16",
         fp16=precision == "float16",
+        use_cpu=not torch.cuda.is_available(),
         torch_compile=options.compile,
         dataloader_num_workers=options.workers,
         dataloader_persistent_workers=options.workers > 0,
@@ -493,6 +503,75 @@ def predict(
     return torch.cat(logits)
 
 
+class Evaluation(NamedTuple):
+    """What a checkpoint scores on a split."""
+
+    split: str
+    pictures: int
+    metrics: dict[str, float]
+    by_class: dict[str, float]
+    on_card: float | None  # the accuracy that the checkpoint's model card gives for this split
+
+
+def evaluate_checkpoint(
+    model: str,
+    dataset: str,
+    split: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    batch_size: int = 128,
+    skip_unreadable: bool = False,
+) -> Evaluation:
+    """Measure a checkpoint on labelled pictures, in float32 and with its own processor.
+
+    Args:
+        model: Folder or Hub id.
+        dataset: As Options has it.
+        split: By default test, or else validation, or else the only one.
+        revision: Of a dataset of the Hub.
+        image_column: As Options has it.
+        label_column: As Options has it.
+        batch_size: Pictures that the network sees at once.
+        skip_unreadable: As Options has it.
+
+    Raises:
+        ValueError: The labels of checkpoint and dataset differ, or there is no such split.
+    """
+    need("datasets", "torchmetrics")
+    import tempfile
+
+    from .image_processing_mobilenet import MobileNetImageProcessor
+    from .modeling_mobilenet import MobileNetForImageClassification
+    from .pictures import LABEL, Storage, decode, listed, load_splits
+    from .report import accuracy_on_card, class_accuracies, metrics
+
+    splits = load_splits(dataset, revision, image_column, label_column)
+    split = split or next((name for name in ("test", "validation") if name in splits), next(iter(splits)))
+    if split not in splits:
+        raise ValueError(f"split must be one of {', '.join(splits)}, got {split!r}.")
+    network = MobileNetForImageClassification.from_pretrained(model, dtype=torch.float32)
+    processor = MobileNetImageProcessor.from_pretrained(model)
+    names = splits[split].features[LABEL].names
+    known = network.config.label2id
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"dataset must have labels that the checkpoint knows, {listed(list(known))}; it has {listed(unknown)}."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = decode(splits[split], processor, Storage(Path(folder)), split, None, skip_unreadable)
+        logits = predict(network, processor, pictures, batch_size)
+    labels = torch.tensor([known[name] for name in names])[torch.from_numpy(pictures.labels)]
+    accuracies = class_accuracies(logits, labels)
+    return Evaluation(
+        split,
+        len(pictures),
+        metrics(logits, labels),
+        {name: accuracies[known[name]] for name in names},
+        accuracy_on_card(model, dataset, split),
+    )
+
+
 # The commands
 
 
@@ -542,3 +621,37 @@ def _signature() -> inspect.Signature:
 
 train.__signature__ = _signature()
 train.__annotations__ = {name: p.annotation for name, p in train.__signature__.parameters.items()}
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a MobileNet.")],
+    dataset: Annotated[str, typer.Argument(help="As for mobilenet train.")],
+    split: Annotated[
+        str | None, typer.Option(help="Split; by default test, or else validation, or else the only one.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a dataset of the Hub.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the pictures, where there are several.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels, where there are several.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that the network sees at once.")] = 128,
+    skip_unreadable: Annotated[bool, typer.Option(help="Leave out pictures that cannot be read.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+) -> None:
+    """Measure a checkpoint on labelled pictures, as its model card says it was measured."""
+    result = evaluate_checkpoint(
+        model, dataset, split, revision, image_column, label_column, batch_size, skip_unreadable
+    )
+    if as_json:
+        print(json.dumps(result._asdict()))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", f"{result.split}, {result.pictures:,} pictures")
+    for name, value in result.metrics.items():
+        table.add_row(name.replace("_", " "), f"{value:.2%}")
+    if result.on_card is not None:
+        table.add_row("accuracy on the card", f"{result.on_card:.2%}")
+    table.add_section()
+    for name, value in result.by_class.items():
+        table.add_row(name, f"{value:.2%}")
+    Console().print(table)
