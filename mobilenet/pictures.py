@@ -1,0 +1,403 @@
+"""Labelled pictures for training: read, check, split, decode once, and vary them batch by batch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .image_processing_mobilenet import MobileNetImageProcessor, UnreadableImageError, open_image
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+# Folders of these names hold splits; folders of other names hold classes.
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+IMAGE, LABEL = "image", "label"
+SHOWN = 20  # names that an error lists before it says how many more there are
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for an error: the first ones, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def load_splits(
+    dataset: str, revision: str | None = None, image_column: str | None = None, label_column: str | None = None
+) -> datasets.DatasetDict:
+    """Read an image folder, a parquet file, a folder of parquet files or a dataset of the Hub.
+
+    Returns:
+        Splits by name, each with two columns: "image" (undecoded) and "label" (classes with names).
+
+    Raises:
+        FileNotFoundError: The path or Hub id does not exist.
+        ValueError: The dataset has no column of pictures or labels, or its splits do not share their labels.
+    """
+    import datasets as hf
+
+    path = Path(dataset)
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"dataset must be a folder, a .parquet file or a Hub id, got {dataset!r}.")
+        splits = hf.load_dataset("parquet", data_files={"train": str(path)})
+    elif path.is_dir() and any(path.rglob("*.parquet")):
+        splits = hf.load_dataset(str(path))
+    elif path.is_dir():
+        splits = hf.load_dataset("imagefolder", data_files=_folders(path), drop_labels=False)
+    else:
+        splits = hf.load_dataset(dataset, revision=revision)
+    features = next(iter(splits.values())).features
+    image = _column("image", image_column, features, lambda name: isinstance(features[name], hf.Image))
+    label = _column(
+        "label",
+        label_column,
+        features,
+        lambda name: isinstance(features[name], hf.ClassLabel) or name in LABEL_COLUMNS,
+    )
+    splits = splits.select_columns([image, label])
+    for old, new in ((image, IMAGE), (label, LABEL)):
+        if old != new:
+            splits = splits.rename_column(old, new)
+    splits = splits.cast_column(IMAGE, hf.Image(decode=False))
+    return _with_class_names(splits)
+
+
+def _folders(path: Path) -> dict[str, str]:
+    """Patterns of files by split. The folders below are splits if they all have names of splits, else classes."""
+    folders = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    if not folders:
+        raise ValueError(f"{path} must hold a folder of pictures for each class, but it has no folders.")
+    if all(name.lower() in SPLIT_FOLDERS for name in folders):
+        return {SPLIT_FOLDERS[name.lower()]: str(path / name / "**") for name in folders}
+    return {"train": str(path / "**")}
+
+
+def _column(what: str, chosen: str | None, features: Any, fits: Any) -> str:
+    if chosen is not None:
+        if chosen not in features:
+            raise ValueError(f"{what}_column must be one of {', '.join(features)}, got {chosen!r}.")
+        return chosen
+    candidates = [name for name in features if fits(name)]
+    if len(candidates) != 1:
+        found = f"has {', '.join(candidates)}" if candidates else "has none that looks like one"
+        raise ValueError(f"{what}_column must name one of the columns {', '.join(features)}: the dataset {found}.")
+    return candidates[0]
+
+
+def _with_class_names(splits: datasets.DatasetDict) -> datasets.DatasetDict:
+    """Make every label column one of classes, with the names that the first split has."""
+    import datasets as hf
+
+    first, *others = splits
+    kind = splits[first].features[LABEL]
+    if not isinstance(kind, hf.ClassLabel):
+        values = sorted({value for split in splits.values() for value in split[LABEL][:]}, key=str)
+        if not all(isinstance(value, (str, int)) for value in values):
+            raise ValueError(f"labels must be names or integers, got {listed([repr(v) for v in values])}.")
+        if all(isinstance(value, int) for value in values) and values != list(range(len(values))):
+            values.sort()
+            if values[0] < 0:
+                raise ValueError(f"labels must count from 0, got {listed([str(v) for v in values])}.")
+            values = list(range(values[-1] + 1))
+        kind = hf.ClassLabel(names=[str(value) for value in values])
+    for name in others:
+        theirs = splits[name].features[LABEL]
+        if isinstance(theirs, hf.ClassLabel) and theirs.names != kind.names:
+            missing, extra = set(kind.names) - set(theirs.names), set(theirs.names) - set(kind.names)
+            raise ValueError(
+                f"splits must have the same labels; {name} lacks {listed(sorted(missing)) or 'none'} and has "
+                f"{listed(sorted(extra)) or 'none'} that {first} lacks."
+            )
+    splits = splits.cast_column(LABEL, kind)
+    for name, split in splits.items():
+        unlabelled = sum(label is None or label < 0 for label in split[LABEL][:])
+        if unlabelled and name == first:
+            raise ValueError(f"every picture must have a label; in {name}, {unlabelled} have none.")
+        if unlabelled:
+            splits = hf.DatasetDict({key: value for key, value in splits.items() if key != name})
+    return splits
+
+
+def hold_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split pictures for validation off, the same share of every class.
+
+    Raises:
+        ValueError: A class has too few pictures to give one away, or the share is less than one picture a class.
+    """
+    counts = np.bincount(rows[LABEL][:], minlength=rows.features[LABEL].num_classes)
+    names = rows.features[LABEL].names
+    poor = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < 2]
+    if poor:
+        raise ValueError(
+            f"a validation split needs at least 2 pictures of each class, got {listed(poor)}; add pictures or set "
+            "validation to 0."
+        )
+    if min(fraction, 1 - fraction) * len(rows) < len(names):
+        raise ValueError(
+            f"a validation split needs a picture of each class: {fraction:g} of {len(rows)} pictures is too few for "
+            f"{len(names)} classes; set validation higher, or to 0."
+        )
+    parts = rows.train_test_split(test_size=fraction, stratify_by_column=LABEL, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def check_classes(rows: datasets.Dataset) -> None:
+    """Raise ValueError unless there are pictures of at least two classes, and of every class that has a name."""
+    names = rows.features[LABEL].names
+    counts = np.bincount(rows[LABEL][:], minlength=len(names))
+    present = [name for name, count in zip(names, counts, strict=True) if count]
+    if len(present) < 2:
+        raise ValueError(f"a classifier needs pictures of at least two classes, got {listed(present) or 'none'}.")
+    absent = [name for name, count in zip(names, counts, strict=True) if not count]
+    if absent:
+        raise ValueError(f"every class needs pictures to train on; there are none of {listed(absent)}.")
+
+
+class Pictures(NamedTuple):
+    """Pictures decoded to one size, with their labels: a dataset that gives whole batches."""
+
+    pixels: np.ndarray  # (N, 3, H, W), RGB in 0 to 255, in memory or in a mapped file
+    labels: np.ndarray  # (N,), int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.pixels.shape[2], self.pixels.shape[3]
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Pictures and labels at these places."""
+        return {"pixels": torch.from_numpy(self.pixels[indices]), "labels": torch.from_numpy(self.labels[indices])}
+
+
+class Batches(torch.utils.data.Dataset):
+    """Pictures as a DataLoader takes them: a batch is gathered at once."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.pictures.batch([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        return self.pictures.batch(indices)
+
+
+def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Collate function of a dataset that gives whole batches."""
+    return batch
+
+
+class Storage(NamedTuple):
+    """Where decoded pictures go: memory as long as they take less than half of what is free, else a file."""
+
+    folder: Path
+
+    def allocate(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """An array of bytes.
+
+        Raises:
+            OSError: Neither memory nor disk has the space.
+        """
+        import psutil
+
+        size = int(np.prod(shape))
+        if size < psutil.virtual_memory().available / 2:
+            return np.empty(shape, np.uint8)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise OSError(f"the decoded pictures of {name} need {size:,} bytes, but {self.folder} has {free:,}.")
+        return np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.uint8, shape)
+
+
+def decode(
+    rows: datasets.Dataset,
+    processor: MobileNetImageProcessor,
+    storage: Storage,
+    name: str,
+    square: int | None = None,
+    skip_unreadable: bool = False,
+) -> Pictures:
+    """Decode every picture once, with the processor's own resizing.
+
+    Args:
+        rows: Pictures and labels, as load_splits gives them.
+        processor: What resizes and crops.
+        storage: Where the pixels go.
+        name: Of the split, for messages and the file.
+        square: Side in pixels of the center square to keep; by default what the processor gives.
+        skip_unreadable: Whether to leave unreadable pictures out instead of raising an error.
+
+    Raises:
+        ValueError: Pictures are unreadable (all are listed), or none is left.
+    """
+    from rich.progress import track
+
+    options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
+    if square is not None:
+        options |= {"do_resize": True, "do_center_crop": True, "size": square, "crop_size": square}
+
+    def read(image: dict[str, Any]) -> np.ndarray | str:
+        try:
+            picture = open_image(image["path"] if image["bytes"] is None else image["bytes"])
+            return processor(picture, **options)["pixel_values"][0].astype(np.uint8)
+        except UnreadableImageError as error:
+            reason = str(error).removeprefix("bytes: ")
+            return reason if image["bytes"] is None else f"{image['path'] or 'a picture without a name'}: {reason}"
+
+    pixels, kept, broken, count = None, [], [], 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        batches = rows.iter(batch_size=256)
+        for batch in track(batches, f"decoding {name}", -(-len(rows) // 256), transient=True):
+            for index, picture in enumerate(pool.map(read, batch[IMAGE])):
+                if isinstance(picture, str):
+                    broken.append(picture)
+                    continue
+                if pixels is None:
+                    pixels = storage.allocate(name, (len(rows), *picture.shape))
+                if picture.shape != pixels.shape[1:]:
+                    raise ValueError(
+                        f"the processor must give pictures of one size, got {picture.shape} and {pixels.shape[1:]}; "
+                        "set its do_center_crop."
+                    )
+                pixels[len(kept)] = picture
+                kept.append(batch[LABEL][index])
+            count += len(batch[LABEL])
+    if broken and not skip_unreadable:
+        more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
+        raise ValueError(
+            f"{len(broken)} of {count} pictures of {name} cannot be read: {'; '.join(broken[:SHOWN])}{more}. Set "
+            "skip_unreadable to leave them out."
+        )
+    for reason in broken:
+        print(f"skipped {reason}")
+    if pixels is None:
+        raise ValueError(f"{name} must hold at least one readable picture, got none.")
+    return Pictures(pixels[: len(kept)], np.asarray(kept, np.int64))
+
+
+class Normalize(nn.Module):
+    """Bytes to what the network takes: the processor's rescaling and normalisation.
+
+    Shape: (B, C, H, W) in 0 to 255 -> (B, C, H, W)
+    """
+
+    def __init__(self, processor: MobileNetImageProcessor) -> None:
+        super().__init__()
+        self.factor = processor.rescale_factor if processor.do_rescale else 1.0
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() * self.factor - self.mean) / self.std
+
+
+class Augment(nn.Module):
+    """Vary a batch of pictures, on the device where it is.
+
+    Shape: (B, C, S, S) in 0 to 255 -> (B, C, *size) in 0 to 255
+
+    Args:
+        size: Height and width that the network trains on.
+        crop_scale: Least share of the picture's area that a crop keeps; 1 for no crops.
+        flip: Whether to mirror half of the pictures.
+        trivial_augment: Whether to apply one random operation of random strength.
+        erasing: Probability of painting a random box over with the mean colour.
+
+    Source: random resized crops: Szegedy et al., Section 6 (arXiv:1409.4842); TrivialAugment: arXiv:2103.10158;
+        random erasing: arXiv:1708.04896.
+    """
+
+    # TrivialAugment draws one operation for all that it is given, so a batch is given in so many parts.
+    PARTS = 8
+
+    def __init__(
+        self, size: tuple[int, int], crop_scale: float, flip: bool, trivial_augment: bool, erasing: float
+    ) -> None:
+        super().__init__()
+        import kornia.augmentation as K
+        from kornia.augmentation.auto import TrivialAugment
+
+        self.geometry = nn.Sequential(
+            K.RandomResizedCrop(size, scale=(crop_scale, 1.0), cropping_mode="resample")
+            if crop_scale < 1
+            else K.Resize(size),
+            *([K.RandomHorizontalFlip()] if flip else []),
+        )
+        self.policy = TrivialAugment() if trivial_augment else None
+        self.erase = K.RandomErasing(p=erasing, value=0.5) if erasing else nn.Identity()
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.geometry(pixels.float() / 255)
+        if self.policy is not None:
+            x = torch.cat([self.policy(part) for part in x.chunk(self.PARTS)])
+        return self.erase(x).clamp(0, 1) * 255
+
+
+def mix(pixels: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Blend each picture and its target with those of another one, all by one share drawn from Beta(alpha, alpha).
+
+    Shape: (B, C, H, W), (B, classes) -> the same
+
+    Source: mixup, Section 2 (arXiv:1710.09412).
+    """
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    order = torch.randperm(len(pixels)).to(pixels.device)
+    return torch.lerp(pixels[order], pixels, share), torch.lerp(targets[order], targets, share)
+
+
+class Order(torch.utils.data.Sampler[int]):
+    """The order of an epoch's pictures: a function of seed and epoch alone, so that a resumed run sees the same.
+
+    Args:
+        count: Pictures that there are.
+        drawn: Pictures in an epoch: a whole number of batches, lest a small last one spoil the norms' statistics.
+        seed: Seed.
+        epoch: Gives the number of the epoch that begins.
+        weights: How often to draw each picture, of shape (count,); by default none comes twice.
+    """
+
+    def __init__(
+        self, count: int, drawn: int, seed: int, epoch: Callable[[], int], weights: Tensor | None = None
+    ) -> None:
+        self.count, self.drawn, self.seed, self.epoch, self.weights = count, drawn, seed, epoch, weights
+
+    def __len__(self) -> int:
+        return self.drawn
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
+        if self.weights is None:
+            order = torch.randperm(self.count, generator=generator)[: self.drawn]
+        else:
+            order = torch.multinomial(self.weights, self.drawn, replacement=True, generator=generator)
+        yield from order.tolist()

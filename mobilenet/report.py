@@ -1,0 +1,216 @@
+"""What a training run leaves for people: metrics, pictures of its course, a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy, top-5 accuracy where there are more than five classes, and the mean accuracy of the classes.
+
+    Args:
+        logits: Of shape (N, classes).
+        labels: Of shape (N,).
+    """
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    classes = logits.shape[1]
+    result = {"accuracy": multiclass_accuracy(logits, labels, classes, average="micro")}
+    if classes > 5:
+        result["top5_accuracy"] = multiclass_accuracy(logits, labels, classes, average="micro", top_k=5)
+    result["balanced_accuracy"] = multiclass_accuracy(logits, labels, classes, average="macro")
+    return {name: float(value) for name, value in result.items()}
+
+
+def class_accuracies(logits: Tensor, labels: Tensor) -> list[float]:
+    """The share of each class's pictures that is recognised."""
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    return multiclass_accuracy(logits, labels, logits.shape[1], average="none").tolist()
+
+
+def evaluate_logits(prediction: Any) -> dict[str, float]:
+    """`metrics`, as the Trainer calls it."""
+    return metrics(torch.from_numpy(np.asarray(prediction.predictions)), torch.from_numpy(prediction.label_ids))
+
+
+def plot_course(log: list[dict[str, float]], path: Path) -> None:
+    """Draw loss, learning rate and validation accuracy over the epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    for key, label in (("loss", "training"), ("eval_loss", "validation")):
+        points = [(entry["epoch"], float(entry[key])) for entry in log if key in entry]
+        if points:
+            losses.plot(*zip(*points, strict=True), label=label)
+    losses.set(xlabel="epoch", ylabel="loss")
+    losses.legend()
+    points = [(entry["epoch"], 100 * entry["eval_accuracy"]) for entry in log if "eval_accuracy" in entry]
+    if points:
+        accuracies.plot(*zip(*points, strict=True), color="tab:green")
+    accuracies.set(xlabel="epoch", ylabel="validation accuracy, %")
+    rates = accuracies.twinx()
+    points = [(entry["epoch"], float(entry["learning_rate"])) for entry in log if "learning_rate" in entry]
+    if points:
+        rates.plot(*zip(*points, strict=True), color="tab:gray", linewidth=0.8)
+    rates.set_ylabel("learning rate", color="tab:gray")
+    figure.savefig(path, dpi=120)
+
+
+def plot_confusion(logits: Tensor, labels: Tensor, names: list[str], path: Path) -> None:
+    """Draw what share of each class's pictures is taken for which class."""
+    from matplotlib.figure import Figure
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    matrix = multiclass_confusion_matrix(logits, labels, len(names), normalize="true").numpy()
+    side = min(4 + 0.35 * len(names), 30)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="answer", ylabel="truth")
+    if len(names) <= 100:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    if len(names) <= 25:
+        for (row, column), share in np.ndenumerate(matrix):
+            if share >= 0.005:
+                color = "white" if share > 0.5 else "black"
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=color)
+    figure.savefig(path, dpi=100)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def dataset_name(dataset: str) -> str:
+    """What a card calls a dataset: its Hub id, or the name of its folder or file."""
+    return Path(dataset).resolve().name if Path(dataset).exists() else dataset
+
+
+def accuracy_on_card(model: str, dataset: str, split: str) -> float | None:
+    """The accuracy on a split that the model card of a folder or Hub id gives; None where it gives none."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        path = Path(model) / "README.md"
+        data = ModelCard.load(path if Path(model).exists() else model).data
+    except (FileNotFoundError, EntryNotFoundError, ValueError):
+        return None
+    for result in data.eval_results or []:
+        if (result.dataset_name, result.dataset_split, result.metric_name) == (
+            dataset_name(dataset),
+            split,
+            "accuracy",
+        ):
+            return float(result.metric_value)
+    return None
+
+
+def write_card(folder: Path, options: Any, model: Any, measured: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Write the model card, with the metrics that were measured on the files in the folder.
+
+    Args:
+        folder: Of the repository.
+        options: Of the run.
+        model: The network, for its configuration.
+        measured: Logits and labels by split; the last one is what the card is headed by.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    figures = {split: metrics(*pair) for split, pair in measured.items()}
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset_name(options.dataset),
+            dataset_name=dataset_name(options.dataset),
+            dataset_split=split,
+            dataset_revision=options.revision,
+            metric_type="accuracy",
+            metric_name=name.replace("_", " "),
+            metric_value=round(value, 6),
+        )
+        for split, values in figures.items()
+        for name, value in values.items()
+    ]
+    data = ModelCardData(
+        model_name=folder.name if not options.output else Path(options.output).name,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["mobilenet", "vision"],
+        datasets=None if Path(options.dataset).exists() else [options.dataset],
+        base_model=options.model if options.model and not Path(options.model).exists() else None,
+        metrics=["accuracy"] if results else None,
+        eval_results=results or None,
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(options, model, figures, measured)}")
+    card.save(folder / "README.md")
+
+
+def _text(options: Any, model: Any, figures: dict[str, dict[str, float]], measured: dict[str, Any]) -> str:
+    config = model.config
+    count = sum(parameter.numel() for parameter in model.parameters())
+    name = Path(options.output).name
+    lines = [
+        f"# {name}",
+        "",
+        f"{config.architecture} at width {config.width_multiplier:g} for pictures of {config.image_size} pixels, "
+        f"with {config.num_labels} classes and {count:,} parameters, "
+        + (f"fine-tuned from {options.model}" if options.model else "trained from scratch")
+        + f" on {options.dataset}.",
+        "",
+    ]
+    if figures:
+        lines += ["| split | pictures | " + " | ".join(next(iter(figures.values()))).replace("_", " ") + " |"]
+        lines += ["|---" * (2 + len(next(iter(figures.values())))) + "|"]
+        for split, values in figures.items():
+            shown = " | ".join(f"{100 * value:.2f} %" for value in values.values())
+            lines.append(f"| {split} | {len(measured[split][1]):,} | {shown} |")
+        split, (logits, labels) = list(measured.items())[-1]
+        lines += [
+            "",
+            "Measured in float32 on the files of this repository; again:",
+            "",
+            "```",
+            f"mobilenet evaluate {name} {options.dataset} --split {split}",
+            "```",
+            "",
+            f"| class | accuracy on {split} |",
+            "|---|---|",
+        ]
+        for label, value in zip(config.id2label.values(), class_accuracies(logits, labels), strict=True):
+            lines.append(f"| {label} | {100 * value:.2f} % |")
+        lines += ["", "![Confusion matrix](confusion_matrix.png)"]
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        f'classify = pipeline("image-classification", model="{name}", trust_remote_code=True)',
+        'print(classify("photo.jpg"))',
+        "```",
+        "",
+        "## Training",
+        "",
+        "```",
+        options.command(),
+        "```",
+        "",
+        "All options and versions are in [training.json](training.json), the log in [log.csv](log.csv) and, for "
+        "TensorBoard, in `runs`. To train it again: `mobilenet train --config training.json --output again`.",
+        "",
+        "![Course of the training](curves.png)",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,657 @@
+"""Train a MobileNet on labelled pictures, from scratch or from a checkpoint, and evaluate one."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
+
+import torch
+import typer
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .image_processing_mobilenet import MobileNetImageProcessor
+    from .modeling_mobilenet import MobileNetForImageClassification
+    from .pictures import Pictures
+
+RECORD = "training.json"
+OPTIMIZERS = ("sgd", "rmsprop", "adamw")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+BALANCES = ("none", "weights", "sampling")
+
+
+def _option(text: str, *names: str, **kwargs: Any) -> Any:
+    return typer.Option(*names, help=text, **kwargs)
+
+
+@dataclass(kw_only=True)
+class Options:
+    """A training run in full: with the same options, data, versions and hardware, it gives the same weights."""
+
+    # What to train on
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            help="Folder with a folder of pictures for each class (or with such folders in train, validation and "
+            "test), parquet file, folder of parquet files, or dataset of the Hub."
+        ),
+    ]
+    output: Annotated[str, _option("Folder to write the finished repository to.", "--output", "-o")]
+    revision: Annotated[str | None, _option("Branch, tag or commit of a dataset of the Hub.")] = None
+    image_column: Annotated[str | None, _option("Column of the pictures, where there are several.")] = None
+    label_column: Annotated[str | None, _option("Column of the labels, where there are several.")] = None
+    train_split: Annotated[str, _option("Split to train on.")] = "train"
+    validation_split: Annotated[
+        str | None, _option("Split to evaluate after each epoch; by default 'validation', where there is one.")
+    ] = None
+    validation: Annotated[
+        float, _option("Share of the training pictures to hold out where there is no such split; 0 for none.")
+    ] = 0.1
+    test_split: Annotated[
+        str | None, _option("Split to measure the finished model on; by default 'test', where there is one.")
+    ] = None
+    skip_unreadable: Annotated[bool, _option("Leave out pictures that cannot be read.")] = False
+
+    # What to train
+    model: Annotated[
+        str | None, _option("Folder or Hub id of a MobileNet to start from; by default from scratch.", "--model", "-m")
+    ] = None
+    architecture: Annotated[str, _option("From scratch: mobilenet_v1 or mobilenet_v2.")] = "mobilenet_v2"
+    width: Annotated[float, _option("From scratch: width multiplier.")] = 1.0
+    output_stride: Annotated[int, _option("From scratch: 32, 16 or 8.")] = 32
+    image_size: Annotated[
+        int | None, _option("Side of the network's input in pixels; by default the checkpoint's, or 224.")
+    ] = None
+    first_size: Annotated[
+        int | None,
+        _option("Side of the pictures in the first epoch; it grows to the full size over three quarters of them."),
+    ] = None
+    crop_fraction: Annotated[
+        float, _option("From scratch: share of a picture's shorter edge that the center crop keeps.")
+    ] = 0.875
+    last_stages: Annotated[
+        int | None,
+        _option(
+            "Train the last so many stages and the head alone, and with 0 the classifier alone. What does not train "
+            "stays in eval mode, norms too."
+        ),
+    ] = None
+
+    # How to vary the pictures
+    crop_scale: Annotated[float, _option("Least share of the area that a random crop keeps; 1 for no crops.")] = 0.35
+    flip: Annotated[bool, _option("Mirror half of the pictures.")] = True
+    trivial_augment: Annotated[bool, _option("Apply TrivialAugment.")] = False
+    erasing: Annotated[float, _option("Probability of erasing a random box.")] = 0.0
+    mixup: Annotated[float, _option("Alpha of mixup; 0 for none.")] = 0.0
+
+    # How to optimize
+    epochs: Annotated[int, _option("Epochs.")] = 30
+    batch_size: Annotated[int, _option("Pictures in a batch, in each process.")] = 128
+    accumulation: Annotated[int, _option("Batches that make one step.")] = 1
+    optimizer: Annotated[str, _option("sgd (with Nesterov's momentum), rmsprop or adamw.")] = "sgd"
+    learning_rate: Annotated[
+        float | None,
+        _option(
+            "Peak learning rate for 256 pictures a step; it grows in proportion to these. By default 0.1 from "
+            "scratch and 0.02 from a checkpoint, and a hundredth of it for adamw."
+        ),
+    ] = None
+    momentum: Annotated[float, _option("Momentum.")] = 0.9
+    weight_decay: Annotated[float, _option("Of convolutions, but no depthwise ones, and of the classifier.")] = 4e-5
+    warmup: Annotated[float, _option("Share of the steps in which the learning rate rises; then it falls.")] = 0.05
+    label_smoothing: Annotated[float, _option("Share of the target that is spread over all labels.")] = 0.1
+    balance: Annotated[
+        str, _option("Against unequal classes: none, weights (of the loss) or sampling (rare ones more often).")
+    ] = "none"
+    ema: Annotated[float, _option("Decay of the weights' moving average; 0 for none.")] = 0.999
+    seed: Annotated[int, _option("Seed.")] = 0
+
+    # How to run
+    precision: Annotated[
+        str, _option("auto (mixed where the hardware is fast at it), float32, bfloat16, float16.")
+    ] = "auto"
+    compile: Annotated[bool, _option("Compile the network, which pays on long runs.")] = False
+    workers: Annotated[int, _option("Processes that gather batches; 0 suits pictures that fit in memory.")] = 0
+    log_steps: Annotated[int | None, _option("Steps between log lines; by default a tenth of an epoch.")] = None
+    save_steps: Annotated[int | None, _option("Steps between checkpoints; by default an epoch.")] = None
+    time_limit: Annotated[
+        float | None, _option("Minutes after which to save a checkpoint and stop; the same command goes on from it.")
+    ] = None
+    keep_checkpoints: Annotated[bool, _option("Keep the last checkpoints when the repository is written.")] = False
+    restart: Annotated[bool, _option("Forget the checkpoints of an unfinished run.")] = False
+    overwrite: Annotated[bool, _option("Replace the folder that is there.")] = False
+
+    def check(self) -> None:
+        """Raise ValueError for the first option whose value is not allowed."""
+        for name, allowed, holds in (
+            ("optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer in OPTIMIZERS),
+            ("precision", f"one of {', '.join(PRECISIONS)}", self.precision in PRECISIONS),
+            ("balance", f"one of {', '.join(BALANCES)}", self.balance in BALANCES),
+            ("validation", "from 0 to below 1", 0 <= self.validation < 1),
+            ("image_size", "at least 1", self.image_size is None or self.image_size >= 1),
+            ("first_size", "at least 1", self.first_size is None or self.first_size >= 1),
+            ("crop_fraction", "above 0 and at most 1", 0 < self.crop_fraction <= 1),
+            ("crop_scale", "above 0 and at most 1", 0 < self.crop_scale <= 1),
+            ("erasing", "from 0 to 1", 0 <= self.erasing <= 1),
+            ("mixup", "at least 0", self.mixup >= 0),
+            ("epochs", "at least 1", self.epochs >= 1),
+            ("batch_size", "at least 1", self.batch_size >= 1),
+            ("accumulation", "at least 1", self.accumulation >= 1),
+            ("learning_rate", "above 0", self.learning_rate is None or self.learning_rate > 0),
+            ("momentum", "from 0 to below 1", 0 <= self.momentum < 1),
+            ("weight_decay", "at least 0", self.weight_decay >= 0),
+            ("warmup", "from 0 to 1", 0 <= self.warmup <= 1),
+            ("label_smoothing", "from 0 to below 1", 0 <= self.label_smoothing < 1),
+            ("ema", "from 0 to below 1", 0 <= self.ema < 1),
+            ("workers", "at least 0", self.workers >= 0),
+            ("log_steps", "at least 1", self.log_steps is None or self.log_steps >= 1),
+            ("save_steps", "at least 1", self.save_steps is None or self.save_steps >= 1),
+            ("time_limit", "above 0", self.time_limit is None or self.time_limit > 0),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}.")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """For 256 pictures a step."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return (0.1 if self.model is None else 0.02) * (0.01 if self.optimizer == "adamw" else 1)
+
+    @property
+    def work(self) -> Path:
+        """The folder beside the output that holds checkpoints and logs until the run is finished."""
+        output = Path(self.output).absolute()
+        return output.with_name(output.name + ".training")
+
+    def command(self) -> str:
+        """The command that runs this."""
+        words = ["mobilenet", "train", self.dataset, "--output", self.output]
+        for field in dataclasses.fields(self)[2:]:
+            value, flag = getattr(self, field.name), "--" + field.name.replace("_", "-")
+            if value != field.default:
+                words += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
+        return shlex.join(words)
+
+
+# Options that may differ when a run is resumed: they do not change its weights.
+FREE_TO_CHANGE = ("time_limit", "save_steps", "log_steps", "keep_checkpoints", "overwrite", "restart", "workers")
+
+
+def need(*modules: str) -> None:
+    """Raise ImportError, saying what to install, unless the modules of the extra `train` are there."""
+    from importlib.util import find_spec
+
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ImportError(f'training needs {", ".join(missing)}: pip install "mobilenet[train]"')
+
+
+def run(options: Options) -> bool:
+    """Train, and write a repository; returns False where the time limit came first.
+
+    Raises:
+        FileExistsError: The output folder exists, and options.overwrite is not set.
+        ImportError: The extra is not installed.
+        ValueError: An option is not allowed, or the pictures cannot be trained on.
+    """
+    need("accelerate", "datasets", "kornia", "matplotlib", "tensorboard", "torchmetrics")
+    options.check()
+    started = time.monotonic()
+    output = Path(options.output)
+    if output.exists() and not options.overwrite:
+        raise FileExistsError(f"{output} exists: set --overwrite to replace it.")
+
+    from accelerate import PartialState
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    from . import trainer as training
+    from .pictures import Augment, Normalize
+
+    state = PartialState()
+    work = options.work
+    if state.is_main_process:
+        _prepare_work(options, work)
+    state.wait_for_everyone()
+
+    logging.disable_progress_bar()
+    set_seed(options.seed)
+    data = _read(options)
+    model, processor = _build(options, data.names)
+    train, validation, test = (
+        _decode(options, data, split, processor, work) for split in ("train", "validation", "test")
+    )
+    frozen = [] if options.last_stages is None else training.freeze(model, options.last_stages)
+    size = _input_size(processor)
+    deadline = None if options.time_limit is None else started + 60 * options.time_limit
+    trainer = training.ClassifierTrainer(
+        model.to(memory_format=torch.channels_last),
+        _arguments(options, len(train), state.num_processes, validation is not None),
+        options,
+        train,
+        validation,
+        Augment(size, options.crop_scale, options.flip, options.trivial_augment, options.erasing),
+        Normalize(processor),
+        frozen=frozen,
+        deadline=deadline,
+        **_reporting(work, state.is_main_process),
+    )
+    last = training.checkpoints(work)
+    if last and state.is_main_process:
+        print(f"resuming from {last[-1]}", flush=True)
+    trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        if state.is_main_process:
+            print(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; run again to go on")
+        return False
+    with trainer.averaged_weights():
+        if state.is_main_process:
+            _finish(options, model, processor, trainer.state.log_history, data, validation, test)
+    state.wait_for_everyone()
+    return True
+
+
+def _prepare_work(options: Options, work: Path) -> None:
+    """Make the folder of an unfinished run, or find one that the same options left."""
+    from .report import write_json
+    from .trainer import STAGING
+
+    if options.restart and work.exists():
+        shutil.rmtree(work)
+    record = work / RECORD
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))["options"]
+        now = dataclasses.asdict(options)
+        changed = [f"{name} (was {before.get(name)!r})" for name in now if now[name] != before.get(name)]
+        changed = [text for text in changed if text.split(" ")[0] not in FREE_TO_CHANGE]
+        if changed:
+            raise ValueError(
+                f"{work} holds an unfinished run with other options: {', '.join(changed)}. Set them as they were to "
+                "go on, or set --restart to forget it."
+            )
+    shutil.rmtree(work / STAGING, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(record, _record(options))
+
+
+def _record(options: Options) -> dict[str, Any]:
+    """All that is needed to run this again."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": sys.version.split()[0]}
+    for package in ("torch", "transformers", "accelerate", "datasets", "kornia", "pillow", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    return {"command": options.command(), "options": dataclasses.asdict(options), "versions": versions}
+
+
+class Data(NamedTuple):
+    """The splits of a run, undecoded."""
+
+    names: list[str]
+    train: Any
+    validation: Any
+    test: Any
+
+
+def _read(options: Options) -> Data:
+    from .pictures import LABEL, check_classes, hold_out, load_splits
+
+    splits = load_splits(options.dataset, options.revision, options.image_column, options.label_column)
+
+    def split(name: str, wanted: str | None, default: str | None) -> Any:
+        if wanted is not None and wanted not in splits:
+            raise ValueError(f"{name} must be one of {', '.join(splits)}, got {wanted!r}.")
+        return splits.get(wanted or default)
+
+    train = split("train_split", options.train_split, None)
+    validation = split("validation_split", options.validation_split, "validation")
+    test = split("test_split", options.test_split, "test")
+    check_classes(train)
+    if validation is None and options.validation:
+        train, validation = hold_out(train, options.validation, options.seed)
+    return Data(train.features[LABEL].names, train, validation, test)
+
+
+def _build(options: Options, names: list[str]) -> tuple[MobileNetForImageClassification, MobileNetImageProcessor]:
+    """The network and the processor to start with."""
+    from . import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+
+    labels = {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+    if options.model is None:
+        size = options.image_size or 224
+        processor = MobileNetImageProcessor(
+            size={"shortest_edge": round(size / options.crop_fraction)}, crop_size=size
+        )
+        config = MobileNetConfig(
+            architecture=options.architecture,
+            width_multiplier=options.width,
+            output_stride=options.output_stride,
+            image_size=size,
+            **labels,
+        )
+        return MobileNetForImageClassification(config), processor
+    config = MobileNetConfig.from_pretrained(options.model)
+    if config.model_type != "mobilenet":
+        raise ValueError(f"model must be a MobileNet of this package; convert {options.model!r} first.")
+    processor = MobileNetImageProcessor.from_pretrained(options.model)
+    model = MobileNetForImageClassification.from_pretrained(
+        options.model, ignore_mismatched_sizes=True, dtype=torch.float32, **labels
+    )
+    if options.image_size:
+        fraction = _input_size(processor)[0] / processor.size.get("shortest_edge", _input_size(processor)[0])
+        processor.size = {"shortest_edge": round(options.image_size / fraction)}
+        processor.crop_size = {"height": options.image_size, "width": options.image_size}
+        model.config.image_size = options.image_size
+    return model, processor
+
+
+def _input_size(processor: MobileNetImageProcessor) -> tuple[int, int]:
+    """Height and width of what the network sees."""
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    return size["height"], size["width"]
+
+
+def _decode(
+    options: Options, data: Data, split: str, processor: MobileNetImageProcessor, work: Path
+) -> Pictures | None:
+    from .pictures import Storage, decode
+
+    rows = getattr(data, split)
+    if rows is None:
+        return None
+    square = processor.size.get("shortest_edge", max(_input_size(processor))) if split == "train" else None
+    return decode(rows, processor, Storage(work), split, square, options.skip_unreadable)
+
+
+def _best_precision() -> str:
+    """The precision that the hardware is fast at."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
+
+
+def _arguments(options: Options, count: int, processes: int, validates: bool) -> Any:
+    """The recipe in the words of the Trainer."""
+    from transformers import TrainingArguments
+
+    from .trainer import whole_batches
+
+    batch = options.batch_size * processes
+    steps = -(-whole_batches(count, batch) // (batch * options.accumulation))
+    pictures = min(batch * options.accumulation, count)
+    precision = _best_precision() if options.precision == "auto" else options.precision
+    return TrainingArguments(
+        output_dir=str(options.work),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=2 * options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.peak_learning_rate * pictures / 256,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(options.warmup * steps * options.epochs),
+        max_grad_norm=0.0,
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
+        use_cpu=not torch.cuda.is_available(),
+        torch_compile=options.compile,
+        dataloader_num_workers=options.workers,
+        dataloader_persistent_workers=options.workers > 0,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        eval_strategy="epoch" if validates else "no",
+        save_strategy="no",  # the trainer's own callback decides
+        logging_steps=options.log_steps or max(1, steps // 10),
+        logging_nan_inf_filter=False,
+        seed=options.seed,
+        report_to="none",
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _reporting(work: Path, is_main: bool) -> dict[str, Any]:
+    """TensorBoard's log, and the metrics of an evaluation."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    from .report import evaluate_logits
+
+    callbacks = [TensorBoardCallback(SummaryWriter(str(work / "runs")))] if is_main else []
+    return {"callbacks": callbacks, "compute_metrics": evaluate_logits}
+
+
+def _finish(
+    options: Options,
+    model: MobileNetForImageClassification,
+    processor: MobileNetImageProcessor,
+    log: list[dict[str, float]],
+    data: Data,
+    validation: Pictures | None,
+    test: Pictures | None,
+) -> None:
+    """Write the repository beside its place, measure what was written, and move it there."""
+    from .modeling_mobilenet import MobileNetForImageClassification as Classifier
+    from .report import plot_confusion, plot_course, write_card, write_json
+
+    work, output = options.work, Path(options.output)
+    repository = work / "repository"
+    shutil.rmtree(repository, ignore_errors=True)
+    model.save_pretrained(repository)
+    processor.save_pretrained(repository)
+    write_json(repository / RECORD, _record(options))
+    shutil.copy(work / "log.csv", repository)
+    shutil.copytree(work / "runs", repository / "runs")
+    plot_course(log, repository / "curves.png")
+    written = Classifier.from_pretrained(repository)
+    measured = {}
+    for split, pictures in (("validation", validation), ("test", test)):
+        if pictures is not None:
+            logits = predict(written, processor, pictures, options.batch_size)
+            measured[split] = (logits, torch.from_numpy(pictures.labels))
+    if measured:
+        plot_confusion(*list(measured.values())[-1], data.names, repository / "confusion_matrix.png")
+    write_card(repository, options, written, measured)
+    if output.exists():
+        old = work / "replaced"
+        os.replace(output, old)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(repository, output)
+    if not options.keep_checkpoints:
+        shutil.rmtree(work)
+    print(f"wrote {output}")
+
+
+@torch.no_grad()
+def predict(
+    model: MobileNetForImageClassification,
+    processor: MobileNetImageProcessor,
+    pictures: Pictures,
+    batch_size: int = 128,
+) -> Tensor:
+    """Logits of pictures that the processor has resized and cropped, computed in float32: (N, classes)."""
+    from rich.progress import track
+
+    from .pictures import Normalize
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    normalize = Normalize(processor).to(device)
+    logits = []
+    for start in track(range(0, len(pictures), batch_size), "measuring", transient=True):
+        pixels = torch.from_numpy(pictures.pixels[start : start + batch_size])
+        logits.append(model(normalize(pixels.to(device))).logits.float().cpu())
+    return torch.cat(logits)
+
+
+class Evaluation(NamedTuple):
+    """What a checkpoint scores on a split."""
+
+    split: str
+    pictures: int
+    metrics: dict[str, float]
+    by_class: dict[str, float]
+    on_card: float | None  # the accuracy that the checkpoint's model card gives for this split
+
+
+def evaluate_checkpoint(
+    model: str,
+    dataset: str,
+    split: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    batch_size: int = 128,
+    skip_unreadable: bool = False,
+) -> Evaluation:
+    """Measure a checkpoint on labelled pictures, in float32 and with its own processor.
+
+    Args:
+        model: Folder or Hub id.
+        dataset: As Options has it.
+        split: By default test, or else validation, or else the only one.
+        revision: Of a dataset of the Hub.
+        image_column: As Options has it.
+        label_column: As Options has it.
+        batch_size: Pictures that the network sees at once.
+        skip_unreadable: As Options has it.
+
+    Raises:
+        ValueError: The labels of checkpoint and dataset differ, or there is no such split.
+    """
+    need("datasets", "torchmetrics")
+    import tempfile
+
+    from .image_processing_mobilenet import MobileNetImageProcessor
+    from .modeling_mobilenet import MobileNetForImageClassification
+    from .pictures import LABEL, Storage, decode, listed, load_splits
+    from .report import accuracy_on_card, class_accuracies, metrics
+
+    splits = load_splits(dataset, revision, image_column, label_column)
+    split = split or next((name for name in ("test", "validation") if name in splits), next(iter(splits)))
+    if split not in splits:
+        raise ValueError(f"split must be one of {', '.join(splits)}, got {split!r}.")
+    network = MobileNetForImageClassification.from_pretrained(model, dtype=torch.float32)
+    processor = MobileNetImageProcessor.from_pretrained(model)
+    names = splits[split].features[LABEL].names
+    known = network.config.label2id
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"dataset must have labels that the checkpoint knows, {listed(list(known))}; it has {listed(unknown)}."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = decode(splits[split], processor, Storage(Path(folder)), split, None, skip_unreadable)
+        logits = predict(network, processor, pictures, batch_size)
+    labels = torch.tensor([known[name] for name in names])[torch.from_numpy(pictures.labels)]
+    accuracies = class_accuracies(logits, labels)
+    return Evaluation(
+        split,
+        len(pictures),
+        metrics(logits, labels),
+        {name: accuracies[known[name]] for name in names},
+        accuracy_on_card(model, dataset, split),
+    )
+
+
+# The commands
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take defaults from a file that a run left; what the command line says goes first."""
+    if path is not None:
+        try:
+            recorded = json.loads(path.read_text(encoding="utf-8"))["options"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise typer.BadParameter(f"{path} must be the {RECORD} of a run: {error}") from error
+        context.default_map = {name: value for name, value in recorded.items() if value is not None}
+    return path
+
+
+def train(config: Path | None = None, **given: Any) -> None:
+    """Train a MobileNet on labelled pictures and write a complete repository.
+
+    The same command goes on where an interrupted run stopped, to the same weights. Several GPUs or machines: start
+    it with torchrun or accelerate launch.
+    """
+    if not run(Options(**given)):
+        raise typer.Exit(3)
+
+
+def _signature() -> inspect.Signature:
+    """The options as parameters of the command."""
+    config = Annotated[
+        Path | None,
+        typer.Option(
+            "--config", callback=_read_config, is_eager=True, help=f"{RECORD} of a run to repeat; options override it."
+        ),
+    ]
+    hints = get_type_hints(Options, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(Options)
+    ]
+    return inspect.Signature(
+        [*parameters, inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config)]
+    )
+
+
+train.__signature__ = _signature()
+train.__annotations__ = {name: p.annotation for name, p in train.__signature__.parameters.items()}
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a MobileNet.")],
+    dataset: Annotated[str, typer.Argument(help="As for mobilenet train.")],
+    split: Annotated[
+        str | None, typer.Option(help="Split; by default test, or else validation, or else the only one.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a dataset of the Hub.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the pictures, where there are several.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels, where there are several.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that the network sees at once.")] = 128,
+    skip_unreadable: Annotated[bool, typer.Option(help="Leave out pictures that cannot be read.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+) -> None:
+    """Measure a checkpoint on labelled pictures, as its model card says it was measured."""
+    result = evaluate_checkpoint(
+        model, dataset, split, revision, image_column, label_column, batch_size, skip_unreadable
+    )
+    if as_json:
+        print(json.dumps(result._asdict()))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", f"{result.split}, {result.pictures:,} pictures")
+    for name, value in result.metrics.items():
+        table.add_row(name.replace("_", " "), f"{value:.2%}")
+    if result.on_card is not None:
+        table.add_row("accuracy on the card", f"{result.on_card:.2%}")
+    table.add_section()
+    for name, value in result.by_class.items():
+        table.add_row(name, f"{value:.2%}")
+    Console().print(table)

@@ -1,0 +1,364 @@
+"""The training loop: transformers' Trainer, with the weights averaged, and a resumption that changes nothing."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from .pictures import Batches, Order, Pictures, as_it_is, mix
+
+
+if TYPE_CHECKING:
+    from .train import Options
+
+AVERAGE = "average.safetensors"
+STAGING = "incomplete"
+CHECKPOINTS_KEPT = 2
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, the oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def whole_batches(count: int, batch: int) -> int:
+    """The most pictures that make whole batches; all of them where they do not fill one."""
+    return count // batch * batch or count
+
+
+def freeze(model: nn.Module, last_stages: int) -> list[nn.Module]:
+    """Leave only the classifier trainable, or with it the head and the last stages; return what is frozen.
+
+    Args:
+        model: A MobileNetForImageClassification.
+        last_stages: 0 for the classifier alone; k for it, the head and the last k stages.
+
+    Raises:
+        ValueError: The network has fewer stages.
+    """
+    backbone = model.backbone
+    count = len(backbone.stages)
+    if not 0 <= last_stages <= count:
+        raise ValueError(f"last_stages must be an integer from 0 to {count}, got {last_stages}.")
+    frozen = [backbone.stem, *backbone.stages[: count - last_stages]]
+    if last_stages == 0:
+        frozen.append(backbone.head)
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters: those that decay, which are weights of convolutions and classifiers, and the others.
+
+    Norms, biases and depthwise kernels do not decay.
+
+    Source: MobileNetV1, Section 3.2 (arXiv:1704.04861): "very little or no weight decay (l2 regularization) on the
+        depthwise filters"; regularize_depthwise=False of slim/nets/mobilenet_v1.py.
+    """
+    decaying = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    }
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if id(p) in decaying], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) not in decaying], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def keep_float32_where_faster(model: nn.Module) -> None:
+    """Run some depthwise convolutions in float32 under bfloat16 autocast on a CPU.
+
+    Where they stride or where a map has no more than 2x2 pixels, oneDNN has no fast bfloat16 gradients: measured on
+    a processor with AVX512-BF16, they take six times as long as in float32, and a training step twice as long.
+    """
+
+    def wrap(conv: nn.Conv2d) -> None:
+        forward = conv.forward
+
+        def in_float32(x: Tensor) -> Tensor:
+            if conv.stride[0] == 1 and x.shape[-1] > 2:
+                return forward(x)
+            with torch.autocast("cpu", enabled=False):
+                return forward(x.float()).to(x.dtype)
+
+        conv.forward = in_float32
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            wrap(module)
+
+
+def make_optimizer(groups: list[dict[str, Any]], options: Options, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer that the options name.
+
+    Source: RMSprop: slim/train_image_classifier.py (decay 0.9, momentum 0.9, epsilon 1).
+    """
+    if options.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, learning_rate, alpha=0.9, eps=1.0, momentum=options.momentum)
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, learning_rate)
+    return torch.optim.SGD(groups, learning_rate, options.momentum, nesterov=options.momentum > 0)
+
+
+class ClassifierTrainer(Trainer):
+    """Trains a classifier on decoded pictures, and evaluates the moving average of its weights.
+
+    Args:
+        model: A classifier whose output has logits.
+        args: Arguments of the Trainer.
+        options: The recipe.
+        train: Pictures to train on.
+        validation: Pictures to evaluate on after each epoch, or None.
+        augment: Varies a batch of bytes.
+        normalize: Turns bytes into what the network takes.
+        frozen: Modules that do not train: their norms stay in eval mode.
+        deadline: Time, as time.monotonic tells it, at which to save a checkpoint and stop.
+        **kwargs: Further arguments of the Trainer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        options: Options,
+        train: Pictures,
+        validation: Pictures | None,
+        augment: nn.Module,
+        normalize: nn.Module,
+        frozen: list[nn.Module] | None = None,
+        deadline: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.options = options
+        super().__init__(
+            model,
+            args,
+            train_dataset=Batches(train),
+            eval_dataset=None if validation is None else Batches(validation),
+            data_collator=as_it_is,
+            **kwargs,
+        )
+        self.augment = augment.to(args.device)
+        self.normalize = normalize.to(args.device)
+        self.frozen = frozen or []
+        counts = torch.bincount(torch.from_numpy(train.labels)).float()
+        self.class_weights = counts.sum() / (len(counts) * counts)  # their mean over the pictures is 1
+        self.average = None
+        if options.ema:
+            self.average = AveragedModel(self.model, multi_avg_fn=self._blend, use_buffers=True)
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.add_callback(Course(self, deadline))
+        if args.bf16 and args.device.type == "cpu":
+            keep_float32_where_faster(self.model)
+
+    # What differs from the Trainer's own training step
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Cross entropy: of varied pictures and soft targets in training, plain in evaluation."""
+        pixels, labels = inputs["pixels"], inputs["labels"]
+        if model.training:
+            for module in self.frozen:
+                module.eval()
+            options = self.options
+            pixels = self.augment(pixels)
+            targets = F.one_hot(labels, len(self.class_weights)).float()
+            if options.mixup:
+                pixels, targets = mix(pixels, targets, options.mixup)
+            if options.first_size:
+                pixels = F.interpolate(pixels, self._side(pixels.shape[-1]), mode="bilinear", antialias=True)
+            logits = model(pixel_values=self.normalize(pixels)).logits.float()
+            weights = self.class_weights.to(logits.device) if options.balance == "weights" else None
+            loss = F.cross_entropy(logits, targets, weight=weights, label_smoothing=options.label_smoothing)
+        else:
+            logits = model(pixel_values=self.normalize(pixels)).logits.float()
+            loss = F.cross_entropy(logits, labels)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _side(self, full: int) -> int:
+        """Side of the pictures in this epoch: it grows by 8 pixels at a time over the first 3/4 of the epochs.
+
+        Source: progressive learning: EfficientNetV2, Section 4.1 (arXiv:2104.00298).
+        """
+        first = self.options.first_size
+        progress = int(self.state.epoch or 0) / (0.75 * self.options.epochs)
+        return min(full, first + int((full - first) * progress) // 8 * 8)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Decay only what shall decay."""
+        if self.optimizer is None:
+            groups = parameter_groups(self.model, self.options.weight_decay)
+            self.optimizer = make_optimizer(groups, self.options, self.args.learning_rate)
+        return self.optimizer
+
+    def _get_train_sampler(self, *args: Any) -> Order:
+        weights = None
+        if self.options.balance == "sampling":
+            weights = self.class_weights[torch.from_numpy(self.train_dataset.pictures.labels)]
+        # Whole epochs are exact in state.epoch; within one, its whole part is the number of the epoch.
+        return Order(
+            len(self.train_dataset),
+            whole_batches(len(self.train_dataset), self.options.batch_size * self.args.world_size),
+            self.options.seed,
+            lambda: int(self.state.epoch or 0),
+            weights,
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Nothing: the Trainer's estimate is for text."""
+        return 0
+
+    # The average of the weights
+
+    def _blend(self, averages: list[Tensor], currents: list[Tensor], _: Tensor | int) -> None:
+        """Move averages towards current values; early on faster, as there is little to average yet.
+
+        Source: tf.train.ExponentialMovingAverage with num_updates.
+        """
+        step = self.state.global_step
+        decay = min(self.options.ema, (1 + step) / (10 + step))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, currents, 1 - decay)
+        else:
+            torch._foreach_copy_(averages, currents)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within, the model has the averaged weights."""
+        if self.average is None or not self.state.global_step:
+            yield
+            return
+        current = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average.module.state_dict())
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(current)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate the averaged weights, and leave the random numbers as they were."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with self.averaged_weights(), torch.random.fork_rng(devices):
+            return super().evaluate(*args, **kwargs)
+
+    # Checkpoints that are complete or absent
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        if (folder / name).exists():
+            return
+        self.args.output_dir = str(folder / STAGING)
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self.args.output_dir = str(folder)
+        if self.args.should_save and self.average is not None:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in self.average.module.state_dict().items()},
+                folder / STAGING / name / AVERAGE,
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            os.replace(folder / STAGING / name, folder / name)
+            for old in checkpoints(folder)[:-CHECKPOINTS_KEPT]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.module.load_state_dict(load_file(Path(resume_from_checkpoint) / AVERAGE))
+            self.average.n_averaged.fill_(1)  # not the first time: the first one copies
+
+
+class Course(TrainerCallback):
+    """What happens along the way: averaging, checkpoints, the time limit, progress, the log as CSV.
+
+    Args:
+        trainer: The trainer.
+        deadline: Time, as time.monotonic tells it, at which to stop.
+    """
+
+    def __init__(self, trainer: ClassifierTrainer, deadline: float | None) -> None:
+        self.trainer = trainer
+        self.deadline = deadline
+        self.progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let each process vary its pictures in its own way."""
+        torch.manual_seed(self.trainer.options.seed + args.process_index)
+        if state.is_world_process_zero:
+            self.progress.start()
+            self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Average the weights; save where it is time to."""
+        if self.trainer.average is not None:
+            self.trainer.average.update_parameters(self.trainer.model)
+        every = self.trainer.options.save_steps
+        ends_epoch = state.epoch == int(state.epoch)  # then the checkpoint waits for the evaluation
+        if every and state.global_step % every == 0 and not ends_epoch:
+            control.should_save = True
+        if self.deadline is not None and self._as_first_process(time.monotonic() > self.deadline):
+            control.should_save = not ends_epoch
+            control.should_training_stop = True
+        if state.is_world_process_zero:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def _as_first_process(self, late: bool) -> bool:
+        """What the first process says: all must stop at the same step."""
+        if self.trainer.args.world_size == 1:
+            return late
+        return bool(broadcast(torch.tensor(float(late), device=self.trainer.args.device)))
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log and save."""
+        control.should_log = True
+        control.should_save = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Clear the progress bar."""
+        self.progress.stop()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the log anew: rows that a killed run had added since its last checkpoint disappear."""
+        if not state.is_world_process_zero:
+            return
+        columns = list(dict.fromkeys(["step", "epoch", *(name for entry in state.log_history for name in entry)]))
+        path = Path(args.output_dir) / "log.csv"
+        partial = path.with_suffix(".partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(state.log_history)
+        os.replace(partial, path)
+        entry = state.log_history[-1]
+        if "eval_accuracy" in entry or ("loss" in entry and state.epoch == int(state.epoch)):
+            shown = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}", "eval_accuracy": "accuracy {:.2%}"}
+            figures = ", ".join(text.format(float(entry[key])) for key, text in shown.items() if key in entry)
+            self.progress.console.print(f"epoch {state.epoch:g} of {args.num_train_epochs:g}: {figures}")
