@@ -18,8 +18,8 @@ from .classify import Engine, Layout, clean, default_model, load, run
 # Subcommands that bring their own options: module and function.
 MODULES = {
     "convert": ("convert_checkpoint", "command"),
-    "train": ("train", "train_command"),
-    "evaluate": ("train", "evaluate_command"),
+    "train": ("train", "train"),
+    "evaluate": ("train", "evaluate"),
 }
 
 
