@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import typer
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
@@ -208,3 +209,24 @@ def show(findings: list[Finding], as_json: bool = False) -> None:
             Text(clean(verdict), style="bold red" if is_problem else "green"),
         )
     Console().print(table)
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="Repository, as downloaded or cloned.", show_default=False)],
+    against: Annotated[
+        str | None, typer.Option(help="Hub id of the repository that it should equal.", show_default=False)
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of that repository.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one for each file.")] = False,
+) -> None:
+    """Print the SHA-256 of a repository's code, configurations and weights, and compare them with what was released.
+
+    Code is compared with that of this installation; with --against, every file with what the Hub tells of another
+    repository. The exit code is 1 if a file differs, is a pickle, is a link out of the folder, or runs other code.
+    """
+    findings = verify(folder, against, revision)
+    show(findings, as_json)
+    if any(finding.is_problem for finding in findings):
+        raise typer.Exit(1)
