@@ -166,9 +166,9 @@ def download(repo: str, revision: str | None = None) -> Origin:
         ConversionError: The Hub does not answer, refuses, or has no such repository, revision or file.
     """
 
-    def fetch(name: str) -> Path | None:
+    def fetch(name: str, commit: str | None) -> Path | None:
         try:
-            path = Path(hf_hub_download(repo, name, revision=revision))
+            path = Path(hf_hub_download(repo, name, revision=commit))
         except LocalEntryNotFoundError:  # no answer, and nothing in the cache
             raise
         except EntryNotFoundError:
@@ -178,9 +178,11 @@ def download(repo: str, revision: str | None = None) -> Origin:
         return path
 
     try:
-        config = fetch("config.json")
-        fetch("preprocessor_config.json")
-        weights = fetch(_WEIGHTS[0]) or fetch(_WEIGHTS[1])
+        config, weights = fetch("config.json", revision), None
+        if config:
+            commit = config.parent.name  # of the snapshot: somebody may push meanwhile
+            fetch("preprocessor_config.json", commit)
+            weights = fetch(_WEIGHTS[0], commit) or fetch(_WEIGHTS[1], commit)
     except HFValidationError as error:
         raise ConversionError(f"{repo}: no such file or folder, and no Hub id either.") from error
     except GatedRepoError as error:
@@ -204,5 +206,4 @@ def download(repo: str, revision: str | None = None) -> Origin:
     for found, name in ((config, "config.json"), (weights, " nor ".join(_WEIGHTS))):
         if found is None:
             raise ConversionError(f"{repo}: the Hub's repository does not hold {name}.")
-    # A snapshot's folder has the commit for a name.
     return Origin(repo, config.parent, config.parent.name, f"https://huggingface.co/{repo}")

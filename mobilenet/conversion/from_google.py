@@ -76,8 +76,8 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     model_type = read_json(folder / "config.json")["model_type"]
     try:
         theirs = _CONFIGS[model_type].from_pretrained(folder)
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"{folder / 'config.json'}: {error}") from error
+    except Exception as error:  # each version of transformers raises something else
+        raise ConversionError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
     expected = _CLASSES[model_type].__name__
     if theirs.architectures and expected not in theirs.architectures:
         raise ConversionError(f"{origin.given}: must hold a {expected}, got {', '.join(theirs.architectures)}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -125,6 +126,8 @@ def _layers(model: nn.Module, table: Table) -> Iterator[tuple[str, nn.Module, st
         else:
             source = row.conv
             parts = table.convention.depthwise if role == "depthwise" else table.convention.conv
+        if source is None:
+            raise ValueError(f"the name table names no batch norm for {path}.")
         yield path, layer, source.format(**values), parts
 
 
@@ -132,7 +135,7 @@ def places(model: nn.Module, table: Table) -> dict[str, Place]:
     """Expand a table over the blocks of a network: each of the source's names, and where its tensor goes.
 
     Raises:
-        ValueError: Two of our tensors have the same name in the source.
+        ValueError: The table lacks a layer, or names two alike.
     """
     result: dict[str, Place] = {}
     for path, layer, source, parts in _layers(model, table):
@@ -150,6 +153,7 @@ def places(model: nn.Module, table: Table) -> dict[str, Place]:
     return result
 
 
+@cache
 def skeleton(**config: Any) -> MobileNetForImageClassification:
     """A network without memory for its weights, for its names and shapes."""
     with torch.device("meta"):

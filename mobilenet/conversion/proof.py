@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,29 +127,30 @@ def prove(
     except ImportError as error:
         caveats.append(f"Not compared with the source's own runtime, which is not installed: {error}.")
     activations = checkpoint.quantization and checkpoint.quantization["activations"]
-    ours, theirs, like_theirs = [], [], []
+    batches: dict[str, list[Tensor]] = {"ours": [], "theirs": [], "ours rounded": []}
     for start in track(range(0, len(pictures), BATCH), "comparing"):
         batch = checkpoint.processor(pictures[start : start + BATCH], return_tensors="pt").pixel_values
         with torch.no_grad():
-            ours.append(model(batch).logits)
+            batches["ours"].append(model(batch).logits)
             if oracle:
-                theirs.append(oracle.logits(batch)[:, classes])
-                with rounded(model, activations) if activations else nullcontext():
-                    like_theirs.append(model(batch).logits)
+                batches["theirs"].append(oracle.logits(batch)[:, classes])
+            if oracle and activations:
+                with rounded(model, activations):
+                    batches["ours rounded"].append(model(batch).logits)
+    logits = {name: torch.cat(rows) for name, rows in batches.items() if rows}
+    ours, theirs = logits["ours"], logits.get("theirs")
     comparisons = []
     if oracle:
         name = f"{oracle.name} {oracle.version}"
         if activations:
             # A step is one level of the file's logits. Integer kernels round between layers in ways of their own.
             step = activations["classifier"]["scale"]
-            comparisons.append(
-                Comparison.of(f"{name}, rounding alike", torch.cat(like_theirs), torch.cat(theirs), mean=2 * step)
-            )
-            comparisons.append(Comparison.of(f"{name}, not rounding", torch.cat(ours), torch.cat(theirs)))
+            comparisons.append(Comparison.of(f"{name}, rounding alike", logits["ours rounded"], theirs, mean=2 * step))
+            comparisons.append(Comparison.of(f"{name}, not rounding", ours, theirs))
         else:
-            comparisons.append(Comparison.of(name, torch.cat(ours), torch.cat(theirs), largest=limit(theirs)))
+            comparisons.append(Comparison.of(name, ours, theirs, largest=limit(theirs)))
     loaded = load_back(folder, pictures)
-    comparisons.append(Comparison.of("the repository, loaded anew", torch.cat(ours), loaded, largest=1e-4))
+    comparisons.append(Comparison.of("the repository, loaded anew", ours, loaded, largest=limit(ours)))
     return comparisons, caveats
 
 

@@ -1,0 +1,116 @@
+"""Conversions of timm's checkpoints, against timm."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conversions import ODD_SIZES, assert_fails_without_a_trace, assert_wrong_tables_are_noticed, read
+from oracles import import_timm, logits, timm_model
+from safetensors.torch import save_file
+from torch import nn
+
+from convert_checkpoint import build, convert
+from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
+
+
+V1 = ("mobilenetv1_100", "mobilenetv1_125")
+V2 = ("mobilenetv2_035", "mobilenetv2_050", "mobilenetv2_075", "mobilenetv2_100", "mobilenetv2_140")
+
+
+def network(name: str, **kwargs: object) -> nn.Module:
+    """A network of timm with random weights, whose logits are as large as a trained one's."""
+    model = timm_model(name, **{"num_classes": 10, **kwargs})
+    with torch.no_grad():
+        model.classifier.weight *= 0.1
+    return model
+
+
+def save_for_hub(model: nn.Module, folder: Path) -> Path:
+    """A repository, written by timm itself."""
+    import_timm().models.save_for_hf(model, folder, safe_serialization=True)
+    return folder
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+@pytest.mark.parametrize("name", V1 + V2)
+def test_logits_equal_those_of_timm(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    theirs = network(name)
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    ours = build(read(tmp_path / "model.safetensors"), name)
+    pictures = torch.randn(2, 3, *size)
+    torch.testing.assert_close(logits(ours, pictures), logits(theirs, pictures), atol=1e-4, rtol=0)
+    assert round(100 * ours.config.width_multiplier) == int(name[-3:])
+
+
+@pytest.mark.parametrize("name", ["mobilenetv1_100", "mobilenetv2_035"])
+def test_every_wrong_row_is_noticed(name: str, tmp_path: Path) -> None:
+    torch.save(timm_model(name, num_classes=10).state_dict(), tmp_path / "model.pth")
+    assert_wrong_tables_are_noticed(read(tmp_path / "model.pth"))
+
+
+def test_a_repository_converts_and_is_proved(tmp_path: Path) -> None:
+    source = save_for_hub(network("mobilenetv2_035", num_classes=1000), tmp_path / "source")
+    comparisons = convert(str(source), tmp_path / "output")
+    assert [comparison.against for comparison in comparisons] == [
+        f"timm's mobilenetv2_035 {import_timm().__version__}",
+        "the repository, loaded anew",
+    ]
+    assert all(comparison.largest < 1e-4 and comparison.agreement == 1 for comparison in comparisons)
+    model = MobileNetForImageClassification.from_pretrained(tmp_path / "output")
+    assert model.config.id2label[281] == "tabby, tabby cat"
+    processor = MobileNetImageProcessor.from_pretrained(tmp_path / "output")
+    assert (processor.size, processor.crop_size["height"]) == ({"shortest_edge": 256}, 224)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "mobilenetv1_100.ra4_e3600_r224_in1k",
+        "mobilenetv1_125.ra4_e3600_r224_in1k",
+        "mobilenetv2_050.lamb_in1k",
+        "mobilenetv2_100.ra_in1k",
+        "mobilenetv2_140.ra_in1k",
+    ],
+)
+def test_preprocessing_is_that_of_timm(tag: str, tmp_path: Path) -> None:
+    name, _, _ = tag.partition(".")
+    recorded = import_timm().get_pretrained_cfg(tag)
+    torch.save(network(name, num_classes=3).state_dict(), tmp_path / "model.pth")
+    by_recipe = read(tmp_path / "model.pth").processor
+    by_record = read(save_for_hub(network(tag, num_classes=3), tmp_path / "hub")).processor
+    for processor in (by_recipe, by_record):
+        assert processor.crop_size == {"height": 224, "width": 224}
+        assert processor.size == {"shortest_edge": int(224 / recorded.crop_pct)}
+        assert (tuple(processor.image_mean), tuple(processor.image_std)) == (recorded.mean, recorded.std)
+        assert (processor.resample, recorded.interpolation) == (3, "bicubic")
+
+
+@pytest.mark.parametrize("name", ["mobilenetv1_100h", "mobilenetv2_110d", "mobilenetv2_120d", "mobilenetv3_small_050"])
+def test_other_networks_of_timm_are_refused(name: str, tmp_path: Path) -> None:
+    model = import_timm().create_model(name)
+    source = save_for_hub(model, tmp_path / "source")
+    assert_fails_without_a_trace(source, tmp_path / "output", "must be timm's mobilenetv1_<width> or", f"got {name}.")
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    assert_fails_without_a_trace(tmp_path / "model.pth", tmp_path / "output", "model.pth does not hold a mobilenet_v")
+
+
+def test_a_training_checkpoint_gives_its_averaged_weights(tmp_path: Path) -> None:
+    trained, averaged = network("mobilenetv2_035"), network("mobilenetv2_035")
+    checkpoint = {
+        "epoch": 3,
+        "args": argparse.Namespace(lr=0.1),
+        "state_dict": trained.state_dict(),
+        "state_dict_ema": {f"module.{name}": tensor for name, tensor in averaged.state_dict().items()},
+    }
+    torch.save(checkpoint, tmp_path / "last.pth.tar")
+    ours = build(read(tmp_path / "last.pth.tar"), "")
+    assert ours.classifier.weight.equal(averaged.classifier.weight)
+
+
+def test_labels_of_a_repository_are_kept(tmp_path: Path) -> None:
+    source = save_for_hub(network("mobilenetv2_035", num_classes=2), tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"label_names": ["owl", "parrot"]}))
+    assert build(read(source), "").config.id2label == {0: "owl", 1: "parrot"}
