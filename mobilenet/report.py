@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .text import markdown
+
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy, top-5 accuracy where there are more than five classes, and the mean accuracy of the classes.
@@ -161,12 +163,12 @@ def _text(options: Any, model: Any, figures: dict[str, dict[str, float]], measur
     count = sum(parameter.numel() for parameter in model.parameters())
     name = Path(options.output).name
     lines = [
-        f"# {name}",
+        f"# {markdown(name)}",
         "",
         f"{config.architecture} at width {config.width_multiplier:g} for pictures of {config.image_size} pixels, "
         f"with {config.num_labels} classes and {count:,} parameters, "
-        + (f"fine-tuned from {options.model}" if options.model else "trained from scratch")
-        + f" on {options.dataset}.",
+        + (f"fine-tuned from {markdown(options.model)}" if options.model else "trained from scratch")
+        + f" on {markdown(options.dataset)}.",
         "",
     ]
     if figures:
@@ -188,7 +190,7 @@ def _text(options: Any, model: Any, figures: dict[str, dict[str, float]], measur
             "|---|---|",
         ]
         for label, value in zip(config.id2label.values(), class_accuracies(logits, labels), strict=True):
-            lines.append(f"| {label} | {100 * value:.2f} % |")
+            lines.append(f"| {markdown(label)} | {100 * value:.2f} % |")
         lines += ["", "![Confusion matrix](confusion_matrix.png)"]
     lines += [
         "",
