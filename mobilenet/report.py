@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .text import markdown
+from .text import clean, markdown
 
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -161,7 +161,7 @@ def write_card(folder: Path, options: Any, model: Any, measured: dict[str, tuple
 def _text(options: Any, model: Any, figures: dict[str, dict[str, float]], measured: dict[str, Any]) -> str:
     config = model.config
     count = sum(parameter.numel() for parameter in model.parameters())
-    name = Path(options.output).name
+    name = clean(Path(options.output).name)
     lines = [
         f"# {markdown(name)}",
         "",
@@ -183,7 +183,7 @@ def _text(options: Any, model: Any, figures: dict[str, dict[str, float]], measur
             "Measured in float32 on the files of this repository; again:",
             "",
             "```",
-            f"mobilenet evaluate {name} {options.dataset} --split {split}",
+            f"mobilenet evaluate {name} {clean(options.dataset)} --split {split}",
             "```",
             "",
             f"| class | accuracy on {split} |",
