@@ -26,13 +26,13 @@ from rich.table import Table
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from mobilenet.classify import clean
 from mobilenet.conversion import Checkpoint, ConversionError, Options, read_source
 from mobilenet.conversion.card import write_card
 from mobilenet.conversion.labels import known, read_labels
 from mobilenet.conversion.names import rename
 from mobilenet.conversion.proof import BATCH, Comparison, draw_pictures, find_pictures, prove
 from mobilenet.conversion.unfold import unfold_batch_norm
+from mobilenet.text import clean
 
 
 UNFOLDED = (

@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.utils import cached_file, logging
 
 from .configuration_mobilenet import MobileNetConfig
+from .text import clean
 
 
 # What a folder is searched for; a file that is named itself may have any name.
@@ -340,11 +341,6 @@ def run(
             write(result)
             progress.advance(task)
     return failures
-
-
-def clean(text: str) -> str:
-    """Replace what a terminal would obey instead of show: control characters, escapes, changes of direction."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 _BAR_WIDTH = 20

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .classify import Engine, Layout, clean, default_model, load, run
+from .classify import Engine, Layout, default_model, load, run
+from .text import clean
 
 
 # Subcommands that bring their own options: module and function.

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .classify import clean
 from .configuration_mobilenet import AUTO_MAP
+from .text import clean
 
 
 CODE = ("configuration_mobilenet.py", "image_processing_mobilenet.py", "modeling_mobilenet.py")

@@ -12,6 +12,7 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from mobilenet.configuration_mobilenet import MobileNetConfig
+from mobilenet.text import markdown
 
 from .checkpoint import Checkpoint, Origin, sha256
 from .proof import Comparison
@@ -70,10 +71,10 @@ needed."""
 
 
 def _source(origin: Origin, checkpoint: Checkpoint) -> str:
-    given = f"[{origin.given}]({origin.url})" if origin.url else f"`{Path(origin.given).name}`"
+    given = f"[{origin.given}]({origin.url})" if origin.url else markdown(Path(origin.given).name)
     where = f"{given} at revision `{origin.revision}`" if origin.revision else given
     return f"{where}\n\n" + _table(
-        ("file", "SHA-256"), [(path.name, f"`{sha256(path)}`") for path in checkpoint.files]
+        ("file", "SHA-256"), [(markdown(path.name), f"`{sha256(path)}`") for path in checkpoint.files]
     )
 
 
