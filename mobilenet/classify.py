@@ -1,7 +1,7 @@
 """Classify pictures by the thousand: names come in, and one result for each goes out, in order.
 
-Every step is a generator, and pictures are read only a few ahead of the network, so that memory does not grow with
-their number.
+Every step is a generator, and threads run only a few batches ahead, so that memory does not grow with the number of
+pictures.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from enum import Enum
 from itertools import groupby, islice
 from pathlib import Path
 from pickle import UnpicklingError
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -207,14 +208,20 @@ def _load_export(model: str, engine: Engine, options: dict[str, Any]) -> Callabl
             f"engine {engine.value} needs transformers.exporters: pip install 'transformers>=5.23'"
         ) from error
     if engine is Engine.OPENVINO:
-        return ExportedModel.from_pretrained(model, device="cpu", **options)
+        network = ExportedModel.from_pretrained(model, device="cpu", **options)
+        lock = Lock()  # it has one request to run, which spreads over all processors
+
+        def infer(pixel_values: Tensor) -> Any:
+            with lock:
+                return network(pixel_values=pixel_values)
+
+        return infer
     try:
         from onnxruntime import SessionOptions
     except ImportError as error:
         raise ImportError("engine onnx needs onnxruntime: pip install onnxruntime") from error
     settings = SessionOptions()
-    # Threads that wait for work by spinning would take the processor from those that read pictures.
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.intra_op_num_threads = 1
     return ExportedModel.from_pretrained(model, device="cpu", session_options=settings, **options)
 
 
@@ -266,49 +273,58 @@ def _search(folder: str) -> Iterator[Picture]:
 
 
 def classify(pictures: Iterable[Picture], classifier: Classifier, top_k: int, batch_size: int) -> Iterator[Result]:
-    """Classify pictures, of which threads read the next ones while the network is busy.
+    """Classify pictures in batches; every picture gives one result, in order.
 
-    Every picture gives one result, in order.
+    Each batch is read and run by one thread, beside others: so nothing waits for anything, and the network's own
+    threads, which would spin while they wait for each other, are not needed.
     """
 
-    def read(picture: Picture) -> Picture:
-        if picture.error is not None:
-            return picture
-        name = picture.name
-        if os.path.exists(name) and not os.path.isfile(name):
-            return picture._replace(error="not a regular file")  # a pipe would keep its reader waiting
-        try:
-            return picture._replace(pixels=classifier.read(name))
-        except ValueError as error:  # UnreadableImageError among them
-            return picture._replace(error=str(error).removeprefix(f"{name}: "))
+    def answer(batch: list[Picture]) -> list[Result]:
+        batch = [picture if picture.error else _read(picture, classifier) for picture in batch]
+        readable = [picture.pixels for picture in batch if picture.pixels is not None]
+        predictions = iter(
+            [
+                row
+                for _, alike in groupby(readable, key=lambda pixels: pixels.shape)
+                for row in _predict(torch.cat(list(alike)), classifier, top_k)
+            ]
+        )
+        return [Result(name, [] if pixels is None else next(predictions), error) for name, pixels, error in batch]
 
-    with closing(_map_ahead(read, pictures, ahead=2 * batch_size)) as finished:
-        while batch := list(islice(finished, batch_size)):
-            readable = [picture.pixels for picture in batch if picture.pixels is not None]
-            predictions = iter(
-                [
-                    row
-                    for _, alike in groupby(readable, key=lambda pixels: pixels.shape)
-                    for row in _predict(torch.cat(list(alike)), classifier, top_k)
-                ]
-            )
-            for name, pixels, error in batch:
-                yield Result(name, [] if pixels is None else next(predictions), error)
+    pictures = iter(pictures)
+    batches = iter(lambda: list(islice(pictures, batch_size)), [])
+    with closing(_map_in_threads(answer, batches)) as answers:
+        for results in answers:
+            yield from results
 
 
-def _map_ahead(function: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
-    """Map items in threads, at most so many ahead of the consumer; results keep the order of the items."""
-    executor = ThreadPoolExecutor()
+def _read(picture: Picture, classifier: Classifier) -> Picture:
+    name = picture.name
+    if os.path.exists(name) and not os.path.isfile(name):
+        return picture._replace(error="not a regular file")  # a pipe would keep its reader waiting
+    try:
+        return picture._replace(pixels=classifier.read(name))
+    except ValueError as error:  # UnreadableImageError among them
+        return picture._replace(error=str(error).removeprefix(f"{name}: "))
+
+
+def _map_in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Map items in threads, only a few ahead of the consumer; results keep the order of the items."""
+    # Two more than processors, so that these are busy while others wait for a disk or a server.
+    workers = (os.cpu_count() or 1) + 2
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     pending: deque[Future] = deque()
     try:
         for item in items:
             pending.append(executor.submit(function, item))
-            if len(pending) > ahead:
+            if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _predict(pixels: Tensor, classifier: Classifier, top_k: int) -> list[list[Prediction]]:
@@ -320,7 +336,7 @@ def _predict(pixels: Tensor, classifier: Classifier, top_k: int) -> list[list[Pr
 
 
 def run(
-    names: list[str], classifier: Classifier, layout: Layout = Layout.TABLE, top_k: int = 5, batch_size: int = 32
+    names: list[str], classifier: Classifier, layout: Layout = Layout.TABLE, top_k: int = 5, batch_size: int = 8
 ) -> int:
     """Classify what names stand for, print results on stdout and failures on stderr, and count the failures."""
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)

@@ -99,7 +99,7 @@ def classify(
     engine: Annotated[
         Engine, typer.Option(help="What runs the network: what the model was exported for, or torch.")
     ] = Engine.AUTO,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that the network sees at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that the network sees at once.")] = 8,
 ) -> None:
     """Name what pictures show. No code that comes with a model is run.
 
