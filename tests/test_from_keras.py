@@ -43,7 +43,9 @@ def network(keras: ModuleType, version: int, alpha: float, size: int, classes: i
                     random.uniform(0.5, 1.5, rest[2]),
                 ]
             )
-        elif "conv" in type(layer).__name__.lower():
+        elif isinstance(layer, keras.layers.DepthwiseConv2D):
+            layer.set_weights([random.normal(0, (2 / 9) ** 0.5, w.shape) for w in layer.get_weights()])
+        elif isinstance(layer, keras.layers.Conv2D) and not layer.use_bias:
             layer.set_weights([random.normal(0, (2 / w[..., 0].size) ** 0.5, w.shape) for w in layer.get_weights()])
     return model
 

@@ -1,0 +1,233 @@
+"""Conversions of slim's checkpoints, written with slim's names from the weights of other layouts."""
+
+import io
+import re
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from conversions import assert_fails_without_a_trace, assert_wrong_tables_are_noticed, read
+from oracles import logits
+from torch import Tensor
+
+from convert_checkpoint import build, convert
+from mobilenet.conversion import from_slim
+
+
+# slim's names of what transformers' layout calls otherwise.
+LAYERS = {
+    r"mobilenet_v2\.conv_stem\.first_conv": "MobilenetV2/Conv",
+    r"mobilenet_v2\.conv_stem\.conv_3x3": "MobilenetV2/expanded_conv/depthwise",
+    r"mobilenet_v2\.conv_stem\.reduce_1x1": "MobilenetV2/expanded_conv/project",
+    r"mobilenet_v2\.layer\.(\d+)\.expand_1x1": "MobilenetV2/expanded_conv_{}/expand",
+    r"mobilenet_v2\.layer\.(\d+)\.conv_3x3": "MobilenetV2/expanded_conv_{}/depthwise",
+    r"mobilenet_v2\.layer\.(\d+)\.reduce_1x1": "MobilenetV2/expanded_conv_{}/project",
+    r"mobilenet_v2\.conv_1x1": "MobilenetV2/Conv_1",
+    r"classifier": "MobilenetV2/Logits/Conv2d_1c_1x1",
+}
+PARTS = {
+    "normalization.weight": "BatchNorm/gamma",
+    "normalization.bias": "BatchNorm/beta",
+    "normalization.running_mean": "BatchNorm/moving_mean",
+    "normalization.running_var": "BatchNorm/moving_variance",
+    "bias": "biases",
+}
+
+
+def slim_v2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of transformers' MobileNetV2, as slim stores them."""
+    result = {}
+    for name, tensor in tensors.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        layer, part = re.fullmatch(r"(.+?)\.(convolution\.weight|normalization\.\w+|weight|bias)", name).groups()
+        pattern, found = next((p, m) for p in LAYERS if (m := re.fullmatch(p, layer)))
+        slim = LAYERS[pattern].format(*(int(number) + 1 for number in found.groups()))
+        if part in PARTS:
+            result[f"{slim}/{PARTS[part]}"] = tensor
+        elif slim.endswith("/depthwise"):
+            result[f"{slim}/depthwise_weights"] = tensor.permute(2, 3, 0, 1)
+        elif part == "weight":
+            result[f"{slim}/weights"] = tensor.T[None, None]
+        elif part == "convolution.weight":
+            result[f"{slim}/weights"] = tensor.permute(2, 3, 1, 0)
+    return result
+
+
+def slim_v1(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The folded tensors of a TFLite file of MobileNetV1, as slim stores them: under norms that do nothing."""
+    names = {"CONV_2D_0": "MobilenetV1/Conv2d_0", "CONV_2D_14": "MobilenetV1/Logits/Conv2d_1c_1x1"}
+    for number in range(1, 14):
+        names[f"DEPTHWISE_CONV_2D_{number - 1}"] = f"MobilenetV1/Conv2d_{number}_depthwise"
+        names[f"CONV_2D_{number}"] = f"MobilenetV1/Conv2d_{number}_pointwise"
+    result = {}
+    for operator, layer in names.items():
+        filters, bias = tensors[f"{operator}/filter"], tensors[f"{operator}/bias"]
+        depthwise = layer.endswith("_depthwise")
+        result[f"{layer}/{'depthwise_' if depthwise else ''}weights"] = filters.permute(1, 2, 3, 0)
+        if layer.endswith("1x1"):
+            result[f"{layer}/biases"] = bias
+        else:
+            result[f"{layer}/BatchNorm/beta"] = bias
+            result[f"{layer}/BatchNorm/gamma"] = torch.full_like(bias, 1.001**0.5)  # epsilon is 0.001
+            result[f"{layer}/BatchNorm/moving_mean"] = torch.zeros_like(bias)
+            result[f"{layer}/BatchNorm/moving_variance"] = torch.ones_like(bias)
+    return result
+
+
+def write(tensors: dict[str, Tensor], prefix: Path) -> Path:
+    """Write a checkpoint with TensorFlow."""
+    tensorflow = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+    arrays = [tensorflow.constant(tensor.contiguous().numpy()) for tensor in tensors.values()]
+    tensorflow.raw_ops.SaveV2(
+        prefix=str(prefix), tensor_names=list(tensors), shape_and_slices=[""] * len(arrays), tensors=arrays
+    )
+    assert {path.name for path in prefix.parent.glob(f"{prefix.name}.*")} == {
+        f"{prefix.name}.index",
+        f"{prefix.name}.data-00000-of-00001",
+    }
+    return prefix
+
+
+def trained(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint as training leaves it: weights of the last step, their averages, and what the optimizer keeps."""
+    result = {"global_step": torch.tensor(5_000_000)}
+    for name, tensor in tensors.items():
+        if "moving_" in name:  # which is an average already
+            result[name] = tensor
+        else:
+            result[name] = torch.randn_like(tensor.contiguous())
+            result[f"{name}/ExponentialMovingAverage"] = tensor
+            result[f"{name}/RMSProp"] = result[f"{name}/RMSProp_1"] = torch.ones_like(tensor.contiguous())
+    return result
+
+
+def pack(archive: Path, *files: Path) -> Path:
+    """An archive as slim published them: paths begin with "./"."""
+    with tarfile.open(archive, "w:gz") as members:
+        for file in files:
+            members.add(file, f"./{file.name}")
+    return archive
+
+
+@pytest.fixture
+def read_as_is(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """Tensors that stand for what TensorFlow would read from any checkpoint."""
+    tensors: dict[str, Tensor] = {}
+    monkeypatch.setattr(from_slim, "_load", lambda prefix, origin: tensors)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def hub_layout(data: Path) -> Path:
+    return data / "checkpoints" / "google_mobilenet_v2_1.0_224"
+
+
+def test_real_weights_give_the_logits_of_the_hub_layout(
+    hub_layout: Path, read_as_is: dict, photographs: list[Path], tmp_path: Path
+) -> None:
+    hub = read(hub_layout)
+    read_as_is.update(slim_v2(hub.tensors))
+    (tmp_path / "mobilenet_v2_1.0_224.ckpt.index").touch()
+    checkpoint = read(tmp_path / "mobilenet_v2_1.0_224.ckpt")
+    pictures = checkpoint.processor(photographs[::30], return_tensors="pt").pixel_values
+    assert pictures.equal(hub.processor(photographs[::30], return_tensors="pt").pixel_values)
+    assert logits(build(checkpoint, ""), pictures).equal(logits(build(hub, ""), pictures))
+    assert_wrong_tables_are_noticed(checkpoint)
+
+
+def test_every_wrong_row_of_v1_is_noticed(data: Path, read_as_is: dict, tmp_path: Path) -> None:
+    tflite = read(data / "tflite" / "mobilenet_v1_0.25_224_1_default_1.tflite")
+    read_as_is.update(slim_v1(tflite.tensors))
+    (tmp_path / "mobilenet_v1_0.25_224.ckpt.index").touch()
+    checkpoint = read(tmp_path / "mobilenet_v1_0.25_224.ckpt")
+    assert (checkpoint.config["image_size"], checkpoint.config["width_multiplier"]) == (224, 0.25)
+    pictures = torch.rand(1, 3, 224, 224) * 2 - 1
+    torch.testing.assert_close(logits(build(checkpoint, ""), pictures), logits(build(tflite, ""), pictures))
+    # All its norms do the same, so let each have something of its own.
+    for name, tensor in read_as_is.items():
+        if "BatchNorm" in name:
+            read_as_is[name] = tensor + torch.rand_like(tensor)
+    assert_wrong_tables_are_noticed(read(tmp_path / "mobilenet_v1_0.25_224.ckpt"))
+
+
+@pytest.mark.parametrize("suffix", ["", ".index", ".data-00000-of-00001"])
+def test_a_written_checkpoint_is_read(hub_layout: Path, suffix: str, tmp_path: Path) -> None:
+    hub = read(hub_layout)
+    write(trained(slim_v2(hub.tensors)), tmp_path / "model.ckpt-5000000")
+    checkpoint = read(tmp_path / f"model.ckpt-5000000{suffix}")
+    ours, expected = build(checkpoint, "").state_dict(), build(hub, "").state_dict()
+    assert all(ours[name].equal(expected[name]) for name in expected if not name.endswith("num_batches_tracked"))
+    assert [path.name for path in checkpoint.files] == [
+        "model.ckpt-5000000.index",
+        "model.ckpt-5000000.data-00000-of-00001",
+    ]
+
+
+def test_an_archive_is_proved_by_its_tflite_file(data: Path, tmp_path: Path) -> None:
+    tflite = data / "tflite" / "mobilenet_v1_0.25_224_1_default_1.tflite"
+    prefix = write(slim_v1(read(tflite).tensors), tmp_path / "mobilenet_v1_0.25_224.ckpt")
+    files = [prefix.with_name(f"{prefix.name}.{suffix}") for suffix in ("index", "data-00000-of-00001")]
+    archive = pack(tmp_path / "mobilenet_v1_0.25_224.tgz", *files, tflite)
+    for file in files:
+        file.unlink()
+    theirs, _ = convert(str(archive), tmp_path / "output", drop_background=True)
+    assert theirs.against.startswith("the TFLite file in the same archive, LiteRT ")
+    assert theirs.largest < 1e-4
+    assert theirs.agreement == 1
+
+
+def test_broken_checkpoints_are_refused(tmp_path: Path) -> None:
+    write({"MobilenetV1/Conv2d_0/weights": torch.ones(3, 3, 3, 8)}, tmp_path / "model.ckpt")
+    assert_fails_without_a_trace(
+        tmp_path / "model.ckpt", tmp_path / "output", "model.ckpt: holds no MobileNet V1 or V2"
+    )
+    data = tmp_path / "model.ckpt.data-00000-of-00001"
+    data.write_bytes(data.read_bytes()[:100])
+    assert_fails_without_a_trace(tmp_path / "model.ckpt", tmp_path / "output", "model.ckpt: truncated or corrupt")
+    (tmp_path / "model.ckpt.index").write_bytes(b"no index")
+    assert_fails_without_a_trace(tmp_path / "model.ckpt", tmp_path / "output", "model.ckpt: truncated or corrupt")
+
+
+def test_archives_that_climb_out_are_refused(tmp_path: Path) -> None:
+    for name in ("../outside.index", "/tmp/outside.index", "a/../../outside.index"):
+        with tarfile.open(tmp_path / "model.tgz", "w:gz") as members:
+            members.addfile(tarfile.TarInfo(name), io.BytesIO())
+        assert_fails_without_a_trace(
+            tmp_path / "model.tgz", tmp_path / "output", "model.tgz: holds a path that leaves its folder", name
+        )
+    with tarfile.open(tmp_path / "model.tgz", "w:gz") as members:
+        link = tarfile.TarInfo("model.ckpt.index")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        members.addfile(link)
+    assert_fails_without_a_trace(tmp_path / "model.tgz", tmp_path / "output", "leaves its folder: model.ckpt.index")
+
+
+def test_archives_of_absurd_size_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "model.tgz", "w:gz") as members:
+        huge = tarfile.TarInfo("model.ckpt.index")
+        huge.size = 1 << 42
+        members.fileobj.write(huge.tobuf())
+    assert_fails_without_a_trace(tmp_path / "model.tgz", tmp_path / "output", "unpacks to more than 2147483648 bytes")
+
+
+def test_broken_archives_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "some.data-00000-of-00001").write_bytes(torch.randn(10_000).numpy().tobytes())
+    whole = pack(tmp_path / "model.tgz", tmp_path / "some.data-00000-of-00001").read_bytes()
+    for part in (whole[: len(whole) // 2], b"no archive", b""):
+        (tmp_path / "model.tgz").write_bytes(part)
+        assert_fails_without_a_trace(tmp_path / "model.tgz", tmp_path / "output", "model.tgz: truncated or corrupt")
+    (tmp_path / "model.tgz").write_bytes(whole)
+    assert_fails_without_a_trace(
+        tmp_path / "model.tgz", tmp_path / "output", "must hold one checkpoint (.index), got 0"
+    )
+
+
+def test_without_tensorflow_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow.train", None)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    (tmp_path / "model.ckpt.index").touch()
+    with pytest.raises(ImportError, match=r"pip install 'mobilenet\[slim\]'"):
+        convert(str(tmp_path / "model.ckpt"), tmp_path / "output")
