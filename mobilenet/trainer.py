@@ -283,6 +283,7 @@ class ClassifierTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             os.replace(folder / STAGING / name, folder / name)
+            (folder / STAGING).rmdir()
             for old in checkpoints(folder)[:-CHECKPOINTS_KEPT]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
@@ -321,12 +322,11 @@ class Course(TrainerCallback):
         if self.trainer.average is not None:
             self.trainer.average.update_parameters(self.trainer.model)
         every = self.trainer.options.save_steps
-        ends_epoch = state.epoch == int(state.epoch)  # then the checkpoint waits for the evaluation
-        if every and state.global_step % every == 0 and not ends_epoch:
-            control.should_save = True
-        if self.deadline is not None and self._as_first_process(time.monotonic() > self.deadline):
-            control.should_save = not ends_epoch
-            control.should_training_stop = True
+        late = self.deadline is not None and self._as_first_process(time.monotonic() > self.deadline)
+        control.should_training_stop = control.should_training_stop or late
+        if late or (every and state.global_step % every == 0):
+            # At the end of an epoch, the checkpoint waits for the evaluation.
+            control.should_save = state.epoch != int(state.epoch)
         if state.is_world_process_zero:
             self.progress.update(self.task, completed=state.global_step)
 
@@ -337,9 +337,11 @@ class Course(TrainerCallback):
         return bool(broadcast(torch.tensor(float(late), device=self.trainer.args.device)))
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log and save."""
-        control.should_log = True
-        control.should_save = True
+        """Log and save; where the time limit broke an epoch off, that is done."""
+        complete = state.epoch == int(state.epoch)
+        control.should_log = complete
+        control.should_evaluate = control.should_evaluate and complete
+        control.should_save = complete
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Clear the progress bar."""
@@ -349,7 +351,11 @@ class Course(TrainerCallback):
         """Write the log anew: rows that a killed run had added since its last checkpoint disappear."""
         if not state.is_world_process_zero:
             return
-        columns = list(dict.fromkeys(["step", "epoch", *(name for entry in state.log_history for name in entry)]))
+        columns = [
+            "step",
+            "epoch",
+            *sorted({name for entry in state.log_history for name in entry} - {"step", "epoch"}),
+        ]
         path = Path(args.output_dir) / "log.csv"
         partial = path.with_suffix(".partial")
         with partial.open("w", newline="", encoding="utf-8") as file:
