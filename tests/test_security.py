@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
@@ -139,7 +140,11 @@ def check_card(path: Path) -> ModelCard:
     assert "\x1b" not in path.read_text()
     assert "\n---\nlicense: mit" not in path.read_text()
     card = ModelCard.load(path)
-    assert "<img" not in card.text.replace("\\<img", "")
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").parse(card.text)
+    tokens = [token for block in page for token in (block, *(block.children or []))]
+    assert "table_open" in {token.type for token in tokens}
+    assert not [token.content for token in tokens if token.type.startswith("html")]
+    assert not [token.attrs for token in tokens if "javascript:" in str(token.attrs.get("href"))]
     return card
 
 
