@@ -88,7 +88,7 @@ class Result(NamedTuple):
 class Classifier(NamedTuple):
     """A model with what it takes to use it."""
 
-    engine: Engine
+    engine: str  # in words
     read: Callable[[str], Tensor]  # from a path or URL to pixels of shape (1, C, H, W)
     network: Callable[[Tensor], Tensor]  # from pixels of shape (B, C, H, W) to scores of shape (B, labels)
     labels: list[str]
@@ -150,10 +150,11 @@ def _load(model: str, revision: str, engine: Engine) -> Classifier:
     exported_for = _exported_for(model, revision)
     if engine is Engine.AUTO:
         engine = Engine.TORCH if exported_for is None else exported_for
+    words = engine.value
     if engine is Engine.TORCH:
         network = _load_weights(model, config, options)
     elif engine is exported_for:
-        network = _load_export(model, engine, options)
+        network, words = _load_export(model, engine, options)
     else:
         exports = "no engine" if exported_for is None else exported_for.value
         raise ValueError(f"it was exported for {exports}, not for {engine.value}.")
@@ -164,7 +165,7 @@ def _load(model: str, revision: str, engine: Engine) -> Classifier:
         return score(network(pixel_values=pixels).logits)
 
     return Classifier(
-        engine=engine,
+        engine=words,
         read=lambda name: processor(images=name, return_tensors="pt")["pixel_values"],
         network=run_network,
         labels=[str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)],
@@ -200,7 +201,7 @@ def _exported_for(model: str, revision: str) -> Engine | None:
     return Engine(name)
 
 
-def _load_export(model: str, engine: Engine, options: dict[str, Any]) -> Callable[..., Any]:
+def _load_export(model: str, engine: Engine, options: dict[str, Any]) -> tuple[Callable[..., Any], str]:
     try:
         from transformers.exporters import ExportedModel
     except ImportError as error:
@@ -209,20 +210,23 @@ def _load_export(model: str, engine: Engine, options: dict[str, Any]) -> Callabl
         ) from error
     if engine is Engine.OPENVINO:
         network = ExportedModel.from_pretrained(model, device="cpu", **options)
+        (runner,) = network.runners.values()
+        # OpenVINO chooses it by the processor.
+        precision = runner.compiled_model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         lock = Lock()  # it has one request to run, which spreads over all processors
 
         def infer(pixel_values: Tensor) -> Any:
             with lock:
                 return network(pixel_values=pixel_values)
 
-        return infer
+        return infer, f"openvino, computing in {precision}"
     try:
         from onnxruntime import SessionOptions
     except ImportError as error:
         raise ImportError("engine onnx needs onnxruntime: pip install onnxruntime") from error
     settings = SessionOptions()
     settings.intra_op_num_threads = 1
-    return ExportedModel.from_pretrained(model, device="cpu", session_options=settings, **options)
+    return ExportedModel.from_pretrained(model, device="cpu", session_options=settings, **options), "onnx"
 
 
 def _score_function(config: MobileNetConfig) -> Callable[[Tensor], Tensor]:
@@ -246,7 +250,11 @@ def find(names: Iterable[str]) -> Iterator[Picture]:
             yield from find(line for line in lines if line not in ("", "-"))
         elif os.path.isdir(name):
             yield from _search(name)
-        elif os.path.exists(name) or not (matches := sorted(glob.glob(name, recursive=True))):
+        elif os.path.exists(name) or name.startswith(("http://", "https://")):
+            yield Picture(name)
+        elif "://" in name:
+            yield Picture(name, error="a URL must begin with http:// or https://")
+        elif not (matches := sorted(glob.glob(name, recursive=True))):
             yield Picture(name)
         else:
             for match in matches:

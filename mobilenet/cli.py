@@ -115,7 +115,7 @@ def classify(
         raise typer.BadParameter("name a folder or a Hub id: there is no default model.", param_hint="--model")
     layout = Layout.JSON if as_json else Layout.CSV if as_csv else Layout.TABLE
     classifier = load(model, revision=revision, engine=engine)
-    typer.echo(f"Engine: {classifier.engine.value}", err=True)
+    typer.echo(f"Engine: {classifier.engine}", err=True)
     if run(pictures, classifier, layout=layout, top_k=top_k, batch_size=batch_size):
         raise typer.Exit(1)
 

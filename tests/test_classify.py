@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -114,7 +115,12 @@ def test_find_expands_patterns(pictures, pattern, expected):
 
 def test_find_keeps_names_that_are_nothing_here():
     names = ["https://example.org/a.jpg?size=*", "missing.jpg", "missing/*.jpg", "nul\0.jpg"]
-    assert [picture.name for picture in find(names)] == names
+    assert list(find(names)) == [Picture(name) for name in names]
+
+
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://example.org/a.jpg", "FILE://localhost/etc/hostname"])
+def test_urls_of_other_protocols_are_refused(url):
+    assert list(find([url])) == [Picture(url, error="a URL must begin with http:// or https://")]
 
 
 def test_find_reads_stdin(monkeypatch, pictures):
@@ -324,6 +330,78 @@ def test_pictures_stream(model, pictures):
     batches_ahead = 2 * (os.cpu_count() + 2) + 1
     assert next(taken) <= (3 + batches_ahead) * 4
     results.close()
+
+
+@pytest.fixture(scope="session", params=["onnx", "openvino"])
+def exported(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """The model as exported for an engine: name and folder."""
+    exporters = pytest.importorskip("transformers.exporters", reason="transformers is too old to export")
+    names = {"onnx": ("OnnxExporter", "OnnxConfig"), "openvino": ("OpenVINOExporter", "OpenVINOConfig")}
+    pytest.importorskip(request.param, reason=f"{request.param} is not installed")
+    exporter, config = (getattr(exporters, name) for name in names[request.param])
+    network = MobileNetForImageClassification.from_pretrained(model).eval().fuse()
+    shapes = {"pixel_values": {0: torch.export.Dim.DYNAMIC}}
+    folder = tmp_path_factory.mktemp(request.param)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = exporter().export(
+            network, {"pixel_values": torch.randn(2, 3, 64, 64)}, config(dynamic_shapes=shapes)
+        )
+    program.save_pretrained(folder)
+    MobileNetImageProcessor.from_pretrained(model).save_pretrained(folder)
+    return request.param, folder
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_exports_say_the_same(exported, chosen, model, pictures):
+    engine, folder = exported
+    result = run(pictures, "--model", folder, "--json", "--batch-size", 2, *(("--engine", engine) if chosen else ()))
+    assert result.exit_code == 0
+    assert re.fullmatch(r"Engine: (onnx|openvino, computing in \w+)\n", result.stderr)
+    assert engine in result.stderr
+    # OpenVINO computes with 8 bits of mantissa where that is faster.
+    tolerance = 0.05 if "bf16" in result.stderr else 1e-4
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["file"] for line in lines] == [str(pictures / name) for name in FOUND]
+    for line in lines:
+        expected = scores(model, line["file"])
+        assert {p["label"]: p["score"] for p in line["predictions"]} == pytest.approx(
+            {p["label"]: expected[p["label"]] for p in line["predictions"]}, abs=tolerance
+        )
+
+
+@pytest.mark.parametrize(
+    ("engine", "manifest", "message"),
+    [
+        ("onnx", None, "it was exported for no engine, not for onnx."),
+        ("onnx", {"export_format": "openvino"}, "it was exported for openvino, not for onnx."),
+        ("auto", {"export_format": "executorch"}, "it must be exported for onnx or openvino, got executorch."),
+        ("auto", {}, "cannot be loaded: 'export_format'"),
+        (
+            "auto",
+            {"export_format": "onnx"},
+            "engine onnx needs transformers.exporters: pip install 'transformers>=5.23'",
+        ),
+    ],
+)
+def test_engines_that_cannot_run(monkeypatch, tmp_path, engine, manifest, message):
+    make_model(tmp_path)
+    if manifest is not None:
+        (tmp_path / "export.json").write_text(json.dumps(manifest))
+    monkeypatch.setitem(sys.modules, "transformers.exporters", None)  # as in older versions
+    result = run("x.jpg", "--model", tmp_path, "--engine", engine)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_torch_runs_weights_beside_an_export(tmp_path, pictures):
+    make_model(tmp_path)
+    (tmp_path / "export.json").write_text(json.dumps({"export_format": "onnx"}))
+    result = run(pictures, "--model", tmp_path, "--engine", "torch")
+    assert (result.exit_code, result.stderr) == (0, "Engine: torch\n")
 
 
 @pytest.mark.parametrize(
@@ -568,9 +646,8 @@ def test_interrupt_does_not_wait_for_a_server(model):
 
 
 @needs_posix
-@pytest.mark.parametrize("layout", [(), ("--json",), ("--csv",)])
-def test_a_closed_pipe_ends_quietly(model, many, layout):
-    process = start(many[0] / "9", "--model", model, *layout)
+def test_a_closed_pipe_ends_quietly(model, many):
+    process = start(many[0] / "9", "--model", model)
     process.stdout.readline()
     process.stdout.close()
     errors = process.stderr.read()
@@ -580,10 +657,36 @@ def test_a_closed_pipe_ends_quietly(model, many, layout):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-@pytest.mark.parametrize("layout", [(), ("--json",), ("--csv",)])
-def test_a_full_disk_is_one_error(model, many, layout):
+def test_a_full_disk_is_one_error(model, many):
     with open("/dev/full", "w") as full:
-        process = start(many[0] / "9" / "000.jpg", "--model", model, *layout, stdout=full)
+        process = start(many[0] / "9" / "000.jpg", "--model", model, "--csv", stdout=full)
         _, errors = process.communicate()
     assert process.returncode == 1
     assert errors == "Engine: torch\nError: [Errno 28] No space left on device\n"
+
+
+@needs_posix
+def test_a_terminal_shows_a_bar_that_stays_out_of_the_results(model, many, tmp_path):
+    import pty
+
+    terminal, end = pty.openpty()
+    with open(tmp_path / "out", "w") as out:
+        process = start(many[0] / "2", "--model", model, "--json", "-k", 1, stdout=out, stderr=end)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while data := os.read(terminal, 10000):
+            shown += data
+    os.close(terminal)
+    assert process.wait() == 1
+    assert len([json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]) == GOOD_IN_FOLDER + 10
+    text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode()
+    assert re.search(r"━.* \d+/307 pictures", text)
+    assert sum("not a picture" in line for line in text.splitlines()) == 4
+    assert shown.endswith(b"\x1b[2K")  # the bar is gone
+
+
+def test_no_bar_where_nobody_looks(model, pictures):
+    result = run(pictures, "--model", model, "--batch-size", 1)
+    assert result.stderr == "Engine: torch\n"
+    assert "\x1b" not in result.stdout
