@@ -166,7 +166,7 @@ def _text(options: Any, model: Any, figures: dict[str, dict[str, float]], measur
         f"{config.architecture} at width {config.width_multiplier:g} for pictures of {config.image_size} pixels, "
         f"with {config.num_labels} classes and {count:,} parameters, "
         + (f"fine-tuned from {options.model}" if options.model else "trained from scratch")
-        + f" on {options.dataset}.",
+        + f" on {dataset_name(options.dataset)}.",
         "",
     ]
     if figures:
