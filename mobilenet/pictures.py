@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from .image_processing_mobilenet import MobileNetImageProcessor, UnreadableImageError, open_image
@@ -36,10 +38,10 @@ IMAGE, LABEL = "image", "label"
 SHOWN = 20  # names that an error lists before it says how many more there are
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], separator: str = ", ") -> str:
     """Names for an error: the first ones, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    more = f"{separator}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return separator.join(names[:SHOWN]) + more
 
 
 def load_splits(
@@ -129,14 +131,16 @@ def _with_class_names(splits: datasets.DatasetDict) -> datasets.DatasetDict:
                 f"splits must have the same labels; {name} lacks {listed(sorted(missing)) or 'none'} and has "
                 f"{listed(sorted(extra)) or 'none'} that {first} lacks."
             )
-    splits = splits.cast_column(LABEL, kind)
+    if splits[first].features[LABEL] != kind:
+        splits = splits.cast_column(LABEL, kind)
+    labelled = {}
     for name, split in splits.items():
-        unlabelled = sum(label is None or label < 0 for label in split[LABEL][:])
-        if unlabelled and name == first:
-            raise ValueError(f"every picture must have a label; in {name}, {unlabelled} have none.")
-        if unlabelled:
-            splits = hf.DatasetDict({key: value for key, value in splits.items() if key != name})
-    return splits
+        missing = sum(label is None or label < 0 for label in split[LABEL][:])
+        if missing and name == first:
+            raise ValueError(f"every picture must have a label; in {name}, {missing} have none.")
+        if not missing:  # the Hub's test splits often come without labels: nothing can be measured on them
+            labelled[name] = split
+    return hf.DatasetDict(labelled)
 
 
 def hold_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -215,9 +219,13 @@ def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Storage(NamedTuple):
-    """Where decoded pictures go: memory as long as they take less than half of what is free, else a file."""
+    """Where decoded pictures go: memory, as long as they take less than half of what is free, or else files.
+
+    Files serve all processes of a machine, and the next one that resumes the run.
+    """
 
     folder: Path
+    shared: bool = False  # whether several processes of this machine want the same pictures
 
     def allocate(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """An array of bytes.
@@ -228,13 +236,28 @@ class Storage(NamedTuple):
         import psutil
 
         size = int(np.prod(shape))
-        if size < psutil.virtual_memory().available / 2:
+        if not self.shared and size < psutil.virtual_memory().available / 2:
             return np.empty(shape, np.uint8)
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise OSError(f"the decoded pictures of {name} need {size:,} bytes, but {self.folder} has {free:,}.")
         return np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.uint8, shape)
+
+    def keep(self, name: str, pictures: Pictures) -> None:
+        """Say that a split's file is complete, if it has one; its labels come last and whole."""
+        if isinstance(pictures.pixels, np.memmap):
+            partial = self.folder / f"{name}.partial.npy"
+            np.save(partial, pictures.labels)
+            os.replace(partial, self.folder / f"{name}.labels.npy")
+
+    def find(self, name: str) -> Pictures | None:
+        """What `keep` kept."""
+        labels = self.folder / f"{name}.labels.npy"
+        if not labels.exists():
+            return None
+        labels = np.load(labels)
+        return Pictures(np.load(self.folder / f"{name}.npy", mmap_mode="r")[: len(labels)], labels)
 
 
 def decode(
@@ -244,6 +267,7 @@ def decode(
     name: str,
     square: int | None = None,
     skip_unreadable: bool = False,
+    quiet: bool = False,
 ) -> Pictures:
     """Decode every picture once, with the processor's own resizing.
 
@@ -253,13 +277,14 @@ def decode(
         storage: Where the pixels go.
         name: Of the split, for messages and the file.
         square: Side in pixels of the center square to keep; by default what the processor gives.
-        skip_unreadable: Whether to leave unreadable pictures out instead of raising an error.
+        skip_unreadable: Whether to leave unreadable pictures out, and say so, instead of raising an error.
+        quiet: Whether to say nothing.
 
     Raises:
         ValueError: Pictures are unreadable (all are listed), or none is left.
     """
-    from rich.progress import track
-
+    if found := storage.find(name):
+        return found
     options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
     if square is not None:
         options |= {"do_resize": True, "do_center_crop": True, "size": square, "crop_size": square}
@@ -272,11 +297,12 @@ def decode(
             reason = str(error).removeprefix("bytes: ")
             return reason if image["bytes"] is None else f"{image['path'] or 'a picture without a name'}: {reason}"
 
-    pixels, kept, broken, count = None, [], [], 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        batches = rows.iter(batch_size=256)
-        for batch in track(batches, f"decoding {name}", -(-len(rows) // 256), transient=True):
-            for index, picture in enumerate(pool.map(read, batch[IMAGE])):
+    pixels, labels, broken = None, [], []
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(f"decoding {name}", quiet) as bar:
+        task = bar.add_task("", total=len(rows))
+        for batch in rows.iter(batch_size=256):
+            for label, picture in zip(batch[LABEL], pool.map(read, batch[IMAGE]), strict=True):
+                bar.advance(task)
                 if isinstance(picture, str):
                     broken.append(picture)
                     continue
@@ -287,20 +313,27 @@ def decode(
                         f"the processor must give pictures of one size, got {picture.shape} and {pixels.shape[1:]}; "
                         "set its do_center_crop."
                     )
-                pixels[len(kept)] = picture
-                kept.append(batch[LABEL][index])
-            count += len(batch[LABEL])
+                pixels[len(labels)] = picture
+                labels.append(label)
     if broken and not skip_unreadable:
-        more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         raise ValueError(
-            f"{len(broken)} of {count} pictures of {name} cannot be read: {'; '.join(broken[:SHOWN])}{more}. Set "
+            f"{len(broken)} of {len(rows)} pictures of {name} cannot be read: {listed(broken, '; ')}. Set "
             "skip_unreadable to leave them out."
         )
-    for reason in broken:
-        print(f"skipped {reason}")
+    for reason in () if quiet else broken:
+        print(f"left out {reason}")
     if pixels is None:
         raise ValueError(f"{name} must hold at least one readable picture, got none.")
-    return Pictures(pixels[: len(kept)], np.asarray(kept, np.int64))
+    pictures = Pictures(pixels[: len(labels)], np.asarray(labels, np.int64))
+    storage.keep(name, pictures)
+    return pictures
+
+
+def progress_bar(text: str, quiet: bool = False) -> Progress:
+    """A progress bar that leaves no trace, and none at all where no one would see it."""
+    console = Console()
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
 
 
 class Normalize(nn.Module):

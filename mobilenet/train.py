@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
@@ -19,6 +18,7 @@ import typer
 
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from torch import Tensor
 
     from .image_processing_mobilenet import MobileNetImageProcessor
@@ -208,7 +208,6 @@ def run(options: Options) -> bool:
     """
     need("accelerate", "datasets", "kornia", "matplotlib", "tensorboard", "torchmetrics")
     options.check()
-    started = time.monotonic()
     output = Path(options.output)
     if output.exists() and not options.overwrite:
         raise FileExistsError(f"{output} exists: set --overwrite to replace it.")
@@ -217,25 +216,37 @@ def run(options: Options) -> bool:
     from transformers import set_seed
     from transformers.utils import logging
 
+    from .trainer import checkpoints
+
+    logging.disable_progress_bar()
+    state = PartialState()
+    work = options.work
+    _check_unfinished(options, state.num_processes)
+    set_seed(options.seed)
+    begins = state.is_main_process and not work.exists()
+    try:
+        return _run(options, state)
+    except BaseException:
+        if begins and not checkpoints(work):  # nothing to go on from: leave nothing behind
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _run(options: Options, state: PartialState) -> bool:
     from . import trainer as training
     from .pictures import Augment, Normalize
 
-    state = PartialState()
-    work = options.work
-    if state.is_main_process:
-        _prepare_work(options, work)
-    state.wait_for_everyone()
-
-    logging.disable_progress_bar()
-    set_seed(options.seed)
     data = _read(options)
     model, processor = _build(options, data.names)
-    train, validation, test = (
-        _decode(options, data, split, processor, work) for split in ("train", "validation", "test")
-    )
+    with state.local_main_process_first():
+        train, validation, test = (
+            _decode(options, data, split, processor, state) for split in ("train", "validation", "test")
+        )
+    if state.is_main_process:
+        _prepare_work(options, state.num_processes)
+    state.wait_for_everyone()
     frozen = [] if options.last_stages is None else training.freeze(model, options.last_stages)
     size = _input_size(processor)
-    deadline = None if options.time_limit is None else started + 60 * options.time_limit
     trainer = training.ClassifierTrainer(
         model.to(memory_format=torch.channels_last),
         _arguments(options, len(train), state.num_processes, validation is not None),
@@ -245,10 +256,10 @@ def run(options: Options) -> bool:
         Augment(size, options.crop_scale, options.flip, options.trivial_augment, options.erasing),
         Normalize(processor),
         frozen=frozen,
-        deadline=deadline,
-        **_reporting(work, state.is_main_process),
+        minutes=options.time_limit,
+        **_reporting(options.work, state.is_main_process),
     )
-    last = training.checkpoints(work)
+    last = training.checkpoints(options.work)
     if last and state.is_main_process:
         print(f"resuming from {last[-1]}", flush=True)
     trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
@@ -263,30 +274,39 @@ def run(options: Options) -> bool:
     return True
 
 
-def _prepare_work(options: Options, work: Path) -> None:
-    """Make the folder of an unfinished run, or find one that the same options left."""
-    from .report import write_json
-    from .trainer import STAGING
-
-    if options.restart and work.exists():
-        shutil.rmtree(work)
+def _check_unfinished(options: Options, processes: int) -> None:
+    """Forget an unfinished run, or raise ValueError where it was another one."""
+    work = options.work
+    if options.restart:
+        shutil.rmtree(work, ignore_errors=True)
     record = work / RECORD
     if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))["options"]
-        now = dataclasses.asdict(options)
-        changed = [f"{name} (was {before.get(name)!r})" for name in now if now[name] != before.get(name)]
-        changed = [text for text in changed if text.split(" ")[0] not in FREE_TO_CHANGE]
+        recorded = json.loads(record.read_text(encoding="utf-8"))
+        before = recorded["options"] | {"processes": recorded["processes"]}
+        now = dataclasses.asdict(options) | {"processes": processes}
+        changed = [
+            f"{name} (was {before.get(name)!r})"
+            for name, value in now.items()
+            if value != before.get(name) and name not in FREE_TO_CHANGE
+        ]
         if changed:
             raise ValueError(
                 f"{work} holds an unfinished run with other options: {', '.join(changed)}. Set them as they were to "
                 "go on, or set --restart to forget it."
             )
-    shutil.rmtree(work / STAGING, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(record, _record(options))
 
 
-def _record(options: Options) -> dict[str, Any]:
+def _prepare_work(options: Options, processes: int) -> None:
+    """Make the folder of the unfinished run."""
+    from .report import write_json
+    from .trainer import STAGING
+
+    shutil.rmtree(options.work / STAGING, ignore_errors=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    write_json(options.work / RECORD, _record(options, processes))
+
+
+def _record(options: Options, processes: int) -> dict[str, Any]:
     """All that is needed to run this again."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -296,7 +316,15 @@ def _record(options: Options) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "unknown"
-    return {"command": options.command(), "options": dataclasses.asdict(options), "versions": versions}
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "command": options.command(),
+        "options": dataclasses.asdict(options),
+        "processes": processes,
+        "precision": _best_precision() if options.precision == "auto" else options.precision,
+        "hardware": hardware,
+        "versions": versions,
+    }
 
 
 class Data(NamedTuple):
@@ -371,7 +399,7 @@ def _input_size(processor: MobileNetImageProcessor) -> tuple[int, int]:
 
 
 def _decode(
-    options: Options, data: Data, split: str, processor: MobileNetImageProcessor, work: Path
+    options: Options, data: Data, split: str, processor: MobileNetImageProcessor, state: PartialState
 ) -> Pictures | None:
     from .pictures import Storage, decode
 
@@ -379,7 +407,8 @@ def _decode(
     if rows is None:
         return None
     square = processor.size.get("shortest_edge", max(_input_size(processor))) if split == "train" else None
-    return decode(rows, processor, Storage(work), split, square, options.skip_unreadable)
+    storage = Storage(options.work, shared=state.num_processes > 1)
+    return decode(rows, processor, storage, split, square, options.skip_unreadable, not state.is_main_process)
 
 
 def _best_precision() -> str:
@@ -451,14 +480,14 @@ def _finish(
 ) -> None:
     """Write the repository beside its place, measure what was written, and move it there."""
     from .modeling_mobilenet import MobileNetForImageClassification as Classifier
-    from .report import plot_confusion, plot_course, write_card, write_json
+    from .report import plot_confusion, plot_course, write_card
 
     work, output = options.work, Path(options.output)
     repository = work / "repository"
     shutil.rmtree(repository, ignore_errors=True)
     model.save_pretrained(repository)
     processor.save_pretrained(repository)
-    write_json(repository / RECORD, _record(options))
+    shutil.copy(work / RECORD, repository)
     shutil.copy(work / "log.csv", repository)
     shutil.copytree(work / "runs", repository / "runs")
     plot_course(log, repository / "curves.png")
@@ -471,13 +500,12 @@ def _finish(
     if measured:
         plot_confusion(*list(measured.values())[-1], data.names, repository / "confusion_matrix.png")
     write_card(repository, options, written, measured)
+    replaced = work / "replaced"
     if output.exists():
-        old = work / "replaced"
-        os.replace(output, old)
-    output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(output, replaced)
     os.replace(repository, output)
-    if not options.keep_checkpoints:
-        shutil.rmtree(work)
+    shutil.rmtree(replaced if options.keep_checkpoints else work, ignore_errors=True)
     print(f"wrote {output}")
 
 
@@ -489,17 +517,16 @@ def predict(
     batch_size: int = 128,
 ) -> Tensor:
     """Logits of pictures that the processor has resized and cropped, computed in float32: (N, classes)."""
-    from rich.progress import track
-
-    from .pictures import Normalize
+    from .pictures import Normalize, progress_bar
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
     normalize = Normalize(processor).to(device)
     logits = []
-    for start in track(range(0, len(pictures), batch_size), "measuring", transient=True):
-        pixels = torch.from_numpy(pictures.pixels[start : start + batch_size])
-        logits.append(model(normalize(pixels.to(device))).logits.float().cpu())
+    with progress_bar("measuring") as bar:
+        for start in bar.track(range(0, len(pictures), batch_size)):
+            pixels = torch.from_numpy(pictures.pixels[start : start + batch_size])
+            logits.append(model(normalize(pixels.to(device))).logits.float().cpu())
     return torch.cat(logits)
 
 
@@ -582,7 +609,9 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
             recorded = json.loads(path.read_text(encoding="utf-8"))["options"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise typer.BadParameter(f"{path} must be the {RECORD} of a run: {error}") from error
-        context.default_map = {name: value for name, value in recorded.items() if value is not None}
+        context.default_map = {
+            name: value for name, value in recorded.items() if value is not None and name not in FREE_TO_CHANGE
+        }
     return path
 
 

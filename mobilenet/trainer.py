@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .pictures import Batches, Order, Pictures, as_it_is, mix
+from .pictures import Batches, Order, Pictures, as_it_is, mix, progress_bar
 
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ class ClassifierTrainer(Trainer):
         augment: Varies a batch of bytes.
         normalize: Turns bytes into what the network takes.
         frozen: Modules that do not train: their norms stay in eval mode.
-        deadline: Time, as time.monotonic tells it, at which to save a checkpoint and stop.
+        minutes: Time after which to save a checkpoint and stop.
         **kwargs: Further arguments of the Trainer.
     """
 
@@ -146,7 +145,7 @@ class ClassifierTrainer(Trainer):
         augment: nn.Module,
         normalize: nn.Module,
         frozen: list[nn.Module] | None = None,
-        deadline: float | None = None,
+        minutes: float | None = None,
         **kwargs: Any,
     ) -> None:
         self.options = options
@@ -168,7 +167,7 @@ class ClassifierTrainer(Trainer):
             self.average = AveragedModel(self.model, multi_avg_fn=self._blend, use_buffers=True)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(Course(self, deadline))
+        self.add_callback(Course(self, minutes))
         if args.bf16 and args.device.type == "cpu":
             keep_float32_where_faster(self.model)
 
@@ -300,22 +299,19 @@ class Course(TrainerCallback):
 
     Args:
         trainer: The trainer.
-        deadline: Time, as time.monotonic tells it, at which to stop.
+        minutes: Time after which to stop.
     """
 
-    def __init__(self, trainer: ClassifierTrainer, deadline: float | None) -> None:
+    def __init__(self, trainer: ClassifierTrainer, minutes: float | None) -> None:
         self.trainer = trainer
-        self.deadline = deadline
-        self.progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
-        )
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.progress = progress_bar("training", quiet=not trainer.is_world_process_zero())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let each process vary its pictures in its own way."""
         torch.manual_seed(self.trainer.options.seed + args.process_index)
-        if state.is_world_process_zero:
-            self.progress.start()
-            self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
+        self.progress.start()
+        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Average the weights; save where it is time to."""
@@ -327,8 +323,7 @@ class Course(TrainerCallback):
         if late or (every and state.global_step % every == 0):
             # At the end of an epoch, the checkpoint waits for the evaluation.
             control.should_save = state.epoch != int(state.epoch)
-        if state.is_world_process_zero:
-            self.progress.update(self.task, completed=state.global_step)
+        self.progress.update(self.task, completed=state.global_step)
 
     def _as_first_process(self, late: bool) -> bool:
         """What the first process says: all must stop at the same step."""

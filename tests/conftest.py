@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -11,6 +12,9 @@ from threading import Thread
 import pytest
 import torch
 
+
+# What a shell starts in the background ignores Ctrl-C, and so would the commands that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(os.environ.get("MOBILENET_TEST_DATA", Path(__file__).parents[2] / "shared")).resolve()
 
