@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .text import clean, markdown
+
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy, top-5 accuracy where there are more than five classes, and the mean accuracy of the classes.
@@ -159,14 +161,14 @@ def write_card(folder: Path, options: Any, model: Any, measured: dict[str, tuple
 def _text(options: Any, model: Any, figures: dict[str, dict[str, float]], measured: dict[str, Any]) -> str:
     config = model.config
     count = sum(parameter.numel() for parameter in model.parameters())
-    name = Path(options.output).name
+    name = clean(Path(options.output).name)
     lines = [
-        f"# {name}",
+        f"# {markdown(name)}",
         "",
         f"{config.architecture} at width {config.width_multiplier:g} for pictures of {config.image_size} pixels, "
         f"with {config.num_labels} classes and {count:,} parameters, "
-        + (f"fine-tuned from {options.model}" if options.model else "trained from scratch")
-        + f" on {dataset_name(options.dataset)}.",
+        + (f"fine-tuned from {markdown(options.model)}" if options.model else "trained from scratch")
+        + f" on {markdown(dataset_name(options.dataset))}.",
         "",
     ]
     if figures:
@@ -181,14 +183,14 @@ def _text(options: Any, model: Any, figures: dict[str, dict[str, float]], measur
             "Measured in float32 on the files of this repository; again:",
             "",
             "```",
-            f"mobilenet evaluate {name} {options.dataset} --split {split}",
+            f"mobilenet evaluate {name} {clean(options.dataset)} --split {split}",
             "```",
             "",
             f"| class | accuracy on {split} |",
             "|---|---|",
         ]
         for label, value in zip(config.id2label.values(), class_accuracies(logits, labels), strict=True):
-            lines.append(f"| {label} | {100 * value:.2f} % |")
+            lines.append(f"| {markdown(label)} | {100 * value:.2f} % |")
         lines += ["", "![Confusion matrix](confusion_matrix.png)"]
     lines += [
         "",
