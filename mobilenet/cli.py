@@ -20,6 +20,7 @@ MODULES = {
     "convert": ("convert_checkpoint", "command"),
     "train": ("train", "train"),
     "evaluate": ("train", "evaluate"),
+    "export": ("export", "command"),
     "verify": ("verify", "command"),
 }
 
@@ -74,7 +75,7 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """MobileNets: classify pictures, convert checkpoints, verify repositories."""
+    """MobileNets: classify pictures, convert checkpoints, export to other engines, verify repositories."""
 
 
 @app.command()
