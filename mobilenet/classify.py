@@ -350,8 +350,8 @@ def run(
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     write = {Layout.TABLE: _table_writer, Layout.JSON: _json_writer, Layout.CSV: _csv_writer}[layout](out, classifier)
     failures = 0
-    # The bar and what is printed above it must go through one console, to stay out of each other's way.
-    screen = out if out.is_terminal else err
+    # A bar and what is printed above it must go through one console, to stay out of each other's way.
+    screen = out if out.is_terminal and err.is_terminal else err
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures"), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True, disable=not err.is_terminal) as progress:
         total = None
@@ -361,7 +361,7 @@ def run(
         for result in classify(find(names), classifier, top_k, batch_size):
             if result.error is not None:
                 failures += 1
-                print(f"{clean(result.name)}: {clean(result.error)}", file=sys.stderr)
+                screen.print(Text(f"{clean(result.name)}: {clean(result.error)}", style="red"), soft_wrap=True)
             write(result)
             progress.advance(task)
     return failures
