@@ -26,7 +26,7 @@ from .text import clean
 
 CODE = ("configuration_mobilenet.py", "image_processing_mobilenet.py", "modeling_mobilenet.py")
 CLASSES = AUTO_MAP | {"AutoImageProcessor": "image_processing_mobilenet.MobileNetImageProcessor"}
-WEIGHTS = (".gguf", ".h5", ".onnx", ".safetensors", ".tflite")
+WEIGHTS = (".gguf", ".h5", ".onnx", ".pte", ".safetensors", ".tflite", ".xml")
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -172,7 +172,7 @@ def _problems(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             yield "not the file, but what git-lfs puts in its place: run git lfs pull"
-        elif path.suffix.lower() in PICKLES:
+        elif path.suffix.lower() in PICKLES and not path.name.startswith("openvino_"):  # whose .bin are bare numbers
             yield "a pickle, which can run code: convert it to safetensors"
 
 

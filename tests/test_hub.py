@@ -215,6 +215,19 @@ def test_with_the_package_no_trust_is_needed(
     assert not asked_for_code(hub)
 
 
+def test_with_the_package_nobody_is_asked_for_code_elsewhere(
+    hub: Hub, client: Client, original: Path, expected: list
+) -> None:
+    hub.publish("someone/original", original)
+    fields = json.loads((original / "config.json").read_text())
+    fields["auto_map"] = {auto: f"evil/code--{where}" for auto, where in fields["auto_map"].items()}
+    hub.publish("someone/original", {"config.json": json.dumps(fields).encode()})
+    hub.publish("evil/code", dict.fromkeys(CODE, b"raise SystemExit('code from elsewhere ran')"))
+    result = client(hub, "someone/original", "--package", ROOT)
+    assert result["logits"] == expected
+    assert not [request for request in hub.log if "evil" in request]
+
+
 def test_many_checkpoints_share_one_repository_of_code(
     hub: Hub, client: Client, original: Path, expected: list, tmp_path: Path
 ) -> None:

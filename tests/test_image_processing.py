@@ -232,6 +232,13 @@ def test_urls_that_lead_nowhere_are_named(url):
         pixels(url)
 
 
+@pytest.mark.parametrize("scheme", ["file", "ftp", "data"])
+def test_only_http_is_fetched(tmp_path, scheme):
+    picture().save(tmp_path / "secret.png")
+    with pytest.raises(UnreadableImageError, match="no such file"):
+        pixels(f"{scheme}://{tmp_path}/secret.png")
+
+
 def redirect_to(url: str) -> type:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):

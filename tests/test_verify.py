@@ -173,6 +173,15 @@ def test_pickles(folder: Path, name: str) -> None:
     assert "a pickle, which can run code" in findings[name]["verdict"]
 
 
+def test_exports_are_weights(folder: Path) -> None:
+    names = ("model.onnx", "model.pte", "model.tflite", "openvino_model.bin", "openvino_model.xml")
+    for name in names:
+        (folder / name).write_bytes(b"weights")
+    status, findings = run(folder)
+    assert status == 0
+    assert set(names) < set(findings)
+
+
 def test_what_git_lfs_puts_in_place_of_weights(folder: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     (folder / "model.safetensors").write_text(pointer)
