@@ -82,7 +82,11 @@ def convert(
         ImportError: The reader of the source is not installed.
     """
     with staged(Path(output), overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
-        pictures = find_pictures(Path(verify_on)) if verify_on else draw_pictures(Path(scratch))
+        pictures = []
+        if verify_on:
+            pictures = find_pictures(Path(verify_on))
+        elif verify or unfold:
+            pictures = draw_pictures(Path(scratch))
         origin, checkpoint = read_source(source, revision, Options(recipe, image_size))
         choose_labels(checkpoint, labels)
         model = build(checkpoint, origin.given)
@@ -95,28 +99,32 @@ def convert(
             checkpoint.notes.append(UNFOLDED)
         if drop_background:
             leave_out_background(model, checkpoint.quantization)
-        write(folder, model, checkpoint)
+        with writing(folder):
+            write(folder, model, checkpoint)
         comparisons, caveats = [], ["Not verified: converted with `--no-verify`."]
         if verify:
             classes = slice(1 if drop_background else 0, None)
             comparisons, caveats = prove(folder, model, checkpoint, pictures, classes)
-        write_card(model.config, origin, checkpoint, comparisons, caveats).save(folder / "README.md")
+        with writing(folder):
+            write_card(model.config, origin, checkpoint, comparisons, caveats).save(folder / "README.md")
     return comparisons
 
 
 def write(folder: Path, model: MobileNetForImageClassification, checkpoint: Checkpoint) -> None:
-    """Write everything but the card.
+    """Write everything but the card: code, configuration, weights, preprocessing, scales of a quantized source."""
+    model.save_pretrained(folder)
+    # safetensors lets nobody else read what it writes.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+    checkpoint.processor.save_pretrained(folder)
+    if checkpoint.quantization:
+        (folder / "quantization.json").write_text(json.dumps(checkpoint.quantization), encoding="utf-8")
 
-    Raises:
-        ConversionError: The disk is full, or does not let us write.
-    """
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Tell a full or forbidden disk from other errors."""
     try:
-        model.save_pretrained(folder)
-        # safetensors lets nobody else read what it writes.
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")
-        checkpoint.processor.save_pretrained(folder)
-        if checkpoint.quantization:
-            (folder / "quantization.json").write_text(json.dumps(checkpoint.quantization), encoding="utf-8")
+        yield
     except (SafetensorError, OSError) as error:
         raise ConversionError(f"{folder.name} cannot be written: {error}") from error
 
@@ -146,9 +154,10 @@ def build(checkpoint: Checkpoint, origin: str) -> MobileNetForImageClassificatio
         raise ConversionError(f"{origin}: {error}") from error
     if checkpoint.labels:
         name_classes(config, checkpoint.labels)
-    model = MobileNetForImageClassification(config).eval()
+    with torch.device("meta"):  # every weight comes from the checkpoint
+        model = MobileNetForImageClassification(config).eval()
     tensors = rename(checkpoint.tensors, checkpoint.table, model, origin)
-    model.load_state_dict(model.state_dict() | tensors)
+    model.load_state_dict(tensors, assign=True)
     return model
 
 

@@ -1,32 +1,33 @@
-"""Conversions, against the runtime of each source."""
+"""The converter's frame: the repository that it writes, its proof, its options, and what happens to bad input."""
 
 import json
+import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from conversions import assert_fails_without_a_trace, read
+from hub import Fault, Hub
 from huggingface_hub import ModelCard
-from oracles import logits
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import (
-    MobileNetV1ForImageClassification,
-    MobileNetV2ForImageClassification,
-    pipeline,
-)
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+from typer.testing import CliRunner
 
 import convert_checkpoint
 from convert_checkpoint import build, convert
 from mobilenet import MobileNetForImageClassification
-from mobilenet.conversion import ConversionError, from_google, read_source
+from mobilenet.cli import app
+from mobilenet.conversion import proof
 
 
-GOOGLE = {
-    "google_mobilenet_v2_1.0_224": MobileNetV2ForImageClassification,
-    "google_mobilenet_v1_0.75_192": MobileNetV1ForImageClassification,
-    "google_mobilenet_v1_0.25_128": MobileNetV1ForImageClassification,
-}
+SCRIPT = Path(convert_checkpoint.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -37,24 +38,14 @@ def converted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("name", GOOGLE)
-def test_google_logits_equal_those_of_the_native_class(name: str, data: Path, photographs: list[Path]) -> None:
-    folder = data / "checkpoints" / name
-    checkpoint = read_source(str(folder))[1]
-    ours = build(checkpoint, name)
-    theirs = GOOGLE[name].from_pretrained(folder).eval()
-    assert len(photographs) == 300
-    for start in range(0, 300, 20):
-        pictures = checkpoint.processor(photographs[start : start + 20], return_tensors="pt").pixel_values
-        ours_logits, their_logits = logits(ours, pictures), logits(theirs, pictures)
-        torch.testing.assert_close(ours_logits, their_logits, atol=1e-4, rtol=0)
-        assert ours_logits.argmax(-1).equal(their_logits.argmax(-1))
+@pytest.fixture
+def small(data: Path, tmp_path: Path) -> Path:
+    """A copy of the real V1 0.25_128 that a test may break."""
+    return Path(shutil.copytree(data / "checkpoints" / "google_mobilenet_v1_0.25_128", tmp_path / "small"))
 
 
 def test_snippet_names_the_cats(converted: Path, cats: Path) -> None:
     # As users type it; since this package is imported, its classes are those that load.
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
     processor = AutoImageProcessor.from_pretrained(converted, trust_remote_code=True)
     model = AutoModelForImageClassification.from_pretrained(converted, trust_remote_code=True)
     scores = model(**processor(images=Image.open(cats), return_tensors="pt")).logits.softmax(-1)[0]
@@ -81,11 +72,12 @@ def test_repository_is_complete(converted: Path) -> None:
         "preprocessor_config.json",
     }
     for name in ("configuration", "image_processing", "modeling"):
-        source = Path(convert_checkpoint.__file__).with_name(f"{name}_mobilenet.py")
+        source = SCRIPT.with_name(f"{name}_mobilenet.py")
         assert (converted / source.name).read_bytes() == source.read_bytes()
     config = json.loads((converted / "config.json").read_text())
-    assert config["auto_map"]["AutoModelForImageClassification"].startswith("modeling_mobilenet.")
-    assert config["classifier_dropout"] == 0.2  # 0.8 was kept
+    assert (
+        config["auto_map"]["AutoModelForImageClassification"] == "modeling_mobilenet.MobileNetForImageClassification"
+    )
     processor = json.loads((converted / "preprocessor_config.json").read_text())
     assert processor["auto_map"] == {"AutoImageProcessor": "image_processing_mobilenet.MobileNetImageProcessor"}
     assert (converted / "model.safetensors").stat().st_mode == (converted / "config.json").stat().st_mode
@@ -102,36 +94,15 @@ def test_card_tells_the_source_and_the_proof(converted: Path, data: Path) -> Non
         "metrics": ["accuracy"],
     }
     assert "1f925d55d6757acb34c763323d008355827a119919b66fedb0422755079798f1" in card.text  # model.safetensors
-    assert "| transformers' MobileNetV2ForImageClassification " in card.text
-    assert "| this repository, loaded by a new process | 8 | " in card.text
+    assert "| transformers' MobileNetV2 " in card.text
+    assert "| the repository, loaded anew | 8 | 0 | 0 | largest 0.0001 | 100 % |" in card.text
     assert str(data) not in card.text
-
-
-def test_dropout_is_taken_for_what_it_meant(data: Path) -> None:
-    checkpoint = read_source(str(data / "checkpoints" / "google_mobilenet_v1_0.25_128"))[1]
-    assert checkpoint.config["classifier_dropout"] == 0.001
-
-
-@pytest.fixture
-def small(data: Path, tmp_path: Path) -> Path:
-    """A copy of the real V1 0.25_128 that a test may break."""
-    return Path(shutil.copytree(data / "checkpoints" / "google_mobilenet_v1_0.25_128", tmp_path / "small"))
 
 
 def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
     """Rewrite a repository's weights as safetensors, with tensors replaced or, where None, left out."""
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True) | changes
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
-
-
-def assert_fails_without_a_trace(source: Path | str, output: Path, *parts: str, **options: object) -> None:
-    """A conversion ends in one clear error, and leaves neither an output nor temporary files."""
-    before = set(output.parent.iterdir())
-    with pytest.raises(ConversionError) as error:
-        convert(str(source), output, **options)
-    for part in parts:
-        assert part in str(error.value)
-    assert set(output.parent.iterdir()) == before
 
 
 def test_missing_unexpected_and_misshapen_names_are_listed_at_once(small: Path, tmp_path: Path) -> None:
@@ -146,40 +117,62 @@ def test_missing_unexpected_and_misshapen_names_are_listed_at_once(small: Path, 
     assert_fails_without_a_trace(
         small,
         tmp_path / "output",
-        f"{small} does not hold a mobilenet_v1 of width 0.25 with 1001 classes: ",
-        "1 missing: mobilenet_v1.layer.3.normalization.running_var; ",
-        "1 unexpected: mobilenet_v1.layer.26.convolution.weight; ",
+        f"{small} does not hold a mobilenet_v1 of width 0.25 with 1001 classes: "
+        "1 missing: mobilenet_v1.layer.3.normalization.running_var; "
+        "1 unexpected: mobilenet_v1.layer.26.convolution.weight; "
         "1 misshapen: mobilenet_v1.layer.4.normalization.bias [7] instead of [32].",
     )
 
 
-def test_values_that_are_not_finite_are_refused(small: Path, tmp_path: Path) -> None:
-    edit_weights(small, **{"classifier.bias": torch.full((1001,), torch.nan)})
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused(small: Path, tmp_path: Path, value: float) -> None:
+    edit_weights(small, **{"classifier.bias": torch.full((1001,), value)})
     assert_fails_without_a_trace(small, tmp_path / "output", str(small), "not finite, in classifier.bias")
 
 
-def swapped(rows: dict, first: str, second: str) -> dict:
-    """Two rows of a name table, each in the place of the other."""
-    return {**rows, first: rows[second], second: rows[first]}
+class Exploit:
+    """Pickled, it would write a file when it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.target,)
 
 
-def test_swapped_rows_do_not_fit(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = from_google.TABLES["mobilenet_v1"]
-    rows = swapped(table.rows, "block.depthwise", "block.pointwise")
-    monkeypatch.setitem(from_google.TABLES, "mobilenet_v1", table._replace(rows=rows))
-    assert_fails_without_a_trace(small, tmp_path / "output")
+def test_a_pickle_that_would_run_code_is_refused(small: Path, tmp_path: Path) -> None:
+    torch.save({"classifier.bias": Exploit(tmp_path / "taken over")}, small / "pytorch_model.bin")
+    assert_fails_without_a_trace(small, tmp_path / "output", "pytorch_model.bin: holds more than tensors")
+    assert not (tmp_path / "taken over").exists()
 
 
-@pytest.mark.parametrize("pair", [("weight", "running_var"), ("bias", "running_mean")])
-def test_swapped_parts_that_fit_give_another_network(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: tuple
-) -> None:
-    table = from_google.TABLES["mobilenet_v1"]
-    convention = table.convention._replace(norm=swapped(table.convention.norm, *pair))
-    monkeypatch.setitem(from_google.TABLES, "mobilenet_v1", table._replace(convention=convention))
-    assert_fails_without_a_trace(
-        small, tmp_path / "output", "is another than transformers' MobileNetV1", "0.0001 is allowed"
-    )
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_broken_files_are_refused(tmp_path: Path, name: str) -> None:
+    source = tmp_path / name
+    tensors = {"conv_stem.weight": torch.zeros(32, 3, 3, 3)}
+    save_file(tensors, source) if name.endswith("safetensors") else torch.save(tensors, source)
+    whole = source.read_bytes()
+    for part in (whole[: len(whole) // 2], whole[:30], b"", b"\xff" * 100):
+        source.write_bytes(part)
+        assert_fails_without_a_trace(source, tmp_path / "output", f"{source}: ")
+
+
+def test_other_files_are_refused(tmp_path: Path, cats: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "bn1.weight": torch.zeros(64)}, tmp_path / "resnet.pth")
+    torch.save([1, 2, 3], tmp_path / "list.pth")
+    (tmp_path / "folder").mkdir()
+    for source, parts in (
+        (tmp_path / "resnet.pth", ("resnet.pth: holds no MobileNet V1 or V2", "called conv1.weight, bn1.weight")),
+        (tmp_path / "list.pth", ("list.pth: must hold a dictionary of tensors",)),
+        (tmp_path / "folder", ("folder: no known source",)),
+        (cats, ("000000039769.png: no known source",)),
+        (tmp_path / "nothing.pth", ("nothing.pth: no such file or folder",)),
+    ):
+        assert_fails_without_a_trace(source, tmp_path / "output", *parts)
+
+
+def test_a_revision_is_for_the_hub(small: Path, tmp_path: Path) -> None:
+    assert_fails_without_a_trace(small, tmp_path / "output", "a revision is for Hub ids", revision="main")
 
 
 def test_output_is_never_overwritten_unasked(converted: Path, small: Path, tmp_path: Path) -> None:
@@ -191,20 +184,206 @@ def test_output_is_never_overwritten_unasked(converted: Path, small: Path, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"output", "small"}
 
 
+def test_a_failed_conversion_leaves_what_it_was_to_overwrite(converted: Path, small: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(converted, tmp_path / "output"))
+    (small / "pytorch_model.bin").unlink()
+    assert_fails_without_a_trace(small, output, "neither", overwrite=True)
+
+
 def test_overwriting_replaces_repositories_only(small: Path, tmp_path: Path) -> None:
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday" / "beach.jpg").touch()
-    assert_fails_without_a_trace(small, tmp_path / "holiday", "is no model repository", overwrite=True)
-    assert (tmp_path / "holiday" / "beach.jpg").exists()
+    (tmp_path / "link").symlink_to(small)
+    for output in (tmp_path / "holiday", tmp_path / "holiday" / "beach.jpg", tmp_path / "link"):
+        assert_fails_without_a_trace(small, output, "is no model repository", overwrite=True)
 
 
-def test_dropping_the_background_keeps_the_other_logits(data: Path, tmp_path: Path, cats: Path) -> None:
-    source = data / "checkpoints" / "google_mobilenet_v1_0.25_128"
-    convert(str(source), tmp_path / "output", drop_background=True, verify=False)
-    kept = build(read_source(str(source))[1], "").classifier
+def test_missing_parents_of_the_output_are_made(small: Path, tmp_path: Path) -> None:
+    convert(str(small), tmp_path / "a" / "b", verify=False)
+    assert (tmp_path / "a" / "b" / "model.safetensors").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "small"}
+
+
+def test_a_result_that_does_not_load_is_not_written(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "_LOAD_BACK", "raise SystemExit('no such class')")
+    assert_fails_without_a_trace(small, tmp_path / "output", "does not load: no such class")
+
+
+def test_a_result_that_loads_as_another_network_is_not_written(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = proof._LOAD_BACK.replace("with torch", "model.classifier.bias.data[7] += 0.01\nwith torch")
+    monkeypatch.setattr(proof, "_LOAD_BACK", script)
+    assert_fails_without_a_trace(small, tmp_path / "output", "is another than the repository, loaded anew", "is 0.01")
+
+
+def test_without_the_runtime_the_card_says_so(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise ImportError("No module named 'timm'")
+
+    monkeypatch.setattr("mobilenet.conversion.from_google._oracle", missing)
+    (comparison,) = convert(str(small), tmp_path / "output")
+    assert comparison.against == "the repository, loaded anew"
+    card = (tmp_path / "output" / "README.md").read_text()
+    assert "Not compared with the source's own runtime, which is not installed: No module named 'timm'." in card
+
+
+def test_pictures_of_the_user_are_compared(small: Path, tmp_path: Path, cats: Path) -> None:
+    native, _ = convert(str(small), tmp_path / "output", verify_on=cats.parent)
+    assert (native.pictures, native.agreement) == (9, 1)
+    assert_fails_without_a_trace(
+        small, tmp_path / "other", "--verify-on must be a folder", verify_on=tmp_path / "none"
+    )
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "broken.jpg").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"broken\.jpg: not a picture"):
+        convert(str(small), tmp_path / "other", verify_on=tmp_path / "pictures")
+
+
+def test_dropping_the_background_keeps_the_other_classes(small: Path, tmp_path: Path) -> None:
+    convert(str(small), tmp_path / "output", drop_background=True, verify=False)
+    kept = build(read(small), "").classifier
     without = MobileNetForImageClassification.from_pretrained(tmp_path / "output").eval()
     assert without.classifier.weight.equal(kept.weight[1:])
     assert without.classifier.bias.equal(kept.bias[1:])
     assert without.config.num_labels == 1000
     assert without.config.id2label[281] == "tabby, tabby cat"
     assert without.config.label2id["tench, Tinca tinca"] == 0
+    source = tmp_path / "output"
+    assert source.exists()
+
+
+def test_labels_come_from_files_and_known_sets(small: Path, tmp_path: Path, data: Path) -> None:
+    google = (data / "imagenet_labels_1001.txt").read_text().splitlines()
+    (tmp_path / "labels.txt").write_text("\n".join(f"class {index}" for index in range(1001)))
+    (tmp_path / "labels.json").write_text(json.dumps({str(index): f"number {index}" for index in range(1001)}))
+    for labels, first in (
+        ("imagenet-background", "background"),
+        (str(tmp_path / "labels.txt"), "class 0"),
+        (str(tmp_path / "labels.json"), "number 0"),
+    ):
+        convert(str(small), tmp_path / "output", labels=labels, verify=False, overwrite=True)
+        config = json.loads((tmp_path / "output" / "config.json").read_text())
+        assert config["id2label"]["0"] == first
+        if first == "background":
+            assert [config["id2label"][str(index)] for index in range(1001)] == google
+    for labels, part in (
+        ("imagenet", "must hold a label for each of 1001 classes, got 1000"),
+        ("nonsense", "nonsense: no labels: must be imagenet, imagenet-background, a file"),
+        (str(small / "config.json"), "config.json: no labels"),
+    ):
+        assert_fails_without_a_trace(small, tmp_path / "other", part, labels=labels)
+
+
+def test_recipe_and_size_are_options(small: Path, tmp_path: Path) -> None:
+    convert(str(small), tmp_path / "output", recipe="torchvision", image_size=160, verify=False)
+    processor = json.loads((tmp_path / "output" / "preprocessor_config.json").read_text())
+    assert processor["size"] == {"shortest_edge": 182}
+    assert processor["crop_size"] == {"height": 160, "width": 160}
+    assert processor["image_mean"] == [0.485, 0.456, 0.406]
+    assert json.loads((tmp_path / "output" / "config.json").read_text())["image_size"] == 160
+    with pytest.raises(ValueError, match="name must be one of google, keras"):
+        convert(str(small), tmp_path / "other", recipe="cake", verify=False)
+
+
+def test_unfolding_is_for_folded_networks(small: Path, tmp_path: Path) -> None:
+    assert_fails_without_a_trace(small, tmp_path / "output", "--unfold-batch-norm is for networks", unfold=True)
+
+
+def test_command_prints_the_proof_and_errors_in_one_line(small: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["convert", str(small), str(tmp_path / "output")])
+    assert done.exit_code == 0, done.output
+    assert "MobileNetV1" in done.stdout
+    assert "output is written." in done.stdout.replace("\n", "")
+    again = CliRunner().invoke(app, ["convert", str(small), str(tmp_path / "output")])
+    assert again.exit_code == 1
+    assert again.stderr == f"Error: {tmp_path / 'output'} exists; --overwrite replaces it.\n"
+    assert CliRunner().invoke(app, ["convert", str(small)]).exit_code == 2
+
+
+def run_script(*arguments: object, **options: object) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(small: Path, tmp_path: Path, number: int) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    run = run_script(small, tmp_path / "output", env={**os.environ, "TMPDIR": str(scratch)})
+    while not list(tmp_path.glob(".output.*/output/config.json")):  # it is at work
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode not in (0, None)
+    assert "Traceback" not in errors
+    assert {path.name for path in tmp_path.iterdir()} == {"scratch", "small"}
+    assert not list(scratch.iterdir())
+
+
+def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path) -> None:
+    def limit() -> None:
+        # A file of more bytes fails to be written, as on a full disk.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    run = run_script(small, tmp_path / "output", "--no-verify", preexec_fn=limit)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert errors.startswith("Error: output cannot be written: ")
+    assert errors.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"small"}
+
+
+# Converts each source that it is given, and prints the error or where the source came from.
+HUB_CLIENT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from convert_checkpoint import convert
+results = {}
+for source in sys.argv[3:]:
+    name, _, revision = source.partition("@")
+    try:
+        convert(name, f"{sys.argv[2]}/{len(results)}", revision=revision or None, verify=False)
+        results[source] = open(f"{sys.argv[2]}/{len(results)}/README.md").read()
+    except ValueError as error:
+        results[source] = str(error)
+print(json.dumps(results))
+"""
+
+
+def test_hub_ids_are_fetched_and_its_errors_told(small: Path, tmp_path: Path) -> None:
+    with Hub() as hub:
+        commit = hub.publish("google/small", small)
+        hub.publish("google/small", {"config.json": b"{}"})
+        hub.publish("google/denied", small)
+        hub.publish("google/ill", small)
+        hub.publish("google/no-weights", {"config.json": (small / "config.json").read_bytes()})
+        hub.faults += [Fault("google/denied", 401), Fault("google/ill", 403)]
+        sources = [f"google/small@{commit}", "google/small@nowhere", "google/small", "google/none"]
+        sources += ["google/denied", "google/ill", "google/no-weights", "no/such/thing"]
+        output = tmp_path / "output"
+        output.mkdir()
+        command = [sys.executable, "-c", HUB_CLIENT, str(SCRIPT.parent), str(output), *sources]
+        environment = hub.environment(tmp_path / "home")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        results = json.loads(done.stdout)
+    assert f"[google/small](https://huggingface.co/google/small) at revision `{commit}`" in results[sources[0]]
+    assert "base_model: google/small" in results[sources[0]]
+    assert "has no revision 'nowhere'" in results["google/small@nowhere"]
+    assert results["google/small"].startswith("google/small: no known source")
+    assert "no such repository, or it is private" in results["google/none"]
+    assert "google/denied: the Hub" in results["google/denied"]
+    assert "google/ill: the Hub" in results["google/ill"]
+    assert "does not hold model.safetensors nor pytorch_model.bin" in results["google/no-weights"]
+    assert results["no/such/thing"] == "no/such/thing: no such file or folder."
+    assert [path.name for path in output.iterdir()] == ["0"]
+
+    environment["HF_ENDPOINT"] = hub.url  # where nobody listens any more
+    command = [sys.executable, "-c", HUB_CLIENT, str(SCRIPT.parent), str(tmp_path / "other"), "google/other"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout)["google/other"].endswith("the Hub does not answer.")

@@ -195,14 +195,15 @@ def download(repo: str, revision: str | None = None) -> Origin:
     except RevisionNotFoundError as error:
         raise ConversionError(f"{repo}: the Hub has no revision {revision!r} of it.") from error
     except LocalEntryNotFoundError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ConversionError(f"{repo}: no such file or folder, and the Hub does not answer: {reason}") from error
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise ConversionError(f"{repo}: the Hub answers: {first_line(error.__cause__)}") from error
+        raise ConversionError(f"{repo}: no such file or folder, and the Hub does not answer.") from error
     except HfHubHTTPError as error:
-        raise ConversionError(f"{repo}: the Hub answers with an error: {str(error).splitlines()[0]}") from error
+        raise ConversionError(f"{repo}: the Hub answers: {first_line(error)}") from error
     except ConversionError:
         raise
     except Exception as error:  # of requests before huggingface_hub 1, of httpx since
-        raise ConversionError(f"{repo}: cannot be downloaded: {str(error).splitlines()[0]}") from error
+        raise ConversionError(f"{repo}: cannot be downloaded: {first_line(error)}") from error
     for found, name in ((config, "config.json"), (weights, " nor ".join(_WEIGHTS))):
         if found is None:
             raise ConversionError(f"{repo}: the Hub's repository does not hold {name}.")

@@ -140,4 +140,8 @@ def _oracle(model_type: str, folder: Path) -> Oracle:
     def logits(pixel_values: Tensor) -> Tensor:
         return model(pixel_values).logits
 
-    return Oracle(f"transformers' {type(model).__name__}", transformers.__version__, logits)
+    return Oracle(
+        f"transformers' {type(model).__name__.removesuffix('ForImageClassification')}",
+        transformers.__version__,
+        logits,
+    )

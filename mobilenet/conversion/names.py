@@ -81,6 +81,8 @@ class Place(NamedTuple):
     optional: bool
 
 
+# Only PyTorch counts batches.
+_COUNT = "num_batches_tracked"
 _LAYOUTS = {4: "OIHW", 2: "OI", 1: "O", 0: ""}
 
 
@@ -140,7 +142,7 @@ def places(model: nn.Module, table: Table) -> dict[str, Place]:
     result: dict[str, Place] = {}
     for path, layer, source, parts in _layers(model, table):
         for name, tensor in layer.state_dict().items():
-            if name not in parts:  # only PyTorch counts batches
+            if name not in parts:
                 continue
             suffix, source_layout = parts[name]
             if source + suffix in result:
@@ -148,7 +150,7 @@ def places(model: nn.Module, table: Table) -> dict[str, Place]:
             layout = _LAYOUTS[tensor.ndim]
             sizes = dict(zip(layout, tensor.shape, strict=True))
             shape = tuple(sizes.get(axis, 1) for axis in source_layout)
-            optional = name == "num_batches_tracked"
+            optional = name == _COUNT
             result[source + suffix] = Place(f"{path}.{name}", source_layout, shape, layout, optional)
     return result
 
@@ -268,10 +270,9 @@ def rename(tensors: Mapping[str, Tensor], table: Table, model: nn.Module, origin
     broken = [name for name in wanted if name in tensors and not tensors[name].isfinite().all()]
     if broken:
         raise ConversionError(f"{origin} holds values that are not finite, in {', '.join(broken)}.")
-    return {
-        place.name: relay(tensors[name], place.source_layout, place.layout).to(
-            torch.int64 if place.optional else model.dtype
-        )
-        for name, place in wanted.items()
-        if name in tensors
-    }
+    result = {name: torch.tensor(0) for name in model.state_dict() if name.endswith(_COUNT)}
+    for name, place in wanted.items():
+        if name in tensors:
+            kind = torch.int64 if place.optional else model.dtype
+            result[place.name] = relay(tensors[name], place.source_layout, place.layout).to(kind)
+    return result
