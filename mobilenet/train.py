@@ -580,7 +580,7 @@ def evaluate_checkpoint(
     network = MobileNetForImageClassification.from_pretrained(model, dtype=torch.float32)
     processor = MobileNetImageProcessor.from_pretrained(model)
     names = splits[split].features[LABEL].names
-    known = network.config.label2id
+    known = {label: index for index, label in network.config.id2label.items()}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(
             f"dataset must have labels that the checkpoint knows, {listed(list(known))}; it has {listed(unknown)}."
