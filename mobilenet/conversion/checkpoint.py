@@ -195,7 +195,8 @@ def download(repo: str, revision: str | None = None) -> Origin:
     except RevisionNotFoundError as error:
         raise ConversionError(f"{repo}: the Hub has no revision {revision!r} of it.") from error
     except LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, HfHubHTTPError):
+        # Before huggingface_hub 1 the cause is an error of requests.
+        if getattr(error.__cause__, "response", None) is not None:
             raise ConversionError(f"{repo}: the Hub answers: {first_line(error.__cause__)}") from error
         raise ConversionError(f"{repo}: no such file or folder, and the Hub does not answer.") from error
     except HfHubHTTPError as error:
