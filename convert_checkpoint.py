@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from mobilenet.configuration_mobilenet import MobileNetConfig
-from mobilenet.image_processing_mobilenet import RECIPES
+from mobilenet.image_processing_mobilenet import RECIPES, MobileNetImageProcessor
 from mobilenet.modeling_mobilenet import MobileNetForImageClassification
 from rich.console import Console
 from rich.table import Table
@@ -82,13 +82,14 @@ def convert(
         ImportError: The reader of the source is not installed.
     """
     with staged(Path(output), overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
-        pictures = []
-        if verify_on:
-            pictures = find_pictures(Path(verify_on))
-        elif verify or unfold:
-            pictures = draw_pictures(Path(scratch))
+        pictures = find_pictures(Path(verify_on)) if verify_on else []
         origin, checkpoint = read_source(source, revision, Options(recipe, image_size))
-        choose_labels(checkpoint, labels)
+        choose_labels(checkpoint, labels, drop_background)
+        gray = checkpoint.config["num_channels"] == 1
+        if gray:
+            keep_gray(checkpoint.processor)
+        if not pictures and (verify or unfold):
+            pictures = draw_pictures(Path(scratch), gray=gray)
         model = build(checkpoint, origin.given)
         if unfold:
             starts = range(0, min(len(pictures), MAX_STATISTICS), BATCH)
@@ -129,17 +130,24 @@ def writing(folder: Path) -> Iterator[None]:
         raise ConversionError(f"{folder.name} cannot be written: {error}") from error
 
 
-def choose_labels(checkpoint: Checkpoint, labels: str | None) -> None:
+def choose_labels(checkpoint: Checkpoint, labels: str | None, drop_background: bool) -> None:
     """Give a checkpoint the labels that a user wants; or its own; or, by their number, those it probably has."""
     count = checkpoint.config["num_labels"]
     if labels:
-        checkpoint.labels = read_labels(labels, count)
+        checkpoint.labels = read_labels(labels, count, drop_background)
     elif not checkpoint.labels:
         checkpoint.labels = known(count)
         guess = (
             f"the labels are those of ImageNet, since there are {count}" if checkpoint.labels else "labels are numbers"
         )
         checkpoint.notes.append(f"The source does not name its classes: {guess}.")
+
+
+def keep_gray(processor: MobileNetImageProcessor) -> None:
+    """Let grayscale pictures keep their one channel; mean and deviation become those of the three on average."""
+    processor.do_convert_rgb = False
+    processor.image_mean = [sum(processor.image_mean) / len(processor.image_mean)]
+    processor.image_std = [sum(processor.image_std) / len(processor.image_std)]
 
 
 def build(checkpoint: Checkpoint, origin: str) -> MobileNetForImageClassification:

@@ -35,8 +35,8 @@ def test_logits_equal_those_of_the_native_class(name: str, data: Path, photograp
     ours = build(checkpoint, name)
     theirs = NATIVE[name].from_pretrained(folder).eval()
     assert len(photographs) == 300
-    for start in range(0, 300, 20):
-        pictures = checkpoint.processor(photographs[start : start + 20], return_tensors="pt").pixel_values
+    for photograph in photographs:  # one by one, which is what the native class is quickest at
+        pictures = checkpoint.processor(photograph, return_tensors="pt").pixel_values
         our_logits, their_logits = logits(ours, pictures), logits(theirs, pictures)
         torch.testing.assert_close(our_logits, their_logits, atol=1e-4, rtol=0)
         assert our_logits.argmax(-1).equal(their_logits.argmax(-1))

@@ -174,7 +174,7 @@ def test_an_archive_is_proved_by_its_tflite_file(data: Path, tmp_path: Path) -> 
     for file in files:
         file.unlink()
     theirs, _ = convert(str(archive), tmp_path / "output", drop_background=True)
-    assert theirs.against.startswith("the TFLite file in the same archive, LiteRT ")
+    assert theirs.against.startswith("the archive's TFLite file in LiteRT ")
     assert theirs.largest < 1e-4
     assert theirs.agreement == 1
 
@@ -189,6 +189,12 @@ def test_broken_checkpoints_are_refused(tmp_path: Path) -> None:
     assert_fails_without_a_trace(tmp_path / "model.ckpt", tmp_path / "output", "model.ckpt: truncated or corrupt")
     (tmp_path / "model.ckpt.index").write_bytes(b"no index")
     assert_fails_without_a_trace(tmp_path / "model.ckpt", tmp_path / "output", "model.ckpt: truncated or corrupt")
+
+
+def test_a_checkpoint_trained_for_8_bits_is_refused(read_as_is: dict, tmp_path: Path) -> None:
+    read_as_is["MobilenetV1/MobilenetV1/Conv2d_0/act_quant/MobilenetV1/MobilenetV1/Conv2d_0/min"] = torch.zeros(())
+    (tmp_path / "model.ckpt.index").touch()
+    assert_fails_without_a_trace(tmp_path / "model.ckpt", tmp_path / "output", "convert the .tflite file")
 
 
 def test_archives_that_climb_out_are_refused(tmp_path: Path) -> None:

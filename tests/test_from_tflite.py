@@ -128,6 +128,13 @@ def test_labels_that_a_file_carries_are_kept(data: Path) -> None:
     assert read(data / "tflite" / FLOAT).labels is None
 
 
+def test_another_size_than_the_files_cannot_be_compared(data: Path, tmp_path: Path) -> None:
+    (comparison,) = convert(str(data / "tflite" / FLOAT), tmp_path / "output", image_size=128)
+    assert comparison.against == "the repository, loaded anew"
+    card = (tmp_path / "output" / "README.md").read_text()
+    assert "the TFLite file takes pictures of 224 pixels, not of 128." in card
+
+
 def test_batch_norms_are_unfolded_for_fine_tuning(data: Path, tmp_path: Path, cats: Path) -> None:
     source = data / "tflite" / V1
     convert(str(source), tmp_path / "output", unfold=True, drop_background=True, verify_on=cats.parent)

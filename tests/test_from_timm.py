@@ -109,6 +109,13 @@ def test_a_training_checkpoint_gives_its_averaged_weights(tmp_path: Path) -> Non
     assert ours.classifier.weight.equal(averaged.classifier.weight)
 
 
+def test_a_network_for_grayscale_is_proved_on_grayscale(tmp_path: Path) -> None:
+    torch.save(network("mobilenetv2_035", in_chans=1).state_dict(), tmp_path / "gray.pth")
+    theirs, reloaded = convert(str(tmp_path / "gray.pth"), tmp_path / "output")
+    assert theirs.largest < 1e-4
+    assert reloaded.largest < 1e-4
+
+
 def test_labels_of_a_repository_are_kept(tmp_path: Path) -> None:
     source = save_for_hub(network("mobilenetv2_035", num_classes=2), tmp_path)
     config = json.loads((source / "config.json").read_text())

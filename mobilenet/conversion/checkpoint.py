@@ -49,6 +49,10 @@ class Oracle(NamedTuple):
     logits: Callable[[Tensor], Tensor]  # of pixel values of shape (B, C, H, W)
 
 
+class NoOracleError(Exception):
+    """A source that has no runtime to compare with: the message says why."""
+
+
 class Options(NamedTuple):
     """What a user may say of a source that does not tell it."""
 
@@ -74,7 +78,7 @@ class Checkpoint:
     config: dict[str, Any]  # fields of MobileNetConfig
     processor: MobileNetImageProcessor
     files: list[Path]  # what was read
-    oracle: Callable[[], Oracle]  # raises ImportError where the runtime is not installed
+    oracle: Callable[[], Oracle]  # raises ImportError where it is not installed, NoOracleError where there is none
     labels: list[str] | None = None
     license: str | None = "apache-2.0"  # None where it is not known
     notes: list[str] = field(default_factory=list)  # for the model card

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import MAX_BYTES, Checkpoint, Options, Oracle, Origin, first_line
-from .from_tflite import interpreter
+from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
+from .from_tflite import Graph, interpreter
 from .names import Convention, ConversionError, Part, Row, Table, closest, measure
 from .progress import open_file, track
 
@@ -109,6 +109,8 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         prefix = _prefix(origin.path)
         tensors, twins = _load(prefix, prefix), []
         name, files = prefix.name, [_index(prefix), *sorted(prefix.parent.glob(f"{prefix.name}.data-*"))]
+    if any("/act_quant/" in tensor for tensor in tensors):
+        raise ConversionError(f"{origin.path}: was trained for 8 bits: convert the .tflite file that comes with it.")
     table, share = closest(tensors, TABLES)
     if share < 0.5:
         raise ConversionError(f"{origin.path}: holds no MobileNet V1 or V2 of slim.")
@@ -117,8 +119,10 @@ def read(origin: Origin, options: Options) -> Checkpoint:
 
     def oracle() -> Oracle:
         if not twins:
-            raise ImportError("slim itself runs on TensorFlow 1 alone")
-        return interpreter(twins[0], "the TFLite file in the same archive, LiteRT")
+            raise NoOracleError("slim runs on TensorFlow 1 alone, and there is no TFLite file beside the checkpoint")
+        return interpreter(
+            Graph(twins[0], origin.path), "the archive's TFLite file in LiteRT", options.size(image_size)
+        )
 
     return Checkpoint(
         kind="a TensorFlow slim checkpoint",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mobilenet.modeling_mobilenet import same_padding
 
-from .checkpoint import Checkpoint, Options, Oracle, Origin, first_line
+from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
 from .names import Convention, ConversionError, Part, Row, Table, measure, skeleton
 
 
@@ -56,8 +56,11 @@ TABLES = (
 
 # Operators that change the form of values, and nothing else.
 _NEUTRAL = ("QUANTIZE", "DEQUANTIZE", "RESHAPE", "SQUEEZE", "PAD")
+# Operators that compute a form; where they compute anything else, a layer does not follow the one before it.
+_IGNORED = ("SHAPE", "STRIDED_SLICE", "PACK")
 _ACTIVATIONS = {0: None, 1: "relu", 3: "relu6"}
 _BYTES = {"UINT8": (0, 255), "INT8": (-128, 127)}
+_CONSTANTS = ("FLOAT32", "FLOAT16", "INT32", "INT64", *_BYTES)
 _SAME = 0  # schema.Padding
 _MAX_LABELS = 1 << 20  # bytes
 
@@ -120,7 +123,7 @@ class Graph:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError as error:
             raise ImportError("a TFLite file needs ai-edge-litert: pip install 'mobilenet[tflite]'") from error
-        self.path = path
+        self.path, self.data = path, data
         try:
             Interpreter(model_content=data)  # checks every offset, which the schema's classes do not
             model = schema.ModelT.InitFromPackedBuf(data, 0)
@@ -146,8 +149,13 @@ class Graph:
             )
             if node.operator in _NEUTRAL:
                 self.neutral[node.output] = node
-            else:
+            elif node.operator not in _IGNORED:
                 self.nodes.append(node)
+        for number in (self.input, self.output):
+            if self.type(number) not in ("FLOAT32", *_BYTES):
+                raise ConversionError(
+                    f"{path}: input and output must be float32, uint8 or int8, got {self.type(number)}."
+                )
 
     def type(self, number: int) -> str:
         """The type of a tensor, such as "FLOAT32"."""
@@ -173,8 +181,8 @@ class Graph:
         value = self.values[self.source(number)]
         data = self.buffers[value.buffer].data
         name = self.types[value.type]
-        if data is None or value.sparsity is not None:
-            raise ConversionError(f"{self.path}: {value.name.decode()} must be a dense constant.")
+        if data is None or value.sparsity is not None or name not in _CONSTANTS:
+            raise ConversionError(f"{self.path}: {value.name.decode()} must be a dense constant of a common type.")
         return np.frombuffer(bytes(data), name.lower()).reshape(value.shape)
 
     def real(self, number: int) -> Tensor:
@@ -208,8 +216,8 @@ class Graph:
                 name = f"{operator}_{counts[operator]}"
                 counts[operator] += 1
                 result[f"{name}/filter"] = filters[:, None, None] if filters.ndim == 2 else filters
-                if len(node.inputs) > 2 and node.inputs[2] >= 0:
-                    result[f"{name}/bias"] = self.real(node.inputs[2])
+                has_bias = len(node.inputs) > 2 and node.inputs[2] >= 0
+                result[f"{name}/bias"] = self.real(node.inputs[2]) if has_bias else torch.zeros(len(filters))
         return result
 
     def agreement(self, steps: list[Step]) -> int:
@@ -255,6 +263,8 @@ class Graph:
                 paddings &= self.paddings(node)
             if step.activated:
                 activations.add(self.activation(node))
+            elif options.fusedActivationFunction:
+                raise self.another(f"{step.name} must be linear", _ACTIVATIONS.get(options.fusedActivationFunction))
         if not paddings:
             raise self.another("layers must all pad as SAME does, or all by 1 on each side", "other paddings")
         if len(activations) != 1 or None in activations:
@@ -285,6 +295,11 @@ class Graph:
             low, high = _BYTES[self.type(node.output)]
             return "relu6" if zero_point[0] == low and (high - low) * scale[0] < 6.1 else None
         return fused
+
+    @property
+    def logits(self) -> int:
+        """The tensor that softmax sees, or the output where there is no softmax."""
+        return self.nodes[-1].inputs[0] if self.nodes[-1].operator == "SOFTMAX" else self.output
 
     @property
     def is_quantized(self) -> bool:
@@ -360,8 +375,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         ConversionError: The file is broken, or holds another network.
         ImportError: ai-edge-litert is not installed.
     """
-    data = origin.path.read_bytes()
-    graph = Graph(data, origin.path)
+    graph = Graph(origin.path.read_bytes(), origin.path)
     table = max(TABLES, key=lambda table: graph.agreement(expected(skeleton(**table.config))))
     tensors = graph.tensors()
     config = measure(tensors, table)
@@ -372,6 +386,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     if normalization and options.recipe is None:
         # The network's own scale: the recipe's is off by up to half a level.
         processor.image_mean, processor.image_std = ([value] * config["num_channels"] for value in normalization)
+
     return Checkpoint(
         kind=f"a {'quantized' if graph.is_quantized else 'float'} TFLite file",
         tensors=tensors,
@@ -379,7 +394,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         config=config | {"image_size": options.size(graph.image_size)},
         processor=processor,
         files=[origin.path],
-        oracle=lambda: interpreter(data, "LiteRT's interpreter"),
+        oracle=lambda: interpreter(graph, "LiteRT", options.size(graph.image_size)),
         labels=_labels(origin.path, config["num_labels"]),
         quantization=graph.quantization(steps) if graph.is_quantized else None,
         notes=[_NOTE] if graph.is_quantized else [],
@@ -400,20 +415,24 @@ def _labels(path: Path, count: int) -> list[str] | None:
     return None
 
 
-def interpreter(data: bytes, name: str) -> Oracle:
-    """Run a TFLite file: logits are what its softmax sees."""
+def interpreter(graph: Graph, name: str, image_size: int) -> Oracle:
+    """Run a TFLite file on pictures of a size.
+
+    Raises:
+        NoOracleError: The file takes pictures of another size.
+    """
+    if image_size != graph.image_size:
+        raise NoOracleError(f"the TFLite file takes pictures of {graph.image_size} pixels, not of {image_size}")
     from importlib.metadata import version
 
     from ai_edge_litert.interpreter import Interpreter
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # keeping every tensor takes memory; the logits need it
-        runtime = Interpreter(model_content=data, experimental_preserve_all_tensors=True)
+        runtime = Interpreter(model_content=graph.data, experimental_preserve_all_tensors=True)
     runtime.allocate_tensors()
-    given, result = runtime.get_input_details()[0], runtime.get_output_details()[0]
-    softmax = [operator for operator in runtime._get_ops_details() if operator["op_name"] == "SOFTMAX"]
-    if softmax:
-        result = next(d for d in runtime.get_tensor_details() if d["index"] == softmax[-1]["inputs"][0])
+    details = {tensor["index"]: tensor for tensor in runtime.get_tensor_details()}
+    given, result = details[graph.input], details[graph.logits]
 
     def logits(pixel_values: Tensor) -> Tensor:
         rows = []

@@ -35,8 +35,13 @@ def known(count: int) -> list[str] | None:
     return ["background", *labels] if labels and count == 1001 else labels
 
 
-def read_labels(source: str, count: int) -> list[str]:
+def read_labels(source: str, count: int, drops_background: bool = False) -> list[str]:
     """Labels by the name of a set, or from a file: one a line, or a JSON list or an object by index.
+
+    Args:
+        source: "imagenet", "imagenet-background", or a file.
+        count: How many classes there are.
+        drops_background: Whether class 0 goes, so that a label for it may be missing.
 
     Raises:
         ConversionError: There is no such file, it holds no labels, or another number of them than of classes.
@@ -48,6 +53,8 @@ def read_labels(source: str, count: int) -> list[str]:
             raise ConversionError(f"{source} labels come with timm or torchvision, and neither is installed.")
     else:
         labels = _read_file(Path(source).expanduser())
+    if drops_background and len(labels) == count - 1:
+        labels = ["background", *labels]
     if len(labels) != count:
         raise ConversionError(f"{source}: must hold a label for each of {count} classes, got {len(labels)}.")
     return labels
