@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from enum import Enum
 from itertools import groupby, islice
 from pathlib import Path
@@ -30,7 +30,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import cached_file, logging
 
 from .configuration_mobilenet import MobileNetConfig
@@ -116,12 +117,35 @@ def load(model: str, revision: str | None = None, engine: str = Engine.AUTO) -> 
         ValueError: There is no such model, it is broken, it is no MobileNet, its weights do not fit its
             configuration, or it was not exported for the engine.
     """
+    with _loading(model):
+        return _load(model, _options(revision), Engine(engine))
+
+
+def load_network(model: str, revision: str | None = None) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Load a network for torch, fused, and its image processor; as `load` does.
+
+    Raises:
+        ValueError: There is no such model, it is broken, it is no MobileNet, or its weights do not fit its
+            configuration.
+    """
+    with _loading(model):
+        options = _options(revision)
+        network = _load_weights(model, _load_config(model, options), options)
+        return network, AutoImageProcessor.from_pretrained(model, **options)
+
+
+def _options(revision: str | None) -> dict[str, Any]:
+    return {"revision": revision or "main", "trust_remote_code": False}
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
     if not os.path.isdir(model):
         _check_hub_id(model)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        return _load(model, revision or "main", Engine(engine))
+        yield
     except _LOADING_ERRORS as error:
         raise ValueError(f"{model} cannot be loaded: {str(error) or type(error).__name__}") from error
 
@@ -137,8 +161,7 @@ def _check_hub_id(model: str) -> None:
         raise ValueError(f"model must be a folder or a Hub id, got {model!r}.")
 
 
-def _load(model: str, revision: str, engine: Engine) -> Classifier:
-    options = {"revision": revision, "trust_remote_code": False}
+def _load_config(model: str, options: dict[str, Any]) -> MobileNetConfig:
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "config.json")):
         raise FileNotFoundError("it holds no config.json.")  # transformers would guess by the folder's name
     config = AutoConfig.from_pretrained(model, **options)
@@ -146,8 +169,13 @@ def _load(model: str, revision: str, engine: Engine) -> Classifier:
         raise ValueError(f"model_type must be {MobileNetConfig.model_type}, got {config.model_type}.")
     if config.num_labels < 1:
         raise ValueError(f"num_labels must be at least 1, got {config.num_labels}.")
+    return config
+
+
+def _load(model: str, options: dict[str, Any], engine: Engine) -> Classifier:
+    config = _load_config(model, options)
     processor = AutoImageProcessor.from_pretrained(model, **options)
-    exported_for = _exported_for(model, revision)
+    exported_for = _exported_for(model, options["revision"])
     if engine is Engine.AUTO:
         engine = Engine.TORCH if exported_for is None else exported_for
     words = engine.value
@@ -173,7 +201,7 @@ def _load(model: str, revision: str, engine: Engine) -> Classifier:
     )
 
 
-def _load_weights(model: str, config: MobileNetConfig, options: dict[str, Any]) -> Callable[..., Any]:
+def _load_weights(model: str, config: MobileNetConfig, options: dict[str, Any]) -> PreTrainedModel:
     network, report = AutoModelForImageClassification.from_pretrained(
         model,
         config=config,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib
+import importlib.util
 import io
 import json
 import logging as python_logging
@@ -28,15 +28,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-from .classify import find
+from .classify import find, load_network
 from .conversion.progress import status, track
 from .conversion.proof import draw_pictures
 from .convert_checkpoint import staged
-from .image_processing_mobilenet import MobileNetImageProcessor
-from .modeling_mobilenet import MobileNetForImageClassification
 
 
 class Target(str, Enum):
@@ -54,10 +53,10 @@ class ExportError(ValueError):
 
 # Packages and the extra of ours that brings them.
 _NEEDS = {
-    Target.ONNX: (("onnx", "onnxruntime", "onnxscript"), "export"),
-    Target.OPENVINO: (("openvino",), "export"),
+    Target.ONNX: (("onnx", "onnxruntime", "onnxscript"), "onnx"),
+    Target.OPENVINO: (("openvino",), "openvino"),
     Target.EXECUTORCH: (("executorch",), "executorch"),
-    Target.TRANSFORMERS_JS: (("onnx", "onnxruntime", "onnxscript"), "export"),
+    Target.TRANSFORMERS_JS: (("onnx", "onnxruntime", "onnxscript"), "onnx"),
 }
 _NEEDS_FOR_INT8 = {Target.OPENVINO: "nncf", Target.EXECUTORCH: "torchao"}
 
@@ -168,19 +167,19 @@ def export(
     check_installed(target, quantizes)
     with staged(Path(output), overwrite) as folder, tempfile.TemporaryDirectory() as scratch, _quiet():
         with status("loading"):
-            model = MobileNetForImageClassification.from_pretrained(source, revision=revision or "main")
-            model = model.float().eval()
-            processor = MobileNetImageProcessor.from_pretrained(source, revision=revision or "main")
+            network, processor = load_network(source, revision)
         paths = draw_pictures(Path(scratch)) if pictures is None else _pick(pictures, 2 if quantizes else 1)
-        calibrate_on, compare_on = (paths[0::2], paths[1::2]) if quantizes else ([], paths)
-        exporter = _Exporter(model, processor, calibrate_on)
+        tensors = [processor(path, return_tensors="pt").pixel_values for path in track(paths, "reading")]
+        if len(shapes := {tuple(tensor.shape[-2:]) for tensor in tensors}) > 1:
+            raise ExportError(f"pictures must leave the image processor in one size, got {len(shapes)} sizes.")
+        calibrate_on, compare_on = (tensors[0::2], tensors[1::2]) if quantizes else ([], tensors)
+        exporter = _Exporter(network, processor, *shapes, calibrate_on)
         if target is Target.TRANSFORMERS_JS:
             engines = _write_transformers_js(exporter, folder)
         else:
             engines = _write(exporter, target, int8, folder)
-        pictures = [exporter.read(path) for path in track(compare_on, "reading")]
-        expected = _time(exporter.run, pictures, "comparing torch")
-        comparisons = [_compare(exporter, engine, pictures, expected, min_agreement) for engine in engines]
+        expected = _time(exporter.run, compare_on, "comparing torch")
+        comparisons = [_compare(exporter, engine, compare_on, expected, min_agreement) for engine in engines]
         _card(source, target, exporter, comparisons).save(folder / "README.md")
     return comparisons
 
@@ -232,29 +231,25 @@ def _quiet() -> Iterator[None]:
 
 
 class _Exporter:
-    """A network on its way through the exporters of transformers."""
+    """A fused network on its way through the exporters of transformers."""
 
     def __init__(
-        self, model: MobileNetForImageClassification, processor: MobileNetImageProcessor, calibrate_on: Sequence[str]
+        self,
+        network: PreTrainedModel,
+        processor: BaseImageProcessor,
+        size: tuple[int, int],
+        calibrate_on: Sequence[Tensor],
     ) -> None:
-        self.model = model
+        self.network = network
+        self.config = network.config
         self.processor = processor
+        self.size = size  # height and width of the pictures
         self.calibrate_on = calibrate_on
-        self.size = self.read(calibrate_on[0]).shape[-2:] if calibrate_on else self._crop_size()
-
-    def _crop_size(self) -> tuple[int, int]:
-        size = self.processor.crop_size if self.processor.do_center_crop else self.processor.size
-        side = self.model.config.image_size
-        return (size["height"], size["width"]) if "height" in size else (side, side)
-
-    def read(self, path: str) -> Tensor:
-        """One picture, of shape (1, C, H, W)."""
-        return self.processor(path, return_tensors="pt").pixel_values
 
     @torch.inference_mode()
     def run(self, pixel_values: Tensor) -> Tensor:
         """Logits of torch."""
-        return self.model(pixel_values).logits
+        return self.network(pixel_values).logits
 
     def export(self, target: Target, int8: bool) -> Any:
         """An ExportedModel of the fused network."""
@@ -264,19 +259,19 @@ class _Exporter:
         is_bounded = target is Target.EXECUTORCH
         batch = torch.export.Dim("batch", max=_EXECUTORCH_BATCH) if is_bounded else torch.export.Dim.DYNAMIC
         options = {"dynamic_shapes": {"pixel_values": {0: batch}}, "quantizer": quantizer}
-        sample = {"pixel_values": torch.randn(2, self.model.config.num_channels, *self.size)}
-        network = copy.deepcopy(self.model).fuse()
+        sample = {"pixel_values": torch.randn(2, self.config.num_channels, *self.size)}
+        network = copy.deepcopy(self.network)  # an exporter may change it
         if target is Target.OPENVINO:
             return exporters.OpenVINOExporter().export(network, sample, exporters.OpenVINOConfig(**options))
         if target is Target.EXECUTORCH:
             return exporters.ExecutorchExporter().export(network, sample, exporters.ExecutorchConfig(**options))
         exported = exporters.OnnxExporter().export(network, sample, exporters.OnnxConfig(**options))
-        _free_size(exported.program, self.model.config.padding == "same")
+        _free_size(exported.program, self.config.padding == "same")
         return exported
 
     def _quantizer(self, target: Target) -> Any:
         """int8 with a scale for each channel of a weight and one for each activation, calibrated on the pictures."""
-        calibration = [{"pixel_values": self.read(path)} for path in track(self.calibrate_on, "reading")]
+        calibration = [{"pixel_values": pixel_values} for pixel_values in self.calibrate_on]
         makers = {
             Target.ONNX: _onnx_quantizer,
             Target.OPENVINO: _openvino_quantizer,
@@ -390,7 +385,7 @@ def _write_transformers_js(exporter: _Exporter, folder: Path) -> list[Engine]:
     import onnx_ir
     from onnxruntime import InferenceSession
 
-    config = exporter.model.config
+    config = exporter.config
     native = AutoConfig.for_model(
         config.architecture,
         architectures=[_NATIVE_CLASSES[config.architecture]],
@@ -425,7 +420,7 @@ def _compare(
     Raises:
         ExportError: They do not answer alike.
     """
-    channels, (height, width) = exporter.model.config.num_channels, exporter.size
+    channels, (height, width) = exporter.config.num_channels, exporter.size
     shapes = [(3, channels, height, width)]
     if engine.takes_any_size:
         shapes.append((2, channels, height + 31, max(33, width - 32)))
@@ -434,7 +429,7 @@ def _compare(
         _check(engine, engine.run(pixel_values), exporter.run(pixel_values))
     answers = _time(engine.run, pictures, f"comparing {engine.name}")
     _check(engine, answers.logits, expected.logits)
-    agreement = (answers.logits.argmax(-1) == expected.logits.argmax(-1)).float().mean().item()
+    agreement = (answers.logits.argmax(-1) == expected.logits.argmax(-1)).double().mean().item()
     if not engine.is_exact and agreement < min_agreement:
         raise ExportError(
             f"{engine.name} gives torch's answer on {100 * agreement:.3g} % of {len(pictures)} pictures, "
@@ -473,7 +468,7 @@ def _time(run: Callable[[Tensor], Tensor], pictures: Sequence[Tensor], descripti
 
 def _card(source: str, target: Target, exporter: _Exporter, comparisons: Sequence[Comparison]) -> ModelCard:
     """Describe an exported network."""
-    config = exporter.model.config
+    config = exporter.config
     is_js = target is Target.TRANSFORMERS_JS
     data = ModelCardData(
         library_name="transformers.js" if is_js else "transformers",
