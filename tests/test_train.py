@@ -1,0 +1,696 @@
+"""Training from the command: what it learns, what it leaves, what it survives, what it refuses."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from transformers import pipeline
+from typer import Typer
+from typer.testing import CliRunner
+
+from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet import train as training
+from mobilenet.pictures import (
+    IMAGE,
+    LABEL,
+    Augment,
+    Normalize,
+    Order,
+    Pictures,
+    Storage,
+    check_classes,
+    decode,
+    hold_out,
+    load_splits,
+    mix,
+)
+from mobilenet.train import Options, evaluate_checkpoint, run
+from mobilenet.trainer import (
+    ClassifierTrainer,
+    checkpoints,
+    freeze,
+    keep_float32_where_faster,
+    make_optimizer,
+    parameter_groups,
+    whole_batches,
+)
+
+
+ROOT = Path(__file__).parents[1]
+COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On a busy machine, threads that wait for each other at every layer make small networks many times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let datasets keep its files where the test does."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def paint(folder: Path, count: int, seed: int = 0) -> Path:
+    """Noisy pictures of 24x20 pixels, a folder for each of three colours."""
+    generator = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = generator.normal(colour, 30, (20, 24, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index:03}.png")
+    return folder
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """A folder with pictures to train on and pictures to test on."""
+    paint(tmp_path / "colours" / "train", 22)
+    paint(tmp_path / "colours" / "test", 5, seed=1)
+    return tmp_path / "colours"
+
+
+def options(dataset: Path, output: Path, **kwargs: object) -> Options:
+    """A small network and few steps."""
+    return Options(
+        dataset=str(dataset),
+        output=str(output),
+        **{
+            "width": 0.1,
+            "image_size": 64,
+            "crop_fraction": 1.0,
+            "epochs": 3,
+            "batch_size": 12,
+            "learning_rate": 0.3,
+            "precision": "float32",
+            **kwargs,
+        },
+    )
+
+
+def weights(repository: Path) -> dict[str, torch.Tensor]:
+    return load_file(repository / "model.safetensors")
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_a_complete_repository_that_has_learned(tmp_path: Path) -> None:
+    """Weights, code, processor, labels, card, log and pictures; the card's figure is what the files score."""
+    colours, output = tmp_path / "colours", tmp_path / "out"
+    paint(colours / "train", 60)
+    paint(colours / "test", 5, seed=1)
+    assert run(options(colours, output, epochs=6, batch_size=16, erasing=0.2))
+    assert not (tmp_path / "out.training").exists()
+
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "training.json"):
+        assert (output / name).stat().st_size > 0
+    for name in ("configuration_mobilenet.py", "modeling_mobilenet.py", "image_processing_mobilenet.py"):
+        assert (output / name).read_bytes() == (ROOT / name).read_bytes()
+    for name in ("curves.png", "confusion_matrix.png"):
+        with Image.open(output / name) as picture:
+            assert picture.width > 300
+            assert np.asarray(picture.convert("L")).std() > 5
+    assert list((output / "runs").glob("events.out.tfevents.*"))
+    with (output / "log.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["loss"]) for row in rows if row["loss"]]
+    assert [row["epoch"] for row in rows if row["eval_accuracy"]] == [f"{epoch}.0" for epoch in range(1, 7)]
+    assert losses[-1] < 0.8 * losses[0]
+
+    # By a way of its own: the pipeline, on files.
+    classify = pipeline("image-classification", model=str(output), trust_remote_code=False)
+    files = sorted((colours / "test").glob("*/*.png"))
+    right = sum(classify(str(file))[0]["label"] == file.parent.name for file in files)
+    assert right >= 0.8 * len(files)
+
+    measured = evaluate_checkpoint(str(output), str(colours))
+    assert (measured.split, measured.pictures) == ("test", 15)
+    assert measured.metrics["accuracy"] == pytest.approx(right / len(files))
+    assert measured.on_card == pytest.approx(right / len(files), abs=1e-6)
+    assert np.mean(list(measured.by_class.values())) == pytest.approx(measured.metrics["balanced_accuracy"])
+    results = ModelCard.load(output / "README.md").data.eval_results
+    assert {(r.dataset_split, r.metric_name) for r in results} >= {("test", "accuracy"), ("validation", "accuracy")}
+
+
+def test_the_record_repeats_the_run(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration beside the weights gives the same options, and its command too; both can be overridden."""
+    given = options(colours, tmp_path / "out", epochs=1, flip=False, balance="sampling", overwrite=True)
+    run(given)
+    record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
+    assert record["versions"]["torch"] == torch.__version__
+
+    seen = []
+    monkeypatch.setattr(training, "run", lambda options: seen.append(options) or True)
+    app = Typer()
+    app.command("train")(training.train)
+    app.command("evaluate")(training.evaluate)
+    config = ["--config", str(tmp_path / "out" / "training.json")]
+    for arguments in (
+        ["train", *config],
+        ["train", *config, "--epochs", "9", "--flip"],
+        record["command"].removeprefix("mobilenet ").split(),
+    ):
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    again, changed, by_command = seen
+    given.overwrite = False  # what concerns one run alone is not repeated
+    assert again == given
+    assert (changed.epochs, changed.flip, changed.balance) == (9, True, "sampling")
+    given.overwrite = True
+    assert by_command == given
+
+
+# What it survives
+
+SCRIPT = """
+import sys, datasets, torch
+torch.set_num_threads(1)
+datasets.config.HF_DATASETS_CACHE = sys.argv[1]
+from mobilenet.train import Options, run
+run(Options(dataset=sys.argv[2], output=sys.argv[3], **eval(sys.argv[4])))
+"""
+
+
+def start(dataset: Path, output: Path, given: dict, *launcher: str) -> subprocess.Popen:
+    """A run in a process of its own."""
+    script = output.with_suffix(".py")
+    script.write_text(SCRIPT, encoding="utf-8")
+    arguments = [*launcher, str(script), str(output.with_suffix(".cache")), str(dataset), str(output), repr(given)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_in_mid_epoch_it_goes_on_to_the_same_weights(colours: Path, tmp_path: Path) -> None:
+    """SIGKILL leaves only complete checkpoints, and the same command ends bit for bit where no one had killed it."""
+    given = vars(options(colours, tmp_path, epochs=24, save_steps=3, erasing=0.3, mixup=0.2, first_size=16))
+    given = {name: given[name] for name in given if name not in ("dataset", "output")}
+    work = tmp_path / "killed.training"
+    process = start(colours, tmp_path / "killed", given)
+    deadline = time.monotonic() + 240
+    # An epoch has 4 steps: a checkpoint at step 9 lies within one.
+    while not (work / "checkpoint-9").exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    found = checkpoints(work)
+    assert found
+    for checkpoint in found:
+        for name in ("model.safetensors", "average.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            assert (checkpoint / name).exists()
+    step = int(found[-1].name.split("-")[1])
+    assert step < 96, "killed too late to prove anything"
+
+    run(Options(dataset=str(colours), output=str(tmp_path / "killed"), **given))
+    run(Options(dataset=str(colours), output=str(tmp_path / "undisturbed"), **given))
+    resumed, undisturbed = weights(tmp_path / "killed"), weights(tmp_path / "undisturbed")
+    assert resumed.keys() == undisturbed.keys()
+    for name in resumed:
+        assert torch.equal(resumed[name], undisturbed[name]), name
+
+
+def test_a_checkpoint_is_complete_or_absent(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies while it writes a checkpoint leaves none by that name."""
+
+    def die(self: ClassifierTrainer, folder: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(ClassifierTrainer, "_save_rng_state", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(options(colours, tmp_path / "out", epochs=1))
+    assert not (tmp_path / "out.training").exists()  # nothing to go on from, so nothing stays
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_time_limit_stops_with_a_checkpoint(colours: Path, tmp_path: Path) -> None:
+    """The same command goes on to the weights of an unlimited run; other options are refused, or start anew."""
+    given = {"epochs": 2, "erasing": 0.3}
+    assert not run(options(colours, tmp_path / "limited", time_limit=1e-9, **given))
+    work = tmp_path / "limited.training"
+    assert [path.name for path in checkpoints(work)] == ["checkpoint-1"]
+    assert not (tmp_path / "limited").exists()
+    with pytest.raises(ValueError, match=r"other options: epochs \(was 2\)"):
+        run(options(colours, tmp_path / "limited", **{**given, "epochs": 3}))
+    assert run(options(colours, tmp_path / "limited", keep_checkpoints=True, **given))
+    assert [path.name for path in checkpoints(work)] == ["checkpoint-4", "checkpoint-8"]
+    assert run(options(colours, tmp_path / "whole", **given))
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "limited")[name]), name
+
+
+def test_two_processes_are_one_with_twice_the_batch(colours: Path, tmp_path: Path) -> None:
+    """torchrun with two processes (gloo) gives the weights and metrics of one process with twice the batch.
+
+    With norms in eval mode and nothing random, they are equal but for rounding; norms that train see half the batch.
+    """
+    source = tmp_path / "source"
+    model = MobileNetForImageClassification(
+        MobileNetConfig(width_multiplier=0.1, image_size=64, num_labels=3, classifier_dropout=0.0)
+    )
+    model.save_pretrained(source)
+    MobileNetImageProcessor(size=64, crop_size=64).save_pretrained(source)
+    given = {
+        "model": str(source),
+        "last_stages": 0,
+        "epochs": 2,
+        "learning_rate": 5.0,
+        "crop_scale": 1.0,
+        "flip": False,
+        "precision": "float32",
+        "ema": 0.9,
+    }
+    one = start(colours, tmp_path / "one", {**given, "batch_size": 16})
+    two = start(
+        colours, tmp_path / "two", {**given, "batch_size": 8}, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--standalone",
+    )  # fmt: skip
+    for process in (one, two):
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+    logs = []
+    for name in ("one", "two"):
+        with (tmp_path / name / "log.csv").open(encoding="utf-8") as file:
+            logs.append(list(csv.DictReader(file)))
+    for one, two in zip(*logs, strict=True):
+        assert (one["step"], one["eval_accuracy"]) == (two["step"], two["eval_accuracy"])
+        for key in ("loss", "eval_loss", "learning_rate"):
+            assert bool(one[key]) == bool(two[key])
+            if one[key]:
+                assert float(one[key]) == pytest.approx(float(two[key]), rel=1e-4)
+    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert not torch.equal(ours["classifier.weight"], model.classifier.weight)
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=1e-4, atol=1e-6)
+
+
+# What trains and what does not
+
+
+@pytest.mark.parametrize("last_stages", [0, 2])
+def test_what_is_frozen_does_not_move(colours: Path, tmp_path: Path, last_stages: int) -> None:
+    """Neither weights nor statistics of frozen parts change, by a bit; all the others do."""
+    source, output = tmp_path / "source", tmp_path / "out"
+    model = MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.1, image_size=64, num_labels=5))
+    model.save_pretrained(source)
+    MobileNetImageProcessor(size=64, crop_size=64).save_pretrained(source)
+    run(
+        options(
+            colours, output, model=str(source), last_stages=last_stages, epochs=1, learning_rate=1.0, image_size=None
+        )
+    )
+    before, after = weights(source), weights(output)
+    assert after["classifier.weight"].shape[0] == 3  # the old classifier had other labels, and was replaced
+    learns = (
+        ["classifier."]
+        if last_stages == 0
+        else ["classifier.", "backbone.head.", "backbone.stages.3", "backbone.stages.4"]
+    )
+    for name in before.keys() - {"classifier.weight", "classifier.bias"}:
+        moved = not torch.equal(before[name], after[name])
+        assert moved == name.startswith(tuple(learns)), name
+
+
+def test_last_stages_must_exist() -> None:
+    model = MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.1))
+    with pytest.raises(ValueError, match="last_stages must be an integer from 0 to 5, got 6"):
+        freeze(model, 6)
+
+
+def test_what_decays() -> None:
+    """Convolutions but no depthwise ones, and the classifier: counted by hand for V2's 17 blocks."""
+    model = MobileNetForImageClassification(MobileNetConfig(num_labels=10))
+    decaying, others = parameter_groups(model, 4e-5)
+    assert (decaying["weight_decay"], others["weight_decay"]) == (4e-5, 0)
+    # stem, 16 expansions, 17 projections, head, classifier
+    assert len(decaying["params"]) == 1 + 16 + 17 + 1 + 1
+    # 17 depthwise kernels, weight and bias of 52 norms, bias of the classifier
+    assert len(others["params"]) == 17 + 2 * 52 + 1
+    assert sum(p.numel() for g in (decaying, others) for p in g["params"]) == sum(
+        p.numel() for p in model.parameters()
+    )
+
+
+@pytest.mark.parametrize("name", ["sgd", "rmsprop", "adamw"])
+def test_optimizers_decay_what_shall_decay(name: str, tmp_path: Path) -> None:
+    """A step without gradients shrinks weights that decay, and leaves the others alone."""
+    model = MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.1, num_labels=3))
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    given = Options(dataset="", output="", optimizer=name)
+    optimizer = make_optimizer(parameter_groups(model, 0.1), given, 0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for key, value in model.named_parameters():
+        decays = key == "classifier.weight" or (key.endswith("conv.weight") and "depthwise" not in key)
+        assert torch.equal(value, before[key]) != decays, key
+
+
+def trainer_of(tmp_path: Path, labels: list[int], **kwargs: object) -> ClassifierTrainer:
+    """A trainer on random pixels."""
+    model = MobileNetForImageClassification(
+        MobileNetConfig(width_multiplier=0.1, num_labels=3, classifier_dropout=0.0)
+    )
+    given = options(tmp_path, tmp_path / "out", batch_size=4, **kwargs)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 3, 32, 32), np.uint8)
+    pictures = Pictures(pixels, np.array(labels))
+    arguments = training._arguments(given, len(labels), 1, False)
+    processor = MobileNetImageProcessor()
+    augment = Augment((32, 32), given.crop_scale, given.flip, given.trivial_augment, given.erasing)
+    return ClassifierTrainer(model, arguments, given, pictures, None, augment, Normalize(processor))
+
+
+def test_balancing(tmp_path: Path) -> None:
+    """Weights make classes count alike in the loss; sampling draws them alike often."""
+    labels = [0] * 60 + [1] * 30 + [2] * 10
+    trainer = trainer_of(tmp_path, labels, balance="weights", label_smoothing=0.0, crop_scale=1.0, flip=False)
+    torch.testing.assert_close(trainer.class_weights, torch.tensor([100 / 180, 100 / 90, 100 / 30]))
+    batch = trainer.train_dataset.__getitems__([0, 65, 95])
+    model = trainer.model.train()
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, batch)
+        logits = model(pixel_values=trainer.normalize(batch["pixels"])).logits
+        each = F.cross_entropy(logits, batch["labels"], reduction="none")
+    torch.testing.assert_close(loss, (each * trainer.class_weights).mean())
+
+    trainer = trainer_of(tmp_path, labels, balance="sampling")
+    drawn = torch.tensor([labels[index] for _ in range(30) for index in trainer._get_train_sampler()])
+    shares = torch.bincount(drawn) / len(drawn)
+    # 3000 draws: a standard deviation is 0.009.
+    torch.testing.assert_close(shares, torch.full((3,), 1 / 3), rtol=0, atol=0.04)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    epoch = 0
+    order = Order(10, 8, 7, lambda: epoch)
+    first = list(order)
+    assert first == list(order)
+    assert len(first) == len(set(first)) == len(order) == 8
+    epoch = 1
+    assert list(order) != first
+    assert list(Order(10, 8, 8, lambda: 0)) != first
+
+
+def test_whole_batches() -> None:
+    assert [whole_batches(count, 16) for count in (5, 16, 31, 32)] == [5, 16, 16, 32]
+
+
+def test_the_average_is_the_moving_average(tmp_path: Path) -> None:
+    """After three steps, by hand: decays 2/11, 3/12 and so on, and never above the one that is set."""
+    trainer = trainer_of(tmp_path, [0, 1, 2, 0], ema=0.26)
+    parameter, average = trainer.model.classifier.bias, trainer.average.module.classifier.bias
+    values = [torch.randn(3) for _ in range(4)]
+    for step, value in enumerate(values):
+        parameter.data.copy_(value)
+        trainer.state.global_step = step + 1
+        trainer.average.update_parameters(trainer.model)
+    expected = values[0]
+    for decay, value in zip((3 / 12, 0.26, 0.26), values[1:], strict=True):
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(average.data, expected)
+    with trainer.averaged_weights():
+        torch.testing.assert_close(parameter.data, expected)
+    assert torch.equal(parameter.data, values[-1])
+
+
+def test_pictures_grow(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, [0, 1, 2, 0], first_size=32, epochs=12)
+    sides = []
+    for epoch in range(12):
+        trainer.state.epoch = float(epoch)
+        sides.append(trainer._side(64))
+    # 32 pixels in 9 epochs, 8 at a time
+    assert sides == [32, 32, 32, 40, 40, 48, 48, 48, 56, 64, 64, 64]
+
+
+def test_islands_of_float32_change_nothing_but_speed() -> None:
+    """Under bfloat16 on a CPU, depthwise convolutions that stride compute in float32; outputs and gradients agree."""
+    torch.manual_seed(0)
+    model = MobileNetForImageClassification(
+        MobileNetConfig(width_multiplier=0.25, num_labels=10, classifier_dropout=0.0)
+    ).train()
+    pictures = torch.randn(16, 3, 64, 64)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(pixel_values=pictures).logits
+        logits.float().square().mean().backward()
+        return logits.float().detach(), model.backbone.stages[1][0].depthwise.conv.weight.grad.clone()
+
+    seen = []
+    conv = model.backbone.stages[1][0].depthwise.conv
+    plain = step()
+    inner = conv.forward
+    conv.forward = lambda x: seen.append(x.dtype) or inner(x)
+    keep_float32_where_faster(model)
+    mixed = step()
+    assert seen == [torch.float32]
+    for ours, theirs in zip(mixed, plain, strict=True):
+        assert torch.isfinite(ours).all()
+        assert F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.95
+
+
+# Pictures
+
+
+def test_training_and_evaluation_see_what_the_processor_gives(colours: Path, tmp_path: Path) -> None:
+    """Decoded bytes, normalised, are the processor's own pixel_values; training keeps the center square."""
+    processor = MobileNetImageProcessor.from_recipe("torchvision", 16)
+    rows = load_splits(str(colours))["test"]
+    pictures = decode(rows, processor, Storage(tmp_path), "test")
+    files = sorted((colours / "test").glob("*/*.png"))
+    expected = processor(files, return_tensors="pt")["pixel_values"]
+    actual = Normalize(processor)(torch.from_numpy(pictures.pixels))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+    assert pictures.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert rows.features[LABEL].names == ["blue", "green", "red"]
+
+    square = decode(rows, processor, Storage(tmp_path), "train", square=20)
+    crop = np.asarray(Image.open(files[0]))[:, 2:22]
+    assert np.array_equal(square.pixels[0], np.moveaxis(crop, -1, 0))
+
+
+def test_pictures_that_outgrow_memory_lie_in_a_file(colours: Path, tmp_path: Path) -> None:
+    """The file serves other processes and a resumed run, and an incomplete one does not."""
+    processor = MobileNetImageProcessor(size=16, crop_size=16)
+    rows = load_splits(str(colours))["test"]
+    storage = Storage(tmp_path / "work", shared=True)
+    assert storage.find("test") is None
+    pictures = decode(rows, processor, storage, "test")
+    assert isinstance(pictures.pixels, np.memmap)
+    in_memory = decode(rows, processor, Storage(tmp_path), "test")
+    found = storage.find("test")
+    for one in (pictures, found):
+        assert np.array_equal(one.pixels, in_memory.pixels)
+        assert np.array_equal(one.labels, in_memory.labels)
+    assert torch.equal(found.batch([3, 1])["pixels"], torch.from_numpy(in_memory.pixels[[3, 1]]))
+    (tmp_path / "work" / "test.labels.npy").unlink()
+    assert storage.find("test") is None
+
+
+def test_variation() -> None:
+    """Without options nothing varies; with them, sizes and ranges hold and pictures differ."""
+    pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(Augment((32, 32), 1.0, False, False, 0.0)(pixels), pixels.float(), rtol=0, atol=1e-4)
+    mirrored = Augment((32, 32), 1.0, True, False, 0.0)(pixels)
+    kept = [torch.allclose(a, b.float(), atol=1e-3) for a, b in zip(mirrored, pixels, strict=True)]
+    turned = [torch.allclose(a, b.float().flip(-1), atol=1e-3) for a, b in zip(mirrored, pixels, strict=True)]
+    assert [a != b for a, b in zip(kept, turned, strict=True)] == [True] * 16
+    assert 0 < sum(kept) < 16
+    varied = Augment((24, 28), 0.3, True, True, 0.5)(pixels)
+    assert varied.shape == (16, 3, 24, 28)
+    assert 0 <= varied.min() < varied.max() <= 255
+    constant = torch.full((8, 3, 32, 32), 77, dtype=torch.uint8)
+    torch.testing.assert_close(Augment((16, 16), 0.3, True, False, 0.0)(constant), torch.full((8, 3, 16, 16), 77.0))
+
+
+def test_mixup_blends_pictures_and_targets_alike() -> None:
+    pixels = torch.arange(6.0).view(6, 1, 1, 1)
+    mixed, targets = mix(pixels, torch.eye(6), 1.0)
+    torch.testing.assert_close(targets.sum(-1), torch.ones(6))
+    torch.testing.assert_close((targets * torch.arange(6.0)).sum(-1), mixed.flatten())
+    assert not torch.equal(mixed, pixels)
+
+
+def test_hold_out_takes_the_same_share_of_every_class() -> None:
+    rows = datasets.Dataset.from_dict(
+        {IMAGE: list(range(100)), LABEL: [0] * 60 + [1] * 30 + [2] * 10},
+        datasets.Features({IMAGE: datasets.Value("int64"), LABEL: datasets.ClassLabel(names=["a", "b", "c"])}),
+    )
+    kept, held = hold_out(rows, 0.2, seed=0)
+    assert np.bincount(held[LABEL][:]).tolist() == [12, 6, 2]
+    assert sorted(kept[IMAGE][:] + held[IMAGE][:]) == list(range(100))
+    assert held[IMAGE][:] == hold_out(rows, 0.2, seed=0)[1][IMAGE][:]
+
+
+def parquet(path: Path, **columns: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(columns).to_parquet(path)
+    return path
+
+
+def png(colour: tuple[int, int, int] = (9, 9, 9)) -> dict:
+    import io
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def images(*pictures: dict) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"img": list(pictures)}).cast_column("img", datasets.Image(decode=False))
+
+
+def test_datasets_of_other_forms(tmp_path: Path) -> None:
+    """A parquet file; a folder of them by split; names or integers as labels; columns of other names."""
+    table = images(png(), png(), png()).add_column("fine_label", ["b", "a", "b"]).add_column("id", [1, 2, 3])
+    table.to_parquet(tmp_path / "one.parquet")
+    splits = load_splits(str(tmp_path / "one.parquet"))
+    assert splits["train"].column_names == [IMAGE, LABEL]
+    assert splits["train"].features[LABEL].names == ["a", "b"]
+    assert splits["train"][LABEL][:] == [1, 0, 1]
+
+    numbered = images(png(), png()).add_column("label", [0, 2])
+    (tmp_path / "many").mkdir()
+    numbered.to_parquet(tmp_path / "many" / "train.parquet")
+    numbered.to_parquet(tmp_path / "many" / "test.parquet")
+    splits = load_splits(str(tmp_path / "many"))
+    assert sorted(splits) == ["test", "train"]
+    assert splits["train"].features[LABEL].names == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="there are none of 1"):
+        check_classes(splits["train"])
+
+    with pytest.raises(ValueError, match="label_column must be one of img, fine_label, id, got 'nothing'"):
+        load_splits(str(tmp_path / "one.parquet"), label_column="nothing")
+    images(png()).add_column("id", [1]).to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match="label_column must name one of the columns img, id"):
+        load_splits(str(tmp_path / "none.parquet"))
+
+
+# What it refuses
+
+
+def test_one_class_is_refused(tmp_path: Path) -> None:
+    paint(tmp_path / "colours", 3)
+    for name in ("green", "red"):
+        for file in (tmp_path / "colours" / name).iterdir():
+            file.unlink()
+        (tmp_path / "colours" / name).rmdir()
+    with pytest.raises(ValueError, match="at least two classes, got blue"):
+        run(options(tmp_path / "colours", tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "colours"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="a folder of pictures for each class"):
+        run(options(tmp_path / "empty", tmp_path / "out"))
+
+
+def test_unreadable_pictures_are_listed_or_left_out(
+    colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (colours / "train" / "red" / "000.png").write_bytes(b"no picture")
+    whole = (colours / "train" / "blue" / "001.png").read_bytes()
+    (colours / "train" / "blue" / "001.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="2 of 66 pictures of train cannot be read") as error:
+        run(options(colours, tmp_path / "out", validation=0.0))
+    assert "red/000.png" in str(error.value)
+    assert "blue/001.png" in str(error.value)
+    assert not (tmp_path / "out.training").exists()
+    assert run(options(colours, tmp_path / "out", validation=0.0, epochs=1, skip_unreadable=True))
+    assert "red/000.png" in capsys.readouterr().out
+
+
+def test_splits_with_other_labels_are_refused(colours: Path, tmp_path: Path) -> None:
+    (colours / "test" / "red").rename(colours / "test" / "scarlet")
+    with pytest.raises(ValueError, match=r"test lacks red and has\s+scarlet"):
+        run(options(colours, tmp_path / "out"))
+
+
+def test_a_checkpoint_with_other_labels_is_refused(colours: Path, tmp_path: Path) -> None:
+    config = MobileNetConfig(width_multiplier=0.1, id2label={0: "blue", 1: "green", 2: "yellow"})
+    MobileNetForImageClassification(config).save_pretrained(tmp_path / "model")
+    MobileNetImageProcessor(size=32, crop_size=32).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="labels that the checkpoint knows, blue, green, yellow; it has red"):
+        evaluate_checkpoint(str(tmp_path / "model"), str(colours))
+
+
+def test_labels_count_by_name(colours: Path, tmp_path: Path) -> None:
+    """A checkpoint whose labels stand in another order is measured by their names."""
+    config = MobileNetConfig(
+        width_multiplier=0.1, image_size=32, id2label={0: "red", 1: "other", 2: "green", 3: "blue"}
+    )
+    model = MobileNetForImageClassification(config)
+    nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = torch.tensor([0.0, 0.0, 0.0, 9.0])  # always blue
+    model.save_pretrained(tmp_path / "model")
+    MobileNetImageProcessor(size=32, crop_size=32).save_pretrained(tmp_path / "model")
+    measured = evaluate_checkpoint(str(tmp_path / "model"), str(colours))
+    assert measured.by_class == {"blue": 1.0, "green": 0.0, "red": 0.0}
+    assert measured.metrics["accuracy"] == pytest.approx(1 / 3)
+    assert measured.on_card is None
+
+
+def test_too_few_pictures_for_a_validation_split(tmp_path: Path) -> None:
+    paint(tmp_path / "colours", 3)
+    with pytest.raises(ValueError, match=r"0\.1 of 9 pictures is too few for 3 classes"):
+        run(options(tmp_path / "colours", tmp_path / "out"))
+    for file in list((tmp_path / "colours" / "green").iterdir())[1:]:
+        file.unlink()
+    with pytest.raises(ValueError, match=r"at least 2 pictures of each class, got green \(1\)"):
+        run(options(tmp_path / "colours", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("optimizer", "adam", "optimizer must be one of sgd, rmsprop, adamw, got 'adam'"),
+        ("validation", 1.0, "validation must be from 0 to below 1, got 1.0"),
+        ("crop_scale", 0.0, "crop_scale must be above 0 and at most 1, got 0.0"),
+        ("epochs", 0, "epochs must be at least 1, got 0"),
+        ("ema", 1.0, "ema must be from 0 to below 1, got 1.0"),
+        ("balance", "yes", "balance must be one of none, weights, sampling, got 'yes'"),
+        ("test_split", "exam", "test_split must be one of train, test, got 'exam'"),
+        ("architecture", "v2", "architecture must be mobilenet_v1 or mobilenet_v2, got 'v2'"),
+    ],
+)
+def test_options_are_checked(colours: Path, tmp_path: Path, name: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(options(colours, tmp_path / "out", **{name: value}))
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_an_existing_folder_stays(colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(FileExistsError, match="set --overwrite to replace it"):
+        run(options(colours, tmp_path / "out"))
+    assert (tmp_path / "out" / "precious").exists()
+    assert run(options(colours, tmp_path / "out", epochs=1, overwrite=True))
+    assert not (tmp_path / "out" / "precious").exists()
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "kornia" else name)
+    with pytest.raises(ImportError, match=r'training needs kornia: pip install "mobilenet\[train\]"'):
+        run(Options(dataset="a", output="b"))
