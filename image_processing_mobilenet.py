@@ -11,6 +11,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
@@ -102,8 +103,13 @@ def fetch(url: str, timeout: float = 30.0) -> bytes:
     return data
 
 
-def open_image(source: str | os.PathLike | bytes) -> Image.Image:
+def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0, 0)) -> Image.Image:
     """Read a picture from a path, a URL or bytes, and turn it upright as its EXIF orientation says.
+
+    Args:
+        source: Path, URL, or the bytes of a file.
+        at_least: Width and height that are enough, for either orientation: a JPEG is decoded at a half, a quarter or
+            an eighth of its size if no less remains, in a fraction of the time. By default, at its whole size.
 
     Raises:
         UnreadableImageError: There is no such file, it is no picture, it is cut off, or it is too large.
@@ -115,8 +121,11 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableImageError(f"{name}: {image.width}x{image.height} is over {MAX_PIXELS} pixels")
+            if all(at_least):
+                image.draft(None, at_least)
             image.load()
-            return ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:
@@ -200,6 +209,10 @@ class _Planes(NamedTuple):
         return self.images[0].size
 
 
+def _is_encoded(image: Any) -> bool:
+    return isinstance(image, (str, os.PathLike, bytes))
+
+
 def _is_array(image: Any) -> bool:
     return isinstance(image, (np.ndarray, torch.Tensor))
 
@@ -247,8 +260,6 @@ def _from_array(array: np.ndarray, input_data_format: str | None, as_rgb: bool) 
 
 
 def _to_planes(image: Any, input_data_format: str | None, as_rgb: bool) -> _Planes:
-    if isinstance(image, (str, os.PathLike, bytes)):
-        image = open_image(image)
     if isinstance(image, Image.Image):
         if not image.width or not image.height:
             raise ValueError(f"a picture must not be empty, got {image.width}x{image.height}.")
@@ -332,6 +343,7 @@ def _read_factor(name: str, value: Any) -> float:
 
 # How each option is read, in the order in which they apply to a picture.
 _READERS = {
+    "fast_decode": _read_flag,
     "do_convert_rgb": _read_flag,
     "do_resize": _read_flag,
     "size": lambda name, value: _read_size(name, value, square=False),
@@ -365,6 +377,9 @@ class MobileNetImageProcessor(BaseImageProcessor):
         image_std: A number for each channel; 0.5 by default.
         do_convert_rgb: Whether to convert to three channels, on a white ground where the picture is transparent.
             Without it, grayscale stays grayscale, for networks with one input channel.
+        fast_decode: Whether to decode JPEG files of more than twice `size` at a half, a quarter or an eighth of their
+            size, as far as twice `size` remains: several times as fast for photographs of many megapixels, at the
+            price of values that differ a little. It holds for paths, URLs and bytes.
 
     Raises:
         ValueError: An option is not what it allows; the message names option, allowed values and value.
@@ -385,6 +400,7 @@ class MobileNetImageProcessor(BaseImageProcessor):
         image_mean: float | Sequence[float] = _HALF,
         image_std: float | Sequence[float] = _HALF,
         do_convert_rgb: bool = True,
+        fast_decode: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -462,7 +478,15 @@ class MobileNetImageProcessor(BaseImageProcessor):
         if not images:
             raise ValueError("images must hold at least one picture, got an empty list.")
 
-        pictures = [self._preprocess_one(image, input_data_format, options) for image in images]
+        def preprocess_one(image: Any) -> np.ndarray:
+            return self._preprocess_one(image, input_data_format, options)
+
+        if len(images) > 1 and any(map(_is_encoded, images)):
+            # Pillow decodes and resizes without holding Python's lock.
+            with ThreadPoolExecutor(min(len(images), os.cpu_count() or 1)) as threads:
+                pictures = list(threads.map(preprocess_one, images))
+        else:
+            pictures = list(map(preprocess_one, images))
         if return_tensors is None:
             if data_format == "channels_first":
                 pictures = [np.moveaxis(picture, -1, 0) for picture in pictures]
@@ -488,6 +512,8 @@ class MobileNetImageProcessor(BaseImageProcessor):
 
     def _preprocess_one(self, image: Any, input_data_format: str | None, options: dict[str, Any]) -> np.ndarray:
         """One picture as float32 of shape (H, W, C)."""
+        if _is_encoded(image):
+            image = open_image(image, _enough(options))
         planes = _to_planes(image, input_data_format, options["do_convert_rgb"])
         arrays = [np.asarray(_resize_and_crop(plane, options)) for plane in planes.images]
         if planes.images[0].mode != "F":
@@ -500,6 +526,14 @@ class MobileNetImageProcessor(BaseImageProcessor):
     def to_dict(self) -> dict[str, Any]:
         """Serialise the options."""
         return {key: value for key, value in super().to_dict().items() if key in _READERS or not key.startswith("_")}
+
+
+def _enough(options: dict[str, Any]) -> tuple[int, int]:
+    """Width and height from which a picture can be reduced nearly as well as from its own: twice what is asked for."""
+    if not (options["fast_decode"] and options["do_resize"]):
+        return 0, 0
+    edge = max(options["size"].values())
+    return 2 * edge, 2 * edge
 
 
 def _target_size(width: int, height: int, size: dict[str, int]) -> tuple[int, int]:

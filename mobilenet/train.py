@@ -249,7 +249,7 @@ def _run(options: Options, state: PartialState) -> bool:
     size = _input_size(processor)
     trainer = training.ClassifierTrainer(
         model.to(memory_format=torch.channels_last),
-        _arguments(options, len(train), state.num_processes, validation is not None),
+        training_arguments(options, len(train), state.num_processes, validation is not None),
         options,
         train,
         validation,
@@ -419,7 +419,7 @@ def _best_precision() -> str:
     return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
 
 
-def _arguments(options: Options, count: int, processes: int, validates: bool) -> Any:
+def training_arguments(options: Options, count: int, processes: int, validates: bool) -> Any:
     """The recipe in the words of the Trainer."""
     from transformers import TrainingArguments
 

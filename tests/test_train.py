@@ -329,7 +329,7 @@ def trainer_of(tmp_path: Path, labels: list[int], **kwargs: object) -> Classifie
     given = options(tmp_path, tmp_path / "out", batch_size=4, **kwargs)
     pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 3, 32, 32), np.uint8)
     pictures = Pictures(pixels, np.array(labels))
-    arguments = training._arguments(given, len(labels), 1, False)
+    arguments = training.training_arguments(given, len(labels), 1, False)
     processor = MobileNetImageProcessor()
     augment = Augment((32, 32), given.crop_scale, given.flip, given.trivial_augment, given.erasing)
     return ClassifierTrainer(model, arguments, given, pictures, None, augment, Normalize(processor))

@@ -1,0 +1,482 @@
+"""What is measured, ours and every peer's. Each subject lives in a process of its own, and answers on a pipe.
+
+A subject is a function of the setup that loads what it needs and returns `prepare`; `prepare` takes what a measurement
+varies (batch, size, ...) and returns what is timed: a function without arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class Setup(NamedTuple):
+    """Where a subject finds what it runs."""
+
+    model: str  # folder of ours
+    native: str  # folder of transformers' own class, with the same weights
+    exports: str  # folder of folders: onnx, onnx_int8, openvino, openvino_int8
+    pictures: str  # folder of photographs
+    large_pictures: str  # folder of photographs of 12 megapixels
+    tflite: str | None  # a quantized network for LiteRT
+    threads: int
+
+
+Timed = Callable[[], Any]
+Prepare = Callable[..., Timed]
+SUBJECTS: dict[str, Callable[[Setup], Prepare]] = {}
+
+
+def subject(name: str) -> Callable[[Callable[[Setup], Prepare]], Callable[[Setup], Prepare]]:
+    """Enter a subject under its name in the results."""
+
+    def enter(function: Callable[[Setup], Prepare]) -> Callable[[Setup], Prepare]:
+        SUBJECTS[name] = function
+        return function
+
+    return enter
+
+
+# --- The network alone -------------------------------------------------------------------------------------------
+
+
+def _in_eager(model: torch.nn.Module, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Prepare:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def prepare(batch: int, size: int) -> Timed:
+        pictures = torch.randn(batch, 3, size, size).to(dtype, memory_format=layout)
+
+        @torch.inference_mode()
+        def run() -> None:
+            model(pictures)
+
+        return run
+
+    return prepare
+
+
+def _native(setup: Setup) -> torch.nn.Module:
+    from transformers import AutoModelForImageClassification
+
+    return AutoModelForImageClassification.from_pretrained(setup.native, trust_remote_code=False).eval()
+
+
+def _timm() -> torch.nn.Module:
+    if "timm" not in sys.modules:
+        # timm imports one class of torchvision, which MobileNets do not use.
+        names = ("torchvision", "torchvision.ops", "torchvision.ops.misc")
+        stand_ins = {name: mock.MagicMock(spec=None, FrozenBatchNorm2d=torch.nn.Identity) for name in names}
+        with contextlib.suppress(ImportError):
+            import torchvision  # noqa: F401
+
+            stand_ins = {}
+        with mock.patch.dict(sys.modules, stand_ins):
+            import timm
+
+            sys.modules["timm"] = timm
+            return timm.create_model("mobilenetv2_100", num_classes=1001).eval()
+    import timm
+
+    return timm.create_model("mobilenetv2_100", num_classes=1001).eval()
+
+
+def _ours(setup: Setup) -> Any:
+    import mobilenet  # noqa: F401: registers the classes
+    from transformers import AutoModelForImageClassification
+
+    return AutoModelForImageClassification.from_pretrained(setup.model, trust_remote_code=False).eval()
+
+
+@subject("transformers")
+def _(setup: Setup) -> Prepare:
+    return _in_eager(_native(setup))
+
+
+@subject("timm, channels last")
+def _(setup: Setup) -> Prepare:
+    return _in_eager(_timm().to(memory_format=torch.channels_last), channels_last=True)
+
+
+@subject("ours")
+def _(setup: Setup) -> Prepare:
+    return _in_eager(_ours(setup))
+
+
+@subject("ours, fused")
+def _(setup: Setup) -> Prepare:
+    return _in_eager(_ours(setup).fuse())
+
+
+@subject("ours, fused, bfloat16")
+def _(setup: Setup) -> Prepare:
+    return _in_eager(_ours(setup).fuse().to(torch.bfloat16), torch.bfloat16)
+
+
+@subject("ours, fused, torch.compile")
+def _(setup: Setup) -> Prepare:
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True  # weights as constants, in the layout that the kernels like
+    return _in_eager(torch.compile(_ours(setup).fuse()))
+
+
+def _in_onnxruntime(path: str | os.PathLike, setup: Setup) -> Prepare:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = setup.threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (name,) = (given.name for given in session.get_inputs())
+
+    def prepare(batch: int, size: int) -> Timed:
+        feed = {name: torch.randn(batch, 3, size, size).numpy()}
+        return lambda: session.run(None, feed)
+
+    return prepare
+
+
+@subject("timm, its own export, ONNX Runtime")
+def _(setup: Setup) -> Prepare:
+    model = _timm()
+    from timm.utils.onnx import onnx_export
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "timm.onnx")
+        # Its own defaults, but for a dynamic batch, which the measurements need.
+        onnx_export(model, str(path), batch_size=2, input_size=(3, 224, 224), dynamic_size=True)
+        return _in_onnxruntime(path, setup)
+
+
+@subject("ours, ONNX Runtime")
+def _(setup: Setup) -> Prepare:
+    return _in_onnxruntime(Path(setup.exports, "onnx", "model.onnx"), setup)
+
+
+@subject("ours, ONNX Runtime, int8")
+def _(setup: Setup) -> Prepare:
+    return _in_onnxruntime(Path(setup.exports, "onnx_int8", "model.onnx"), setup)
+
+
+def _in_openvino(folder: str, setup: Setup, **properties: str) -> Prepare:
+    import openvino
+
+    properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": setup.threads, **properties}
+    program = Path(setup.exports, folder, "openvino_model.xml")
+    request = openvino.Core().compile_model(program, "CPU", properties).create_infer_request()
+
+    def prepare(batch: int, size: int) -> Timed:
+        feed = torch.randn(batch, 3, size, size).numpy()
+        return lambda: request.infer([feed], share_inputs=True, share_outputs=True)
+
+    return prepare
+
+
+@subject("ours, OpenVINO, float32")
+def _(setup: Setup) -> Prepare:
+    return _in_openvino("openvino", setup, INFERENCE_PRECISION_HINT="f32")
+
+
+@subject("ours, OpenVINO, bfloat16")
+def _(setup: Setup) -> Prepare:
+    return _in_openvino("openvino", setup, INFERENCE_PRECISION_HINT="bf16")
+
+
+@subject("ours, OpenVINO, int8")
+def _(setup: Setup) -> Prepare:
+    return _in_openvino("openvino_int8", setup)
+
+
+@subject("LiteRT, int8")
+def _(setup: Setup) -> Prepare:
+    from ai_edge_litert.interpreter import Interpreter
+
+    if setup.tflite is None:
+        raise ImportError("no --tflite network")
+    interpreter = Interpreter(setup.tflite, num_threads=setup.threads)
+    (given,) = interpreter.get_input_details()
+
+    def prepare(batch: int, size: int) -> Timed:
+        interpreter.resize_tensor_input(given["index"], (batch, size, size, 3))
+        interpreter.allocate_tensors()
+        interpreter.set_tensor(given["index"], torch.randint(256, (batch, size, size, 3), dtype=torch.uint8).numpy())
+        return interpreter.invoke
+
+    return prepare
+
+
+# --- The image processor alone -----------------------------------------------------------------------------------
+
+
+def _processing(processor: Any, setup: Setup) -> Prepare:
+    def prepare(source: str, count: int) -> Timed:
+        folder = setup.large_pictures if source == "large files" else setup.pictures
+        files = [str(path) for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in (".jpeg", ".jpg")]
+        if source == "decoded":
+            pictures = map(Image.open, files)
+            # The most frequent size among ImageNet's photographs.
+            given = list(itertools.islice((p for p in pictures if p.size == (500, 375) and p.mode == "RGB"), count))
+            for picture in given:
+                picture.load()
+        else:
+            given = files[:count]
+        return lambda: processor(given)
+
+    return prepare
+
+
+@subject("transformers, processor")
+def _(setup: Setup) -> Prepare:
+    import transformers
+
+    # The Pillow processor got a name of its own in version 5.5.
+    name = "MobileNetV2ImageProcessorPil"
+    native = getattr(transformers, name if hasattr(transformers, name) else "MobileNetV2ImageProcessor")
+    processor = native.from_pretrained(setup.native)
+
+    def process(pictures: list[Any]) -> Any:
+        pictures = [p if isinstance(p, Image.Image) else Image.open(p).convert("RGB") for p in pictures]
+        return processor(pictures, return_tensors="pt")
+
+    return _processing(process, setup)
+
+
+def _our_processor(setup: Setup, **options: Any) -> Prepare:
+    from mobilenet import MobileNetImageProcessor
+
+    processor = MobileNetImageProcessor.from_pretrained(setup.model, **options)
+    return _processing(lambda pictures: processor(pictures, return_tensors="pt"), setup)
+
+
+@subject("ours, processor")
+def _(setup: Setup) -> Prepare:
+    return _our_processor(setup)
+
+
+@subject("ours, processor, fast_decode")
+def _(setup: Setup) -> Prepare:
+    return _our_processor(setup, fast_decode=True)
+
+
+# --- From files to labels ----------------------------------------------------------------------------------------
+
+
+def _files(setup: Setup, count: int) -> list[str]:
+    files = sorted(str(path) for path in Path(setup.pictures).iterdir() if path.suffix == ".JPEG")
+    return list(itertools.islice(itertools.cycle(files), count))
+
+
+def _pipeline(model: str, setup: Setup, **options: Any) -> Prepare:
+    from transformers import pipeline
+
+    classify = pipeline("image-classification", model=model, trust_remote_code=False, device="cpu", **options)
+
+    def prepare(batch: int, count: int) -> Timed:
+        files = _files(setup, count)
+        return lambda: [best["label"] for (best,) in classify(files, batch_size=batch, top_k=1)]
+
+    return prepare
+
+
+@subject("transformers, pipeline")
+def _(setup: Setup) -> Prepare:
+    return _pipeline(setup.native, setup)
+
+
+@subject("ours, pipeline")
+def _(setup: Setup) -> Prepare:
+    import mobilenet  # noqa: F401: registers the classes
+
+    return _pipeline(setup.model, setup)
+
+
+def _classify(model: str | Path, setup: Setup, engine: str) -> Prepare:
+    from mobilenet import classify
+
+    classifier = classify.load(str(model), engine=engine)
+
+    def prepare(batch: int, count: int) -> Timed:
+        files = _files(setup, count)
+
+        def run() -> list[str]:
+            # All that the command does, but for starting Python; it prints a line of JSON for each picture.
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                classify.run(files, classifier, layout=classify.Layout.JSON, top_k=1, batch_size=batch)
+            return [json.loads(line)["predictions"][0]["label"] for line in out.getvalue().splitlines()]
+
+        return run
+
+    return prepare
+
+
+@subject("mobilenet classify, torch")
+def _(setup: Setup) -> Prepare:
+    return _classify(setup.model, setup, "torch")
+
+
+@subject("mobilenet classify, onnx")
+def _(setup: Setup) -> Prepare:
+    return _classify(Path(setup.exports, "onnx"), setup, "onnx")
+
+
+@subject("mobilenet classify, onnx, int8")
+def _(setup: Setup) -> Prepare:
+    return _classify(Path(setup.exports, "onnx_int8"), setup, "onnx")
+
+
+@subject("mobilenet classify, openvino")
+def _(setup: Setup) -> Prepare:
+    return _classify(Path(setup.exports, "openvino"), setup, "openvino")
+
+
+@subject("mobilenet classify, openvino, int8")
+def _(setup: Setup) -> Prepare:
+    return _classify(Path(setup.exports, "openvino_int8"), setup, "openvino")
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+
+def _training(model: torch.nn.Module, channels_last: bool, autocast: bool = False) -> Prepare:
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def prepare(batch: int, size: int) -> Timed:
+        pictures = torch.randn(batch, 3, size, size).to(memory_format=layout)
+        labels = torch.randint(1001, (batch,))
+
+        def step() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                output = model(pictures)
+            logits = output if isinstance(output, Tensor) else output.logits
+            torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return prepare
+
+
+@subject("transformers, training")
+def _(setup: Setup) -> Prepare:
+    return _training(_native(setup), channels_last=False)
+
+
+@subject("timm, channels last, training")
+def _(setup: Setup) -> Prepare:
+    return _training(_timm().to(memory_format=torch.channels_last), channels_last=True)
+
+
+@subject("ours, training")
+def _(setup: Setup) -> Prepare:
+    return _training(_ours(setup), channels_last=False)
+
+
+@subject("ours, training, bfloat16 autocast")
+def _(setup: Setup) -> Prepare:
+    return _training(_ours(setup), channels_last=False, autocast=True)
+
+
+# --- A GPU -------------------------------------------------------------------------------------------------------
+
+
+def _on_gpu(model: torch.nn.Module, dtype: torch.dtype, compiling: str | None) -> Prepare:
+    model = model.to("cuda", dtype, memory_format=torch.channels_last)
+    if compiling:
+        model = torch.compile(model, mode=compiling)
+
+    def prepare(batch: int, size: int) -> Timed:
+        pictures = torch.randn(batch, 3, size, size, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+
+        @torch.inference_mode()
+        def run() -> None:
+            model(pictures)
+            torch.cuda.synchronize()
+
+        return run
+
+    return prepare
+
+
+GPU_SUBJECTS = []
+for _name, _load in (
+    ("transformers", _native),
+    ("timm", lambda _: _timm()),
+    ("ours, fused", lambda setup: _ours(setup).fuse()),
+):
+    for _dtype in (torch.float16, torch.bfloat16):
+        for _mode, _how in ((None, "eager"), ("default", "compiled"), ("reduce-overhead", "CUDA graphs")):
+            GPU_SUBJECTS.append(f"{_name}, {str(_dtype).removeprefix('torch.')}, {_how}")
+            SUBJECTS[GPU_SUBJECTS[-1]] = lambda setup, load=_load, dtype=_dtype, mode=_mode: _on_gpu(
+                load(setup), dtype, mode
+            )
+
+
+# --- The process of a subject ------------------------------------------------------------------------------------
+
+
+def measure(run: Timed, seconds: float) -> float:
+    """Seconds that a call takes: the median of calls that fill some time, and of three at least."""
+    times = []
+    while len(times) < 3 or sum(times) < seconds:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def serve(name: str, setup: Setup) -> Iterator[dict[str, Any]]:
+    """Load a subject, then answer each request on stdin, a line of JSON, with another."""
+    torch.set_num_threads(setup.threads)
+    try:
+        prepare = SUBJECTS[name](setup)
+    except ImportError as error:
+        yield {"missing": str(error)}
+        return
+    yield {"ready": True}
+    prepared: dict[str, Timed] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        key = json.dumps(request["varied"], sort_keys=True)
+        if key not in prepared:
+            prepared[key] = prepare(**request["varied"])
+            for _ in range(2):  # the first calls compile, allocate and read files into the system's memory
+                answers = prepared[key]()
+        reply = {"seconds": measure(prepared[key], request["seconds"])}
+        if request.get("answers"):
+            reply["answers"] = answers
+        reply["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        yield reply
+
+
+def agreement(ours: list[str], theirs: list[str]) -> float:
+    """Share of pictures with the same label."""
+    return Counter(a == b for a, b in zip(ours, theirs, strict=True))[True] / len(ours)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    pipe = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not for the pipe
+    for reply in serve(sys.argv[1], Setup(**json.loads(sys.argv[2]))):
+        pipe.write(json.dumps(reply) + "\n")
+        pipe.flush()
