@@ -219,7 +219,7 @@ def run(options: Options) -> bool:
     from .trainer import checkpoints
 
     logging.disable_progress_bar()
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())  # or it would not see the other processes on CPUs
     work = options.work
     _check_unfinished(options, state.num_processes)
     set_seed(options.seed)

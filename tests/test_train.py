@@ -259,6 +259,52 @@ def test_a_time_limit_stops_with_a_checkpoint(colours: Path, tmp_path: Path) -> 
         assert torch.equal(tensor, weights(tmp_path / "limited")[name]), name
 
 
+def test_two_processes_are_one_with_twice_the_batch(colours: Path, tmp_path: Path) -> None:
+    """torchrun with two processes (gloo) gives the weights and metrics of one process with twice the batch.
+
+    With norms in eval mode and nothing random, they are equal but for rounding; norms that train see half the batch.
+    """
+    source = tmp_path / "source"
+    model = MobileNetForImageClassification(
+        MobileNetConfig(width_multiplier=0.1, image_size=64, num_labels=3, classifier_dropout=0.0)
+    )
+    model.save_pretrained(source)
+    MobileNetImageProcessor(size=64, crop_size=64).save_pretrained(source)
+    given = {
+        "model": str(source),
+        "last_stages": 0,
+        "epochs": 2,
+        "learning_rate": 0.5,
+        "crop_scale": 1.0,
+        "flip": False,
+        "precision": "float32",
+        "ema": 0.9,
+    }
+    one = start(colours, tmp_path / "one", {**given, "batch_size": 16})
+    two = start(
+        colours, tmp_path / "two", {**given, "batch_size": 8}, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--standalone",
+    )  # fmt: skip
+    for process in (one, two):
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+    logs = []
+    for name in ("one", "two"):
+        with (tmp_path / name / "log.csv").open(encoding="utf-8") as file:
+            logs.append(list(csv.DictReader(file)))
+    for one, two in zip(*logs, strict=True):
+        assert (one["step"], one["eval_accuracy"]) == (two["step"], two["eval_accuracy"])
+        # In eval_loss, the Trainer counts pictures twice that fill up the last batch of a process.
+        for key, tolerance in (("loss", 1e-4), ("learning_rate", 1e-9), ("eval_loss", 0.2)):
+            assert bool(one[key]) == bool(two[key])
+            if one[key]:
+                assert float(one[key]) == pytest.approx(float(two[key]), rel=tolerance)
+    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert not torch.equal(ours["classifier.weight"], model.classifier.weight)
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=1e-4, atol=1e-6)
+
+
 # What trains and what does not
 
 
