@@ -2,7 +2,9 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,9 +22,8 @@ def network(model_class: type = MobileNetForImageClassification, **config: objec
     return randomize_norms(model_class(MobileNetConfig(num_labels=10, **config))).eval()
 
 
-@torch.no_grad()
 def features(model: nn.Module, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-    """Every tensor that a network returns."""
+    """Every tensor that a network returns; with gradients, so that batch norms run as they are."""
     output = model(pixel_values, output_hidden_states=True).to_tuple()
     return [tensor for value in output for tensor in (value if isinstance(value, tuple) else (value,))]
 
@@ -49,6 +50,65 @@ def test_answers_stay_in_float32(architecture: str) -> None:
     (after,) = model.fuse()(pictures, return_dict=False)
     assert before.std() > 1e-2
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5 * float(before.detach().abs().max()))
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v1", "mobilenet_v2"])
+def test_inference_folds_for_the_call(architecture: str) -> None:
+    """Without gradients, no batch norm runs; the answers stay, and so do the weights."""
+    model = network(architecture=architecture, width_multiplier=0.5).double()
+    pictures = torch.randn(2, 3, 65, 94, dtype=torch.float64)
+    expected = features(model, pictures)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with mock.patch.object(nn.BatchNorm2d, "forward", side_effect=AssertionError), torch.no_grad():
+        folded = features(model, pictures)
+    for ours, theirs in zip(folded, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():  # a change of a weight or a statistic is seen at once
+        model.backbone.stem.norm.running_mean.add_(1)
+        changed = features(model, pictures)
+    assert not torch.allclose(changed[-1], folded[-1])
+
+
+def _hook(model: nn.Module, seen: list[str]) -> None:
+    model.backbone.stem.norm.register_forward_hook(lambda *_: seen.append("norm"))
+
+
+def _pre_hook(model: nn.Module, seen: list[str]) -> None:
+    model.backbone.stem.conv.register_forward_pre_hook(lambda *_: seen.append("conv"))
+
+
+def _wrap(model: nn.Module, seen: list[str]) -> None:
+    inner = model.backbone.stem.conv.forward
+    model.backbone.stem.conv.forward = lambda x: seen.append("forward") or inner(x)
+
+
+def _replace(model: nn.Module, seen: list[str]) -> None:
+    class Norm(nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append("subclass")
+            return super().forward(x)
+
+    norm = Norm(model.config.stem_channels).eval()
+    model.backbone.stem.norm = norm
+
+
+@pytest.mark.parametrize("touch", [_hook, _pre_hook, _wrap, _replace])
+def test_layers_that_someone_watches_are_called(touch: Callable[[nn.Module, list[str]], None]) -> None:
+    model = network(width_multiplier=0.35)
+    seen: list[str] = []
+    touch(model, seen)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert len(seen) == 1
+
+
+def test_norms_that_train_take_statistics_without_gradients() -> None:
+    model = network(width_multiplier=0.35).train()
+    before = model.backbone.stem.norm.running_mean.clone()
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+    assert not torch.equal(model.backbone.stem.norm.running_mean, before)
 
 
 def test_fold_by_hand() -> None:
