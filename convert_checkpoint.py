@@ -39,6 +39,7 @@ UNFOLDED = (
     "The source comes with its batch norms folded. They were put back, so that it can be fine-tuned; what the network "
     "computes is the same."
 )
+FUSED = "Batch norms are folded into the convolutions: for inference. To fine-tune, convert without `--fuse`."
 # Statistics of unfolded batch norms settle with fewer pictures than this.
 MAX_STATISTICS = 256
 
@@ -53,6 +54,7 @@ def convert(
     labels: str | None = None,
     drop_background: bool = False,
     unfold: bool = False,
+    fuse: bool = False,
     verify: bool = True,
     verify_on: str | os.PathLike | None = None,
     overwrite: bool = False,
@@ -69,6 +71,7 @@ def convert(
             ImageNet for 1000 and 1001 classes.
         drop_background: Whether to leave out class 0, "background", so that ImageNet's classes count from 0.
         unfold: Whether to put batch norms back into a network that comes folded, so that it can be fine-tuned.
+        fuse: Whether to fold batch norms into the convolutions: for inference, from a third of the tensors.
         verify: Whether to load the result back and compare it with the source's own runtime.
         verify_on: Folder of pictures to compare on, and to take the statistics of unfolded batch norms from; by
             default, synthetic ones.
@@ -80,7 +83,10 @@ def convert(
     Raises:
         ConversionError: The source cannot be read or converted, or the result is another network.
         ImportError: The reader of the source is not installed.
+        ValueError: Both unfold and fuse are set.
     """
+    if unfold and fuse:
+        raise ValueError("unfold and fuse exclude each other.")
     with staged(Path(output), overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
         pictures = find_pictures(Path(verify_on)) if verify_on else []
         origin, checkpoint = read_source(source, revision, Options(recipe, image_size))
@@ -100,6 +106,9 @@ def convert(
             checkpoint.notes.append(UNFOLDED)
         if drop_background:
             leave_out_background(model, checkpoint.quantization)
+        if fuse:
+            model.fuse()
+            checkpoint.notes.append(FUSED)
         with writing(folder):
             write(folder, model, checkpoint)
         comparisons, caveats = [], ["Not verified: converted with `--no-verify`."]
@@ -260,6 +269,9 @@ def command(
             "--unfold-batch-norm", help="Put batch norms back into a network that comes folded, to fine-tune it."
         ),
     ] = False,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Fold batch norms into the convolutions: faster, for inference only.")
+    ] = False,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -304,6 +316,7 @@ def command(
             labels=labels,
             drop_background=drop_background,
             unfold=unfold,
+            fuse=fuse,
             verify=verify,
             verify_on=verify_on,
             overwrite=overwrite,

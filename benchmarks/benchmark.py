@@ -286,7 +286,14 @@ def start_up(setup: Setup, rounds: int) -> str:
     """Seconds from the start of a process to the first answer, libraries and all."""
     import time
 
-    names = ("transformers", "timm, channels last", "ours", "ours, fused", "ours, ONNX Runtime", "ours, OpenVINO, bfloat16")
+    names = (
+        "transformers",
+        "timm, channels last",
+        "ours",
+        "ours, fused",
+        "ours, ONNX Runtime",
+        "ours, OpenVINO, bfloat16",
+    )
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -317,7 +324,9 @@ def machine(threads: int) -> str:
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
     cores = f"{os.cpu_count()} cores, {threads} threads"
-    return f"{model}, {cores}{f' ({flags})' if flags else ''}; Python {platform.python_version()}, {', '.join(versions)}."
+    return (
+        f"{model}, {cores}{f' ({flags})' if flags else ''}; Python {platform.python_version()}, {', '.join(versions)}."
+    )
 
 
 def draw(measured: dict[str, dict[str, Result]], path: Path) -> None:

@@ -99,7 +99,6 @@ def _timm() -> torch.nn.Module:
 
 
 def _ours(setup: Setup) -> Any:
-    import mobilenet  # noqa: F401: registers the classes
     from transformers import AutoModelForImageClassification
 
     return AutoModelForImageClassification.from_pretrained(setup.model, trust_remote_code=False).eval()
@@ -302,7 +301,6 @@ def _(setup: Setup) -> Prepare:
 
 @subject("ours, pipeline")
 def _(setup: Setup) -> Prepare:
-    import mobilenet  # noqa: F401: registers the classes
 
     return _pipeline(setup.model, setup)
 

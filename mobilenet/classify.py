@@ -109,8 +109,14 @@ _LOADING_ERRORS = (
 )
 
 
-def load(model: str, revision: str | None = None, engine: str = Engine.AUTO) -> Classifier:
+def load(model: str, revision: str | None = None, engine: str = Engine.AUTO, fast_decode: bool = False) -> Classifier:
     """Load a model and its image processor from a folder or a Hub id. Code that comes with them does not run.
+
+    Args:
+        model: Folder or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        engine: What runs the network, an Engine.
+        fast_decode: Whether to decode large JPEGs at a reduced size; otherwise, as the image processor is set.
 
     Raises:
         ImportError: The engine is not installed.
@@ -118,7 +124,7 @@ def load(model: str, revision: str | None = None, engine: str = Engine.AUTO) -> 
             configuration, or it was not exported for the engine.
     """
     with _loading(model):
-        return _load(model, _options(revision), Engine(engine))
+        return _load(model, _options(revision), Engine(engine), fast_decode)
 
 
 def load_network(model: str, revision: str | None = None) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -172,9 +178,10 @@ def _load_config(model: str, options: dict[str, Any]) -> MobileNetConfig:
     return config
 
 
-def _load(model: str, options: dict[str, Any], engine: Engine) -> Classifier:
+def _load(model: str, options: dict[str, Any], engine: Engine, fast_decode: bool) -> Classifier:
     config = _load_config(model, options)
     processor = AutoImageProcessor.from_pretrained(model, **options)
+    processor.fast_decode = fast_decode or processor.fast_decode
     exported_for = _exported_for(model, options["revision"])
     if engine is Engine.AUTO:
         engine = Engine.TORCH if exported_for is None else exported_for

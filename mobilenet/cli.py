@@ -101,6 +101,10 @@ def classify(
         Engine, typer.Option(help="What runs the network: what the model was exported for, or torch.")
     ] = Engine.AUTO,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures that the network sees at once.")] = 8,
+    fast_decode: Annotated[
+        bool,
+        typer.Option("--fast-decode", help="Decode large JPEGs at a reduced size: several times as fast, not exact."),
+    ] = False,
 ) -> None:
     """Name what pictures show. No code that comes with a model is run.
 
@@ -115,7 +119,7 @@ def classify(
     if model is None:
         raise typer.BadParameter("name a folder or a Hub id: there is no default model.", param_hint="--model")
     layout = Layout.JSON if as_json else Layout.CSV if as_csv else Layout.TABLE
-    classifier = load(model, revision=revision, engine=engine)
+    classifier = load(model, revision=revision, engine=engine, fast_decode=fast_decode)
     typer.echo(f"Engine: {classifier.engine}", err=True)
     if run(pictures, classifier, layout=layout, top_k=top_k, batch_size=batch_size):
         raise typer.Exit(1)

@@ -16,7 +16,7 @@ from conversions import assert_fails_without_a_trace, read
 from hub import Fault, Hub
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 from typer.testing import CliRunner
 
@@ -288,6 +288,31 @@ def test_recipe_and_size_are_options(small: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "output" / "config.json").read_text())["image_size"] == 160
     with pytest.raises(ValueError, match="name must be one of google, keras"):
         convert(str(small), tmp_path / "other", recipe="cake", verify=False)
+
+
+def test_fused_from_the_start(small: Path, tmp_path: Path, cats: Path) -> None:
+    comparisons = convert(str(small), tmp_path / "fused", fuse=True, verify_on=cats.parent)
+    assert comparisons
+    convert(str(small), tmp_path / "plain", verify=False)
+    fused = load_file(tmp_path / "fused" / "model.safetensors")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    assert len(plain) == 27 * 6 + 2  # 27 convolutions with weight and norm, whose counter is a tensor too
+    assert len(fused) == 27 * 2 + 2
+    assert json.loads((tmp_path / "fused" / "config.json").read_text())["fused"] is True
+    assert "convert without `--fuse`" in (tmp_path / "fused" / "README.md").read_text(encoding="utf-8")
+    pictures = torch.randn(2, 3, 128, 128)
+    with torch.no_grad():
+        ours, expected = (
+            MobileNetForImageClassification.from_pretrained(tmp_path / name)(pictures).logits
+            for name in ("fused", "plain")
+        )
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_folding_and_unfolding_exclude_each_other(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unfold and fuse exclude each other"):
+        convert(str(small), tmp_path / "output", unfold=True, fuse=True)
+    assert not (tmp_path / "output").exists()
 
 
 def test_unfolding_is_for_folded_networks(small: Path, tmp_path: Path) -> None:

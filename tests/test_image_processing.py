@@ -1,6 +1,8 @@
 import io
 import json
+import os
 import socket
+import threading
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -13,7 +15,13 @@ from mobilenet.image_processing_mobilenet import UnreadableImageError, open_imag
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from mobilenet import RECIPES, MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet import (
+    RECIPES,
+    MobileNetConfig,
+    MobileNetForImageClassification,
+    MobileNetImageProcessor,
+    image_processing_mobilenet,
+)
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -219,6 +227,79 @@ def test_files_are_turned_upright(tmp_path):
         assert torch.equal(pixels(source), expected)
 
 
+def smooth(width: int, height: int) -> Image.Image:
+    """A picture without sharp edges."""
+    return picture(12, 9).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("size", "edge", "decoded"),
+    [
+        ((1200, 900), 50, (150, 113)),  # an eighth: no less than twice the edge
+        ((1200, 900), 100, (300, 225)),
+        ((1200, 900), 225, (600, 450)),
+        ((1200, 900), 226, (1200, 900)),
+        ((900, 1200), 225, (450, 600)),
+    ],
+)
+def test_fast_decode_leaves_twice_what_is_needed(size, edge, decoded, tmp_path, monkeypatch):
+    smooth(*size).save(tmp_path / "large.jpg", quality=95)
+    seen = []
+    resize = image_processing_mobilenet._resize_and_crop
+    monkeypatch.setattr(
+        image_processing_mobilenet, "_resize_and_crop", lambda image, o: seen.append(image.size) or resize(image, o)
+    )
+    processor = MobileNetImageProcessor(size=edge, crop_size=edge, fast_decode=True)
+    found = pixels(tmp_path / "large.jpg", processor)
+    exact = pixels(tmp_path / "large.jpg", processor, fast_decode=False)
+    assert seen == [decoded, size]
+    if decoded == size:
+        assert torch.equal(found, exact)
+    else:
+        assert 0 < (found - exact).abs().max() < 0.1  # of a range of 2
+
+
+def test_fast_decode_changes_nothing_else(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    smooth(1200, 900).save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    smooth(1200, 900).save(tmp_path / "large.png")
+    options = {"size": 100, "do_center_crop": False}
+    turned = pixels(tmp_path / "turned.jpg", fast_decode=True, **options)
+    exact = pixels(tmp_path / "turned.jpg", **options)
+    assert turned.shape == exact.shape == (1, 3, 133, 100)
+    assert (turned - exact).abs().max() < 0.1
+    assert torch.equal(
+        pixels(tmp_path / "large.png", fast_decode=True, **options), pixels(tmp_path / "large.png", **options)
+    )
+    # Without resizing, every pixel is asked for.
+    whole = raw(tmp_path / "turned.jpg", fast_decode=True)
+    assert whole.shape == (1, 3, 1200, 900)
+
+
+def test_files_of_a_batch_are_read_in_threads(photographs):
+    """The answer is that of one after the other, bit for bit."""
+    alone = torch.cat([pixels(path) for path in photographs[:9]])
+    threads = set()
+
+    class Path(os.PathLike):
+        def __init__(self, path):
+            self.path = path
+
+        def __fspath__(self):
+            threads.add(threading.current_thread())
+            return str(self.path)
+
+    together = pixels([Path(path) for path in photographs[:9]])
+    assert torch.equal(together, alone)
+    assert threading.main_thread() not in threads
+
+
+def test_a_broken_file_of_a_batch_is_named(photographs, tmp_path):
+    with pytest.raises(UnreadableImageError, match=r"nowhere\.jpg: no such file"):
+        pixels([photographs[0], tmp_path / "nowhere.jpg", photographs[1]])
+
+
 def test_urls_are_fetched(tmp_path, serve):
     picture().save(tmp_path / "noise.png")
     assert torch.equal(pixels(f"{serve(tmp_path)}/noise.png"), pixels(picture()))
@@ -331,7 +412,7 @@ def test_input_is_not_changed():
 
 
 def test_survives_saving(tmp_path):
-    processor = MobileNetImageProcessor.from_recipe("timm", 160, do_convert_rgb=False)
+    processor = MobileNetImageProcessor.from_recipe("timm", 160, do_convert_rgb=False, fast_decode=True)
     processor.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert saved["auto_map"] == {"AutoImageProcessor": "image_processing_mobilenet.MobileNetImageProcessor"}
