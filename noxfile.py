@@ -137,6 +137,15 @@ def pythons(session: nox.Session) -> None:
 
 
 @nox.session
+def javascript(session: nox.Session) -> None:
+    """Run an export in the real transformers.js, with Node."""
+    install(session, TRANSFORMERS[-1])
+    folder = session.create_tmp()
+    session.run("npm", "install", "--prefix", folder, "--ignore-scripts", "@huggingface/transformers", external=True)
+    session.run("pytest", "tests/transformers_js.py", env={"NODE_FOLDER": folder})
+
+
+@nox.session
 def newest(session: nox.Session) -> None:
     """Run the tests on the newest releases of everything."""
     session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]")
