@@ -121,7 +121,7 @@ class Options:
     precision: Annotated[
         str, _option("auto (mixed where the hardware is fast at it), float32, bfloat16, float16.")
     ] = "auto"
-    compile: Annotated[bool, _option("Compile the network, which pays on long runs.")] = False
+    compile: Annotated[bool, _option("Compile the network with torch.compile.")] = False
     workers: Annotated[int, _option("Processes that gather batches; 0 suits pictures that fit in memory.")] = 0
     log_steps: Annotated[int | None, _option("Steps between log lines; by default a tenth of an epoch.")] = None
     save_steps: Annotated[int | None, _option("Steps between checkpoints; by default an epoch.")] = None
