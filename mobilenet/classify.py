@@ -104,7 +104,7 @@ def default_model() -> str | None:
 
 # What transformers and torch raise on configurations and weights that are missing or broken.
 _LOADING_ERRORS = (
-    *(AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError),
+    *(AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError),
     *(SafetensorError, UnpicklingError),
 )
 
@@ -194,10 +194,12 @@ def _load(model: str, options: dict[str, Any], engine: Engine, fast_decode: bool
         exports = "no engine" if exported_for is None else exported_for.value
         raise ValueError(f"it was exported for {exports}, not for {engine.value}.")
     score = _score_function(config)
+    # A configuration may ask for tuples; exports know nothing of it.
+    as_named = {"return_dict": True} if engine is Engine.TORCH else {}
 
     @torch.inference_mode()
     def run_network(pixels: Tensor) -> Tensor:
-        return score(network(pixel_values=pixels).logits)
+        return score(network(pixel_values=pixels, **as_named).logits)
 
     return Classifier(
         engine=words,

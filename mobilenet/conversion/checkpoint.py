@@ -6,7 +6,8 @@ import argparse
 import hashlib
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,6 +119,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConversionError(f"{path}: must hold a JSON object, got {type(content).__name__}.")
     return content
+
+
+@contextmanager
+def understanding(path: Path) -> Iterator[None]:
+    """Read fields of a JSON file, of which any may be missing or of another type.
+
+    Raises:
+        ConversionError: They cannot be understood; the message names the file.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConversionError(f"{path}: cannot be understood: {first_line(error)}") from error
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from transformers import (
 
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 
-from .checkpoint import Checkpoint, Options, Oracle, Origin, read_json, read_torch, weights_file
+from .checkpoint import Checkpoint, Options, Oracle, Origin, read_json, read_torch, understanding, weights_file
+from .labels import check
 from .names import TORCH, ConversionError, Row, Table
 
 
@@ -79,26 +80,30 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     except Exception as error:  # each version of transformers raises something else
         raise ConversionError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
     expected = _CLASSES[model_type].__name__
-    if theirs.architectures and expected not in theirs.architectures:
-        raise ConversionError(f"{origin.given}: must hold a {expected}, got {', '.join(theirs.architectures)}.")
-    for name, value in _FIXED.items():
-        if getattr(theirs, name, value) != value:
-            raise ConversionError(f"{folder / 'config.json'}: {name} must be {value}, got {getattr(theirs, name)}.")
-    weights = weights_file(folder)
-    files = [folder / "config.json", weights]
+    files = [folder / "config.json", weights_file(folder)]
+    with understanding(files[0]):
+        if theirs.architectures and expected not in theirs.architectures:
+            raise ConversionError(f"{origin.given}: must hold a {expected}, got {', '.join(theirs.architectures)}.")
+        for name, value in _FIXED.items():
+            if getattr(theirs, name, value) != value:
+                raise ConversionError(f"{files[0]}: {name} must be {value}, got {getattr(theirs, name)}.")
+        config = _translate(theirs) | {"image_size": options.size(theirs.image_size)}
+        labels = check([theirs.id2label[i] for i in range(theirs.num_labels)], theirs.num_labels, files[0])
     recorded: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file() and options == Options():
         files.append(folder / "preprocessor_config.json")
         recorded = read_json(files[-1])
+    with understanding(files[-1]):
+        processor = _processor(recorded, options, config["image_size"])
     return Checkpoint(
         kind=f"transformers' {expected}",
-        tensors=read_torch(weights),
+        tensors=read_torch(files[1]),
         table=TABLES[model_type],
-        config=_translate(theirs) | {"image_size": options.size(theirs.image_size)},
-        processor=_processor(recorded, options, theirs.image_size),
+        config=config,
+        processor=processor,
         files=files,
         oracle=lambda: _oracle(model_type, folder),
-        labels=[theirs.id2label[i] for i in range(theirs.num_labels)],
+        labels=labels,
     )
 
 

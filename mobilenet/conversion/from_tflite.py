@@ -427,10 +427,13 @@ def interpreter(graph: Graph, name: str, image_size: int) -> Oracle:
 
     from ai_edge_litert.interpreter import Interpreter
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # keeping every tensor takes memory; the logits need it
-        runtime = Interpreter(model_content=graph.data, experimental_preserve_all_tensors=True)
-    runtime.allocate_tensors()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # keeping every tensor takes memory; the logits need it
+            runtime = Interpreter(model_content=graph.data, experimental_preserve_all_tensors=True)
+        runtime.allocate_tensors()
+    except (RuntimeError, ValueError) as error:
+        raise ConversionError(f"{graph.path}: LiteRT does not run it: {first_line(error)}") from error
     details = {tensor["index"]: tensor for tensor in runtime.get_tensor_details()}
     given, result = details[graph.input], details[graph.logits]
 

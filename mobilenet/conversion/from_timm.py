@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor, Resampling
 
-from .checkpoint import Checkpoint, Options, Oracle, Origin, read_json, read_torch, weights_file
+from .checkpoint import Checkpoint, Options, Oracle, Origin, read_json, read_torch, understanding, weights_file
+from .labels import check
 from .names import TORCH, ConversionError, Row, Table, measure
 
 
@@ -60,7 +61,8 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     Raises:
         ConversionError: A file is missing or broken, or the network is no plain MobileNet V1 or V2.
     """
-    config = read_json(origin.path / "config.json")
+    path = origin.path / "config.json"
+    config = read_json(path)
     found = _PLAIN.fullmatch(str(config["architecture"]))
     if not found:
         raise ConversionError(
@@ -69,13 +71,16 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         )
     weights = weights_file(origin.path)
     table = TABLES[int(found[1]) - 1]
-    checkpoint = from_tensors(read_torch(weights), table, options, origin.path / "config.json", weights)
-    checkpoint.labels = config.get("label_names")
-    recorded = config.get("pretrained_cfg", {})
-    checkpoint.license = recorded.get("license", checkpoint.license)
-    if options == Options() and "mean" in recorded:
-        checkpoint.processor = _processor(recorded)
-        checkpoint.config["image_size"] = recorded["input_size"][-1]
+    checkpoint = from_tensors(read_torch(weights), table, options, path, weights)
+    with understanding(path):
+        if config.get("label_names") is not None:
+            checkpoint.labels = check(config["label_names"], checkpoint.config["num_labels"], path)
+        recorded = config.get("pretrained_cfg", {})
+        if recorded.get("license"):
+            checkpoint.license = str(recorded["license"])
+        if options == Options() and "mean" in recorded:
+            checkpoint.processor = _processor(recorded)
+            checkpoint.config["image_size"] = recorded["input_size"][-1]
     return checkpoint
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .names import ConversionError
 
@@ -53,25 +55,34 @@ def read_labels(source: str, count: int, drops_background: bool = False) -> list
             raise ConversionError(f"{source} labels come with timm or torchvision, and neither is installed.")
     else:
         labels = _read_file(Path(source).expanduser())
-    if drops_background and len(labels) == count - 1:
+    if drops_background and isinstance(labels, list) and len(labels) == count - 1:
         labels = ["background", *labels]
+    return check(labels, count, source)
+
+
+def check(labels: Any, count: int, source: str | os.PathLike) -> list[str]:
+    """Give labels back, if there is one text for each class.
+
+    Raises:
+        ConversionError: They are something else.
+    """
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ConversionError(f"{source}: labels must be texts, a list of them or an object by index.")
     if len(labels) != count:
         raise ConversionError(f"{source}: must hold a label for each of {count} classes, got {len(labels)}.")
     return labels
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".json":
             return [line.strip() for line in text.splitlines() if line.strip()]
         content = json.loads(text)
         if isinstance(content, dict):
-            content = [content[str(index)] for index in range(len(content))]
-    except (OSError, ValueError, KeyError) as error:
+            return [content[str(index)] for index in range(len(content))]
+        return content
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise ConversionError(
             f"{path}: no labels: must be {', '.join(_SETS.values())}, a file of one label a line, or JSON; {error}"
         ) from error
-    if not isinstance(content, list) or not all(isinstance(label, str) for label in content):
-        raise ConversionError(f"{path}: must hold a list of texts, or an object of texts by index.")
-    return content

@@ -1,0 +1,418 @@
+"""What broken and hostile input is fed to, with seeds that a fuzzer starts from; `fuzz.py` and the tests share it.
+
+A target takes any bytes. It returns, or raises one of its errors: anything else is a finding.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from convert_checkpoint import build, choose_labels
+from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet.classify import load
+from mobilenet.conversion import ConversionError, from_google, from_keras, from_plain, from_tflite, from_timm
+from mobilenet.conversion import from_torchvision, read_source
+from mobilenet.conversion.names import Table, places, skeleton
+
+
+class Target(NamedTuple):
+    """Where input goes, what it may be told, and what it looks like when it is sound."""
+
+    use: Callable[[bytes], object]
+    errors: tuple[type[Exception], ...]
+    seeds: Callable[[], Iterator[bytes]]
+
+
+def attempt(target: Target, data: bytes) -> Exception | None:
+    """Use input; give the error that it was told, if it was told one. Anything but a clear error is raised."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about what it reads all the same
+            target.use(data)
+    except target.errors as error:
+        assert str(error).strip(), f"an error without words: {error!r}"
+        return error
+    return None
+
+
+# Pictures
+
+
+def _encoded(image: Image.Image, name: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, name, **options)
+    return buffer.getvalue()
+
+
+def pictures() -> Iterator[bytes]:
+    """A small picture in every format and mode that Pillow writes, and in some that it only reads."""
+    random = np.random.default_rng(0)
+    rgba = Image.fromarray(random.integers(0, 256, (24, 32, 4), np.uint8))
+    rgb, gray = rgba.convert("RGB"), rgba.convert("L")
+    deep = Image.fromarray(random.integers(0, 65536, (24, 32), np.uint16))
+    palette = rgb.quantize(16)
+    images = (rgb, rgba, gray, gray.convert("1"), palette, rgb.convert("CMYK"), rgba.convert("LA"), deep)
+    images += (gray.convert("I"), gray.convert("F"), rgb.convert("YCbCr"), rgb.convert("LAB"), rgb.convert("HSV"))
+    Image.init()
+    for name in sorted(Image.SAVE.keys() & Image.OPEN.keys()):
+        for image in images:
+            with suppress(OSError, ValueError, KeyError, SystemError):
+                data = _encoded(image, name)
+                if len(data) < 20_000:  # ICNS and some others store no small pictures
+                    yield data
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    yield _encoded(rgb, "JPEG", exif=exif, progressive=True, icc_profile=bytes(200))
+    yield _encoded(rgb, "PNG", exif=exif)
+    yield _encoded(palette, "PNG", transparency=3)
+    yield _encoded(palette, "GIF", transparency=3, save_all=True, append_images=[palette.rotate(90), palette])
+    yield _encoded(rgb, "PNG", save_all=True, append_images=[rgb.rotate(90)])
+    yield _encoded(rgba, "WEBP", save_all=True, append_images=[rgba.rotate(90)])
+    yield _encoded(rgb, "AVIF", save_all=True, append_images=[rgb.rotate(90)])
+    for compression in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits", "group4"):
+        yield _encoded(gray.convert("1") if compression == "group4" else rgb, "TIFF", compression=compression)
+    yield _encoded(rgb, "TIFF", save_all=True, append_images=[rgb, rgb], exif=exif)
+    yield _encoded(rgb, "TGA", compression="tga_rle")
+    yield _encoded(Image.new("RGB", (1, 1)), "PNG")
+    yield _encoded(Image.new("L", (60_000, 1), 9), "PNG")
+    yield b"P6 0 0 255\n"
+    yield b"/* XPM */\nstatic char *x[] = {\n\"2 1 2 1\",\n\"a c #ff0000\",\n\"b c #00ff00\",\n\"ab\"\n};\n"
+    yield b"#define x_width 8\n#define x_height 1\nstatic char x_bits[] = {\n0x2a };\n"
+    yield b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 2, 2, 8, 3) + bytes(12) + b"\0\0" + bytes(12)
+
+
+PROCESSOR = MobileNetImageProcessor.from_recipe("google", 32)
+
+
+def use_picture(data: bytes) -> None:
+    """Read a picture as `mobilenet classify` does."""
+    pixels = PROCESSOR(data, return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 32, 32)
+    assert pixels.abs().max() <= 1
+
+
+# Arrays
+
+_TYPES = "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64 complex64 S3 U2 M8[s] object"
+_AXES = (0, 1, 2, 3, 4, 5, 7, 12, 33, 1, 3)
+_LAYOUTS = (None, "channels_first", "channels_last", "channels_middle")
+
+
+def array(data: bytes) -> tuple[np.ndarray, dict[str, Any]]:
+    """An array of any type, rank and shape, and options of the image processor."""
+    head, values = data[:10].ljust(10, b"\0"), data[10:]
+    names = _TYPES.split()
+    dtype = np.dtype(names[head[0] % len(names)])
+    shape = tuple(_AXES[axis % len(_AXES)] for axis in head[2 : 2 + head[1] % 6])
+    shape = shape if np.prod(shape, dtype=np.int64) < 50_000 else shape[:2]
+    size = int(np.prod(shape, dtype=np.int64))
+    if dtype == object:
+        content = np.array([*values, None][: max(size, 1)] * size, object)[:size]
+    else:
+        repeated = (values or b"\0") * (1 + size * dtype.itemsize // max(1, len(values)))
+        content = np.frombuffer(repeated[: size * dtype.itemsize], dtype)
+    flags = head[7]
+    options = {
+        "do_convert_rgb": bool(flags & 1),
+        "do_resize": bool(flags & 2),
+        "do_center_crop": bool(flags & 4),
+        "do_rescale": bool(flags & 8),
+        "do_normalize": bool(flags & 16),
+        "input_data_format": _LAYOUTS[head[8] % 4],
+        "data_format": _LAYOUTS[1 + head[9] % 3],
+    }
+    return content.reshape(shape), options
+
+
+def arrays() -> Iterator[bytes]:
+    """Arrays of every type and of several shapes."""
+    for kind in range(len(_TYPES.split())):
+        for rank, axes in ((2, (5, 7)), (3, (9, 5, 3)), (3, (3, 5, 5)), (4, (1, 7, 8, 4))):
+            for flags in (31, 0):
+                head = bytes([kind, rank, *axes]).ljust(7, b"\0") + bytes([flags, 0, 0])
+                yield head + np.linspace(0, 1, 8, dtype=np.float32).tobytes()
+                yield head + bytes(range(40))
+
+
+def use_array(data: bytes) -> None:
+    """Preprocess an array, and check what can be known of the result."""
+    given, options = array(data)
+    before = given.copy()
+    result = PROCESSOR(given, return_tensors="np", **options).pixel_values
+    assert np.array_equal(given, before, equal_nan=given.dtype.kind in "fc")
+    assert result.ndim == 4
+    assert result.dtype == np.float32
+    assert np.isfinite(result).all()
+    channels = result.shape[1 if options["data_format"] == "channels_first" else -1]
+    assert channels == 3 if options["do_convert_rgb"] else channels in (1, 3)
+    limit = 1 if options["do_rescale"] else 510
+    assert abs(result).max() <= limit + 1e-5
+
+
+# Configurations
+
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2, 3, 7, 8, 16, 32, 64, 224, 4096, 65536, 1 << 20, 1 << 31, 1 << 63, 10**400),
+    *(0.0, 0.25, 0.5, 1.0, -1.0, 1e-30, 16.0, 1e308, float("nan"), float("inf"), -float("inf")),
+    *("", "mobilenet_v1", "mobilenet_v2", "mobilenet", "relu", "same", "float32", "float8", "int8", "\0", "../.."),
+    *([], [0], [1, 2, 3], ["stem", "stage2"], ["stage9"], [[]], [None], [0.5] * 3, [-1], [1e308] * 3),
+    *({}, {"0": "a"}, {"0": "a", "1": "b"}, {"x": 1}, {"a": 0}, {"shortest_edge": 1}, {"height": 65536, "width": 1}),
+    *({"height": 1, "width": None}, {"0": None}, {"-1": "a"}, {"1e3": "a"}, {"0": ["a"], "1": {}}),
+)
+
+_COMMON = (
+    *("id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype", "architectures", "return_dict"),
+    *("output_hidden_states", "output_attentions", "quantization_config", "transformers_version", "auto_map"),
+    *("attn_implementation", "tie_word_embeddings", "pruned_heads", "name_or_path", "is_encoder_decoder", "use_cache"),
+    *("task_specific_params", "gradient_checkpointing", "generation_config", "custom_pipelines", "model_type"),
+    *("device_map", "torchscript", "use_bfloat16", "finetuning_task", "encoder", "tokenizer_class", "experts"),
+)
+
+
+def fields(names: tuple[str, ...], data: bytes) -> dict[str, Any]:
+    """Choose fields and their values, a pair of bytes for each."""
+    return {
+        names[name % len(names)]: VALUES[value % len(VALUES)]
+        for name, value in zip(data[::2], data[1::2], strict=False)
+    }
+
+
+def pairs() -> Iterator[bytes]:
+    """Every value once, for some field."""
+    for value in range(len(VALUES)):
+        yield bytes([value, value])
+        yield bytes([3 * value % 256, value, 5 * value % 256, value])
+
+
+@cache
+def repository() -> Path:
+    """A small model that loads."""
+    folder = Path(tempfile.mkdtemp(prefix="hostile-"))
+    config = MobileNetConfig("mobilenet_v1", 0.01, image_size=32)
+    MobileNetForImageClassification(config).save_pretrained(folder)
+    MobileNetImageProcessor.from_recipe("google", 32).save_pretrained(folder)
+    return folder
+
+
+def _edited(name: str, edits: dict[str, Any]) -> Callable[[], None]:
+    path = repository() / name
+    original = path.read_text(encoding="utf-8")
+    path.write_text(json.dumps(json.loads(original) | edits), encoding="utf-8")
+    return lambda: path.write_text(original, encoding="utf-8")
+
+
+def use_edited(name: str, edits: dict[str, Any]) -> None:
+    """Load a model, one of whose configurations is edited, and classify with it."""
+    restore = _edited(name, edits)
+    try:
+        classifier = load(str(repository()), engine="torch")
+        scores = classifier.network(classifier.read(_encoded(Image.new("RGB", (40, 30)), "PNG")))
+    finally:
+        restore()
+    assert scores.shape == (1, len(classifier.labels))
+    assert scores.isfinite().all()
+
+
+CONFIG_FIELDS = (*MobileNetConfig().to_dict(), *_COMMON)
+PROCESSOR_FIELDS = (*PROCESSOR.to_dict(), "processor_class", "feature_extractor_type", "do_pad", "auto_map", "image")
+
+
+# Sources of conversions
+
+
+def tensors(table: Table, **config: Any) -> dict[str, torch.Tensor]:
+    """Every tensor of a small network as a source names and stores it."""
+    torch.manual_seed(0)
+    model = skeleton(**{**table.config, "width_multiplier": 0.01, "num_labels": 2, **config})
+    return {
+        name: torch.tensor(0) if place.optional else torch.rand(place.source_shape) + 0.1
+        for name, place in places(model, table).items()
+    }
+
+
+TORCH_TABLES = (*from_timm.TABLES, from_torchvision.TABLE, from_plain.TABLE)
+
+
+def safetensors() -> Iterator[bytes]:
+    """State dicts of every kind, as safetensors."""
+    for table in TORCH_TABLES:
+        yield save(tensors(table))
+
+
+def pickles() -> Iterator[bytes]:
+    """State dicts of every kind as torch saves them, by themselves and in a training checkpoint, old and new."""
+    for table in TORCH_TABLES:
+        for content in (tensors(table), {"state_dict": tensors(table), "epoch": 3}):
+            for zipped in (True, False):
+                buffer = io.BytesIO()
+                torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
+                yield buffer.getvalue()
+
+
+def keras_files() -> Iterator[bytes]:
+    """Keras' networks in the layout of the published .h5 files."""
+    import h5py
+
+    for table in from_keras.TABLES:
+        buffer = io.BytesIO()
+        with h5py.File(buffer, "w") as file:
+            layers: dict[str, dict[str, torch.Tensor]] = {}
+            for name, tensor in tensors(table).items():
+                layer, _, weight = name.rpartition("/")
+                layers.setdefault(layer, {})[weight] = tensor
+            file.attrs["layer_names"] = [layer.encode() for layer in layers]
+            inputs = {"class_name": "InputLayer", "config": {"batch_input_shape": [None, 64, 64, 3]}}
+            norm = {"class_name": "BatchNormalization", "config": {"epsilon": 0.001}}
+            file.attrs["model_config"] = json.dumps({"config": {"layers": [inputs, norm]}})
+            for layer, weights in layers.items():
+                group = file.create_group(layer)
+                group.attrs["weight_names"] = [f"{layer}/{weight}:0".encode() for weight in weights]
+                for weight, tensor in weights.items():
+                    group[f"{layer}/{weight}:0"] = tensor.numpy()
+        yield buffer.getvalue()
+
+
+def tflite_files(folder: Path | None = None) -> Iterator[bytes]:
+    """Google's TFLite files with as few channels as can be; none where they are not at hand."""
+    from ai_edge_litert import schema_py_generated as schema
+    from conftest import DATA
+    from flatbuffers import Builder
+
+    for path in sorted((folder or DATA / "tflite").glob("mobilenet_v1_0.25*.tflite")):
+        model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+        for value in model.subgraphs[0].tensors:
+            data = model.buffers[value.buffer].data
+            if value.shape is None or not len(value.shape) or value.name == b"input":
+                continue
+            if value.type == schema.TensorType.INT32 and len(value.shape) == 1 and len(data) == 8:
+                model.buffers[value.buffer].data = np.frombuffer(np.int32([1, 8]).tobytes(), np.uint8)
+                continue  # a shape
+            sides = (1, 2) if len(value.shape) == 4 else ()
+            few = [size if axis in sides else min(size, 8) for axis, size in enumerate(value.shape)]
+            if data is not None:
+                name = {0: "float32", 2: "int32", 3: "uint8", 9: "int8"}[value.type]
+                whole = np.frombuffer(bytes(data), name).reshape(value.shape)
+                part = whole[tuple(slice(size) for size in few)]
+                model.buffers[value.buffer].data = np.frombuffer(part.tobytes(), np.uint8)
+            value.shape = np.array(few, np.int32)
+        builder = Builder(1 << 16)
+        builder.Finish(model.Pack(builder), b"TFL3")
+        yield bytes(builder.Output())
+
+
+def archives() -> Iterator[bytes]:
+    """Archives as slim published them, good and bad."""
+    for names in (("./a.ckpt.index", "./a.ckpt.data-00000-of-00001"), ("a.ckpt.index", "../b.index"), ("/a",), ()):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = 20
+                archive.addfile(member, io.BytesIO(bytes(20)))
+        yield buffer.getvalue()
+
+
+def convert_file(path: Path) -> None:
+    """Read a source, and build its network; where the source has a runtime at hand, both must agree."""
+    _, checkpoint = read_source(str(path))
+    choose_labels(checkpoint, None, False)
+    model = build(checkpoint, "the source")
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    size = checkpoint.config["image_size"]
+    if path.suffix == ".tflite" and size <= 256:
+        picture = torch.rand(1, model.config.num_channels, size, size)
+        theirs = checkpoint.oracle().logits(picture)
+        with torch.no_grad():
+            ours = model(picture).logits
+        assert ours.shape == theirs.shape
+
+
+def source(name: str) -> Callable[[bytes], None]:
+    """A target that converts a file of a name."""
+
+    def use(data: bytes) -> None:
+        with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
+            path = Path(folder, name)
+            path.write_bytes(data)
+            convert_file(path)
+
+    return use
+
+
+def described(kind: str) -> Callable[[bytes], None]:
+    """A target that converts a repository whose configuration is edited."""
+
+    def use(data: bytes) -> None:
+        with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
+            for name, content in _described(kind).items():
+                Path(folder, name).write_bytes(content)
+            names = GOOGLE_FIELDS if kind == "google" else TIMM_FIELDS
+            half = len(data) // 4 * 2  # the first half is for config.json, the second for what it says of pictures
+            config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+            config |= fields(names, data[:half])
+            pictures = fields((*PROCESSOR_FIELDS, *_PRETRAINED), data[half:])
+            if kind == "google":
+                content = PROCESSOR.to_dict() | {"image_processor_type": "MobileNetV1ImageProcessor"} | pictures
+                Path(folder, "preprocessor_config.json").write_text(json.dumps(content), encoding="utf-8")
+            elif isinstance(config.get("pretrained_cfg"), dict):
+                config["pretrained_cfg"] = config["pretrained_cfg"] | pictures
+            Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+            convert_file(Path(folder))
+
+    return use
+
+
+_PRETRAINED = ("input_size", "crop_pct", "interpolation", "mean", "std", "license")
+GOOGLE_FIELDS = (
+    *("depth_multiplier", "num_channels", "image_size", "hidden_act", "tf_padding", "layer_norm_eps", "min_depth"),
+    *("classifier_dropout_prob", "output_stride", "depth_divisible_by", "expand_ratio", "first_layer_is_expansion"),
+    *("finegrained_output", "semantic_loss_ignore_index", "initializer_range", *_COMMON),
+)
+TIMM_FIELDS = ("architecture", "num_classes", "num_features", "label_names", "label_descriptions", "pretrained_cfg")
+
+
+@cache
+def _described(kind: str) -> dict[str, bytes]:
+    if kind == "google":
+        config = {"model_type": "mobilenet_v1", "depth_multiplier": 0.01, "num_labels": 2, "image_size": 32}
+        weights = save(tensors(from_google.TABLES["mobilenet_v1"]))
+    else:
+        recorded = {"input_size": [3, 32, 32], "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3}
+        config = {"architecture": "mobilenetv1_001", "num_classes": 2, "pretrained_cfg": recorded}
+        weights = save(tensors(from_timm.TABLES[0]))
+    return {"config.json": json.dumps(config).encode(), "model.safetensors": weights}
+
+
+_CONVERSION = (ConversionError,)
+TARGETS = {
+    "picture": Target(use_picture, (ValueError,), pictures),
+    "array": Target(use_array, (ValueError,), arrays),
+    "config": Target(
+        lambda data: use_edited("config.json", fields(CONFIG_FIELDS, data)), (ValueError, ImportError), pairs
+    ),
+    "processor": Target(
+        lambda data: use_edited("preprocessor_config.json", fields(PROCESSOR_FIELDS, data)), (ValueError,), pairs
+    ),
+    "google": Target(described("google"), _CONVERSION, pairs),
+    "timm": Target(described("timm"), _CONVERSION, pairs),
+    "safetensors": Target(source("model.safetensors"), _CONVERSION, safetensors),
+    "bin": Target(source("model.bin"), _CONVERSION, pickles),
+    "h5": Target(source("model.h5"), _CONVERSION, keras_files),
+    "tflite": Target(source("model.tflite"), _CONVERSION, tflite_files),
+    "tgz": Target(source("mobilenet_v1_0.25_128.tgz"), (*_CONVERSION, ImportError), archives),
+}
