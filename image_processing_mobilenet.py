@@ -305,7 +305,9 @@ def _read_size(name: str, size: Any, square: bool) -> dict[str, int]:
     elif not isinstance(size, Mapping) and isinstance(size, Iterable) and not isinstance(size, (str, Sequence)):
         size = dict(size)
     size = {key: value for key, value in size.items() if value is not None} if isinstance(size, Mapping) else None
-    if size is None or set(size) not in ([{"height", "width"}] if square else [{"height", "width"}, {"shortest_edge"}]):
+    if size is None or set(size) not in (
+        [{"height", "width"}] if square else [{"height", "width"}, {"shortest_edge"}]
+    ):
         allowed = "an integer, (height, width)" + ("" if square else ', {"shortest_edge"}') + ' or {"height", "width"}'
         raise ValueError(f"{name} must be {allowed}, got {size!r}.")
     _positive(name, *size.values())

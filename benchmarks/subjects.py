@@ -329,24 +329,11 @@ def _(setup: Setup) -> Prepare:
     return _classify(setup.model, setup, "torch")
 
 
-@subject("mobilenet classify, onnx")
-def _(setup: Setup) -> Prepare:
-    return _classify(Path(setup.exports, "onnx"), setup, "onnx")
-
-
-@subject("mobilenet classify, onnx, int8")
-def _(setup: Setup) -> Prepare:
-    return _classify(Path(setup.exports, "onnx_int8"), setup, "onnx")
-
-
-@subject("mobilenet classify, openvino")
-def _(setup: Setup) -> Prepare:
-    return _classify(Path(setup.exports, "openvino"), setup, "openvino")
-
-
-@subject("mobilenet classify, openvino, int8")
-def _(setup: Setup) -> Prepare:
-    return _classify(Path(setup.exports, "openvino_int8"), setup, "openvino")
+for _engine in ("onnx", "openvino"):
+    for _folder, _bits in ((_engine, ""), (f"{_engine}_int8", ", int8")):
+        SUBJECTS[f"mobilenet classify, {_engine}{_bits}"] = lambda setup, engine=_engine, folder=_folder: _classify(
+            Path(setup.exports, folder), setup, engine
+        )
 
 
 # --- Training ----------------------------------------------------------------------------------------------------

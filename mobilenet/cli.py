@@ -89,7 +89,13 @@ def classify(
         ),
     ],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder or Hub id of a MobileNet.", show_default=False)
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Folder or Hub id of a MobileNet; in a clone, by default its own.",
+            show_default=False,
+        ),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
@@ -117,7 +123,8 @@ def classify(
         raise typer.BadParameter("--json and --csv exclude each other.")
     model = model or default_model()
     if model is None:
-        raise typer.BadParameter("name a folder or a Hub id: there is no default model.", param_hint="--model")
+        message = "name a folder or a Hub id: the default weights come with a clone, not with the installed package."
+        raise typer.BadParameter(message, param_hint="--model")
     layout = Layout.JSON if as_json else Layout.CSV if as_csv else Layout.TABLE
     classifier = load(model, revision=revision, engine=engine, fast_decode=fast_decode)
     typer.echo(f"Engine: {classifier.engine}", err=True)

@@ -99,7 +99,10 @@ def dataset_name(dataset: str) -> str:
 
 
 def accuracy_on_card(model: str, dataset: str, split: str) -> float | None:
-    """The accuracy on a split that the model card of a folder or Hub id gives; None where it gives none."""
+    """The accuracy on a split that the model card of a folder or Hub id gives; None where it gives none.
+
+    A dataset may be at hand as a copy: what counts is its name without the owner's.
+    """
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -108,12 +111,9 @@ def accuracy_on_card(model: str, dataset: str, split: str) -> float | None:
         data = ModelCard.load(path if Path(model).exists() else model).data
     except (FileNotFoundError, EntryNotFoundError, ValueError):
         return None
+    wanted = (dataset_name(dataset).split("/")[-1], split, "accuracy")
     for result in data.eval_results or []:
-        if (result.dataset_name, result.dataset_split, result.metric_name) == (
-            dataset_name(dataset),
-            split,
-            "accuracy",
-        ):
+        if (result.dataset_name.split("/")[-1], result.dataset_split, result.metric_name) == wanted:
             return float(result.metric_value)
     return None
 

@@ -18,11 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 # Modules that are not to be instrumented come first: they would be compiled anew, which takes minutes.
 with atheris.instrument_imports(include=["PIL"]):
     import PIL.Image
+
     PIL.Image.init()
 import torch
 import transformers.models.auto
 from transformers import AutoBackbone, MobileNetV1Config, MobileNetV1ForImageClassification  # noqa: F401
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, Trainer  # noqa: F401
+
 with atheris.instrument_imports(include=["convert_checkpoint", "mobilenet", "h5py", "zipfile"]):
     import hostile
 

@@ -91,7 +91,7 @@ def pictures() -> Iterator[bytes]:
     yield _encoded(Image.new("RGB", (1, 1)), "PNG")
     yield _encoded(Image.new("L", (60_000, 1), 9), "PNG")
     yield b"P6 0 0 255\n"
-    yield b"/* XPM */\nstatic char *x[] = {\n\"2 1 2 1\",\n\"a c #ff0000\",\n\"b c #00ff00\",\n\"ab\"\n};\n"
+    yield b'/* XPM */\nstatic char *x[] = {\n"2 1 2 1",\n"a c #ff0000",\n"b c #00ff00",\n"ab"\n};\n'
     yield b"#define x_width 8\n#define x_height 1\nstatic char x_bits[] = {\n0x2a };\n"
     yield b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 2, 2, 8, 3) + bytes(12) + b"\0\0" + bytes(12)
 

@@ -1,6 +1,5 @@
 """The plain Trainer of transformers trains a MobileNet as it trains any other model."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -11,16 +10,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = 48
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other at every layer make small networks many times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
