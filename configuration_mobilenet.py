@@ -119,10 +119,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 PADDINGS = ("same", "symmetric")
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
 OUTPUT_STRIDES = (8, 16, 32)
+MAX_LABELS = 1 << 20
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _is_integer(value: Any) -> bool:
@@ -143,7 +144,7 @@ _FLAG = ("true or false", lambda value: isinstance(value, bool))
 # What each field allows, in words and as a test. The upper bounds keep an absurd config.json from taking all memory.
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "architecture": _one_of(*ARCHITECTURES),
-    "width_multiplier": ("a number above 0 and at most 16", lambda v: _is_number(v) and 0 < v <= 16),
+    "width_multiplier": ("a number above 0 and at most 8", lambda v: _is_number(v) and 0 < v <= 8),
     "num_channels": ("an integer from 1 to 4096", lambda v: _is_integer(v) and 1 <= v <= 4096),
     "image_size": ("an integer from 1 to 65536", lambda v: _is_integer(v) and 1 <= v <= 65536),
     "output_stride": _one_of(*OUTPUT_STRIDES),
@@ -157,12 +158,20 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "classifier_dropout": ("a drop probability from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
     "channel_divisor": ("an integer from 1 to 1024", lambda v: _is_integer(v) and 1 <= v <= 1024),
     "shrink_head": _FLAG,
-    "num_labels": ("an integer from 0 to 1048576", lambda v: _is_integer(v) and 0 <= v <= 1 << 20),
+    "num_labels": (f"an integer from 0 to {MAX_LABELS}", lambda v: _is_integer(v) and 0 <= v <= MAX_LABELS),
     "out_features": ("a list of stages", lambda v: v is None or _is_list_of(v, lambda name: isinstance(name, str))),
     "out_indices": ("a list of integers", lambda v: v is None or _is_list_of(v, _is_integer)),
     # transformers before 5.3 runs code from the repository that this names, trusted or not (CVE-2026-4372).
     "_attn_implementation_internal": ("a name, not a repository", lambda v: "/" not in str(v)),
 }
+
+
+def _check(name: str, value: Any) -> None:
+    """Raise ValueError if a field has a value that is not allowed."""
+    if name in _ALLOWED:
+        allowed, holds = _ALLOWED[name]
+        if not holds(value):
+            raise ValueError(f"{name} must be {allowed}, got {value!r}.")
 
 
 def make_divisible(channels: float, divisor: int) -> int:
@@ -249,6 +258,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         out_indices: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("num_labels") is not None:
+            _check("num_labels", kwargs["num_labels"])  # before 5, transformers would name as many first
         super().__init__(**kwargs)
         self.architecture = architecture
         self.width_multiplier = kwargs.get("depth_multiplier", width_multiplier)
@@ -267,7 +278,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.channel_divisor = table.channel_divisor if channel_divisor is None else channel_divisor
         self.shrink_head = shrink_head
         if out_features is None and out_indices is not None:
-            self.out_indices = list(out_indices)
+            self.out_indices = list(out_indices) if isinstance(out_indices, tuple) else out_indices
         else:
             self.out_features = out_features
 
@@ -285,10 +296,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field if its value is allowed: in __init__, by an argument of from_pretrained, or later."""
         name = self.attribute_map.get(name, name)
-        if name in _ALLOWED:
-            allowed, holds = _ALLOWED[name]
-            if not holds(value):
-                raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+        _check(name, value)
         super().__setattr__(name, value)
 
     def scale(self, channels: int) -> int:

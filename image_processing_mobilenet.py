@@ -60,8 +60,10 @@ class UnreadableImageError(ValueError):
     """A picture that cannot be read: the message names it and says why."""
 
 
-# A picture of more pixels is refused: decoded, it would take over half a gigabyte.
+# A picture of more pixels is refused, and none is made: in all, one takes up to 24 bytes a pixel, 4 GB then.
 MAX_PIXELS = 178_956_970
+# Files that another program draws: Ghostscript, which runs an EPS file, and Windows.
+_DRAWN_ELSEWHERE = ("EPS", "WMF")
 # A download of more bytes is refused.
 MAX_BYTES = 256 * 1024 * 1024
 
@@ -119,6 +121,8 @@ def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0
         source = fetch(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.format in _DRAWN_ELSEWHERE:
+                raise UnreadableImageError(f"{name}: {image.format} is not read: it is a program that draws a picture")
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableImageError(f"{name}: {image.width}x{image.height} is over {MAX_PIXELS} pixels")
             if all(at_least):
@@ -186,7 +190,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         raise ValueError(f"a picture of mode {image.mode} must have values from 0 to 65535, got {low} to {high}.")
     # Mode I may hold eight bits; the other modes say themselves that they hold 16.
     if image.mode != "I" or high > 255:
-        values = np.rint(values / 257)
+        values = (values.astype(np.uint32) + 128) // 257  # rounds, and no value lies halfway
     return Image.fromarray(values.astype(np.uint8))
 
 
@@ -314,9 +318,18 @@ def _read_size(name: str, size: Any, square: bool) -> dict[str, int]:
     return {key: int(value) for key, value in size.items()}
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that float32 holds."""
+    return (
+        isinstance(value, (int, float, np.integer, np.floating))
+        and not isinstance(value, bool)
+        and abs(value) <= float(np.finfo(np.float32).max)
+    )
+
+
 def _read_channel_values(name: str, values: Any) -> list[float]:
     values = list(values) if isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str) else [values]
-    if not values or not all(isinstance(v, (int, float, np.number)) and math.isfinite(v) for v in values):
+    if not values or not all(_is_finite(v) for v in values):
         raise ValueError(f"{name} must be a number, or one for each channel, got {values!r}.")
     if name == "image_std" and not all(v > 0 for v in values):
         raise ValueError(f"image_std must be above 0, got {values!r}.")
@@ -338,7 +351,7 @@ def _read_resample(name: str, value: Any) -> int:
 
 
 def _read_factor(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if not _is_finite(value) or value <= 0:
         raise ValueError(f"{name} must be a number above 0, got {value!r}.")
     return float(value)
 
@@ -550,15 +563,29 @@ def _resize_and_crop(image: Image.Image, options: dict[str, Any]) -> Image.Image
     """Resize and crop in one step: only the pixels that remain are computed."""
     size = _target_size(*image.size, options["size"]) if options["do_resize"] else image.size
     if not options["do_center_crop"]:
-        return image.resize(size, options["resample"])
+        return _resize(image, size, options["resample"])
     width, height = options["crop_size"]["width"], options["crop_size"]["height"]
+    _check_pixels("cropped", image, (width, height))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     box = (left, top, left + width, top + height)
     if size == image.size:
         return image.crop(box)
     if left < 0 or top < 0 or "height" in options["size"]:
-        return image.resize(size, options["resample"]).crop(box)
+        return _resize(image, size, options["resample"]).crop(box)
     return _resize_box(image, size, box, options["resample"])
+
+
+def _check_pixels(verb: str, image: Image.Image, size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(
+            f"a picture of {image.width}x{image.height} would be {verb} to {size[0]}x{size[1]}, which is over "
+            f"{MAX_PIXELS} pixels."
+        )
+
+
+def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
+    _check_pixels("resized", image, size)
+    return image.resize(size, resample)
 
 
 def _resize_box(

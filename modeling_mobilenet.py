@@ -32,6 +32,9 @@ except ImportError:  # transformers before 5.2
 
 logger = logging.get_logger(__name__)
 
+# A classifier of more weights is refused, so that no config.json takes more than 2 GB: 1 for it, and 1 for the rest.
+MAX_CLASSIFIER_WEIGHTS = 1 << 28
+
 
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> int:
     """Rows (or columns) that TensorFlow's SAME adds in all, half of them rounded down at the start.
@@ -380,9 +383,12 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
+        features = config.feature_channels
+        if config.num_labels * features > MAX_CLASSIFIER_WEIGHTS:
+            allowed = MAX_CLASSIFIER_WEIGHTS // features
+            raise ValueError(f"num_labels must be at most {allowed} for {features} features, got {config.num_labels}.")
         self.backbone = MobileNetModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        features = config.feature_channels
         self.classifier = nn.Linear(features, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 

@@ -23,7 +23,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -105,7 +105,7 @@ def default_model() -> str | None:
 # What transformers and torch raise on configurations and weights that are missing or broken.
 _LOADING_ERRORS = (
     *(AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError),
-    *(SafetensorError, UnpicklingError),
+    *(SafetensorError, StrictDataclassError, UnpicklingError),
 )
 
 

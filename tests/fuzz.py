@@ -21,9 +21,15 @@ with atheris.instrument_imports(include=["PIL"]):
 
     PIL.Image.init()
 import torch
-import transformers.models.auto
-from transformers import AutoBackbone, MobileNetV1Config, MobileNetV1ForImageClassification  # noqa: F401
-from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, Trainer  # noqa: F401
+from transformers import (  # noqa: F401
+    AutoBackbone,
+    MobileNetV1Config,
+    MobileNetV1ForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    Trainer,
+)
+
 
 with atheris.instrument_imports(include=["convert_checkpoint", "mobilenet", "h5py", "zipfile"]):
     import hostile
@@ -43,7 +49,8 @@ def main() -> None:
     longest = max(map(len, seeds))
     defaults = [f"-max_len={2 * longest}", "-timeout=30", "-rss_limit_mb=4096", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], *defaults, *options, corpus], lambda data: hostile.attempt(target, data))
-    atheris.Fuzz()
+    with hostile.bounded_memory():
+        atheris.Fuzz()
 
 
 if __name__ == "__main__":

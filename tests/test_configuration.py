@@ -116,11 +116,11 @@ def test_dropout_defaults_to_the_papers_drop_probability():
     [
         ("architecture", "resnet", "mobilenet_v1 or mobilenet_v2"),
         ("architecture", ["mobilenet_v1"], "mobilenet_v1 or mobilenet_v2"),
-        ("width_multiplier", 0, "a number above 0 and at most 16"),
-        ("width_multiplier", float("nan"), "a number above 0 and at most 16"),
-        ("width_multiplier", "1.0", "a number above 0 and at most 16"),
-        ("width_multiplier", True, "a number above 0 and at most 16"),
-        ("width_multiplier", 1e9, "a number above 0 and at most 16"),
+        ("width_multiplier", 0, "a number above 0 and at most 8"),
+        ("width_multiplier", float("nan"), "a number above 0 and at most 8"),
+        ("width_multiplier", "1.0", "a number above 0 and at most 8"),
+        ("width_multiplier", True, "a number above 0 and at most 8"),
+        ("width_multiplier", 1e9, "a number above 0 and at most 8"),
         ("num_channels", 0, "an integer from 1 to 4096"),
         ("image_size", 224.5, "an integer from 1 to 65536"),
         ("output_stride", 7, "8, 16 or 32"),
@@ -195,6 +195,6 @@ def test_fields_are_checked_whenever_they_are_set():
     config = MobileNetConfig()
     with pytest.raises(ValueError, match="output_stride must be 8, 16 or 32, got 7"):
         config.output_stride = 7
-    with pytest.raises(ValueError, match="width_multiplier must be a number above 0 and at most 16, got -1"):
+    with pytest.raises(ValueError, match="width_multiplier must be a number above 0 and at most 8, got -1"):
         config.depth_multiplier = -1
     assert (config.output_stride, config.width_multiplier) == (32, 1.0)

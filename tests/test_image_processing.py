@@ -481,7 +481,7 @@ def test_bad_pictures_are_named(images, message):
 def test_other_things_are_no_pictures():
     with pytest.raises(TypeError, match=r"images must be Pillow pictures, .*, got int"):
         pixels(7)
-    with pytest.raises(TypeError, match="unknown option do_flip; known are do_convert_rgb, "):
+    with pytest.raises(TypeError, match="unknown option do_flip; known are fast_decode, do_convert_rgb, "):
         pixels(picture(), do_flip=True)
 
 

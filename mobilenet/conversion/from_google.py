@@ -15,6 +15,7 @@ from transformers import (
     MobileNetV2ForImageClassification,
 )
 
+from mobilenet.configuration_mobilenet import MAX_LABELS
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 
 from .checkpoint import Checkpoint, Options, Oracle, Origin, read_json, read_torch, understanding, weights_file
@@ -64,7 +65,7 @@ _FIXED = {"min_depth": 8, "expand_ratio": 6, "first_layer_is_expansion": True}
 def detect(origin: Origin) -> bool:
     """Whether a folder is a repository of transformers' own MobileNets."""
     config = origin.path / "config.json"
-    return config.is_file() and read_json(config).get("model_type") in TABLES
+    return config.is_file() and read_json(config).get("model_type") in list(TABLES)
 
 
 def read(origin: Origin, options: Options) -> Checkpoint:
@@ -74,7 +75,10 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         ConversionError: A file is missing or broken, or the network is no classifier or of an unknown shape.
     """
     folder = origin.path
-    model_type = read_json(folder / "config.json")["model_type"]
+    given = read_json(folder / "config.json")
+    model_type, count = given["model_type"], given.get("num_labels", 0)
+    if count is not None and not (isinstance(count, int) and count <= MAX_LABELS):  # transformers would name them all
+        raise ConversionError(f"{folder / 'config.json'}: num_labels must be at most {MAX_LABELS}, got {count!r}.")
     try:
         theirs = _CONFIGS[model_type].from_pretrained(folder)
     except Exception as error:  # each version of transformers raises something else

@@ -218,7 +218,7 @@ def _candidates(ratio: float) -> list[float]:
     published = {width for widths in PUBLISHED.values() for width in widths}
     hundredths = {(round(100 * ratio) + step) / 100 for step in range(-4, 5)} - {0}
     near = sorted(hundredths, key=lambda width: (width not in published, abs(width - ratio)))
-    return [width for width in (*near, ratio) if 0 < width <= 16]
+    return [width for width in (*near, ratio) if 0 < width <= 8]
 
 
 def _misshapen(tensors: Mapping[str, Tensor], wanted: Mapping[str, Place]) -> Iterator[str]:

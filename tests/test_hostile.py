@@ -1,0 +1,295 @@
+"""Broken and hostile input: a right answer or one clear error, whatever comes; and what fuzzing has found."""
+
+import inspect
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hostile import (
+    TARGETS,
+    VALUES,
+    attempt,
+    bounded_memory,
+    convert_file,
+    use_edited,
+    use_picture,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mobilenet.image_processing_mobilenet import UnreadableImageError
+from PIL import Image
+
+from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet.classify import load
+from mobilenet.conversion import ConversionError
+from mobilenet.conversion.labels import read_labels
+
+
+# How many inputs each target gets: some take a tenth of a second.
+COUNTS = {"picture": 300, "array": 300, "config": 60, "processor": 80, "google": 50, "timm": 50}
+QUICK = settings(
+    derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+OWN_FIELDS = (*list(inspect.signature(MobileNetConfig.__init__).parameters)[1:-1], "num_labels", "depth_multiplier")
+
+edits = st.lists(
+    st.tuples(
+        st.sampled_from(["replace", "insert", "delete", "cut", "fill"]),
+        st.floats(0, 1),  # where
+        st.binary(min_size=1, max_size=8),
+    ),
+    max_size=4,
+)
+
+
+def edited(seed: bytes, changes: list[tuple[str, float, bytes]]) -> bytes:
+    """A sound input with a few changes."""
+    data = bytearray(seed)
+    for change, where, part in changes:
+        start = int(where * len(data))
+        if change == "cut":
+            del data[start:]
+        elif change == "insert":
+            data[start:start] = part
+        elif change == "delete":
+            del data[start : start + len(part)]
+        elif change == "fill":
+            data[start : start + 40] = part[:1] * 40
+        else:
+            data[start : start + len(part)] = part
+    return bytes(data)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory() -> Iterator[None]:
+    """No input takes more than 4 GB."""
+    with bounded_memory():
+        yield
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request: pytest.FixtureRequest) -> tuple:
+    """A target's name, the target, and its seeds."""
+    for module, names in {"h5py": ["h5"], "ai_edge_litert": ["tflite"], "flatbuffers": ["tflite"]}.items():
+        if request.param in names:
+            pytest.importorskip(module)
+    if request.param == "tflite":
+        request.getfixturevalue("data")
+    target = TARGETS[request.param]
+    return request.param, target, list(target.seeds())
+
+
+def test_sound_input_is_answered(target: tuple) -> None:
+    name, target, seeds = target
+    errors = [error for error in (attempt(target, seed) for seed in seeds) if error is not None]
+    if name in ("picture", "safetensors", "bin", "h5", "tflite"):
+        assert len(errors) <= 0.04 * len(seeds), errors
+
+
+def test_any_input_is_answered_or_refused_in_words(target: tuple) -> None:
+    name, target, seeds = target
+    if name in ("config", "processor", "google", "timm"):
+        inputs = st.binary(max_size=12)
+    else:
+        inputs = st.builds(edited, st.sampled_from(seeds), edits)
+
+    @settings(QUICK, max_examples=COUNTS.get(name, 25))
+    @given(inputs)
+    def use(data: bytes) -> None:
+        attempt(target, data)
+
+    use()
+
+
+@settings(QUICK, max_examples=150)
+@given(st.dictionaries(st.sampled_from(OWN_FIELDS), st.sampled_from(VALUES) | st.text(max_size=5), max_size=4))
+def test_a_configuration_is_taken_as_it_is_or_refused(edits: dict) -> None:
+    try:
+        config = MobileNetConfig(**edits)
+    except ValueError:
+        return
+    kept = config.to_dict()
+    for name, value in edits.items():
+        if name not in ("out_features", "out_indices", "num_labels") and value is not None:
+            assert kept[name] == value
+    assert all(block.out_channels <= 8 * 1280 for stage in config.stages for block in stage)
+
+
+# What fuzzing found, as it was found or smaller
+
+
+@pytest.mark.parametrize(
+    ("file", "edits", "message"),
+    [
+        ("config.json", {"width_multiplier": 10**400}, "width_multiplier must be a number above 0"),
+        ("config.json", {"num_labels": 1 << 31}, "num_labels must be an integer from 0 to 1048576, got 2147483648"),
+        ("config.json", {"dtype": "relu"}, "cannot be loaded: "),
+        ("config.json", {"num_labels": 1 << 16, "width_multiplier": 8}, "num_labels must be at most"),
+        ("preprocessor_config.json", {"image_mean": 10**400}, "image_mean must be a number"),
+        ("preprocessor_config.json", {"crop_size": {"0": None}}, "crop_size must be an integer"),
+        (
+            "preprocessor_config.json",
+            {"crop_size": 65536},
+            "would be cropped to 65536x65536, which is over",
+        ),
+        (
+            "preprocessor_config.json",
+            {"size": {"height": 65536, "width": 65536}},
+            "would be resized to 65536x65536, which is over",
+        ),
+        (
+            "preprocessor_config.json",
+            {"size": 65536, "do_center_crop": False},
+            "would be resized to 87381x65536, which is over",
+        ),
+    ],
+)
+def test_absurd_models_are_refused(file: str, edits: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        use_edited(file, edits)
+
+
+def test_errors_of_transformers_become_clear_ones() -> None:
+    """Which fields it refuses, and how, differs from version to version."""
+    for edits in ({"attn_implementation": True, "output_attentions": True}, {"dtype": 1e-30}, {"dtype": "float8"}):
+        with suppress(ValueError):
+            use_edited("config.json", edits)
+
+
+def test_a_configuration_cannot_ask_for_tuples() -> None:
+    use_edited("config.json", {"return_dict": False})
+
+
+def edit_json(path: Path, edits: dict) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | edits))
+
+
+@pytest.mark.parametrize(
+    ("kind", "edits", "message"),
+    [
+        ("google", {"model_type": ["mobilenet_v1"]}, "no known source of a MobileNet"),
+        ("google", {"num_labels": 1 << 31}, "config.json: num_labels must be at most 1048576, got 2147483648"),
+        ("google", {"architectures": 3}, "config.json: cannot be understood: "),
+        ("google", {"id2label": {"0": ["a"], "1": {}}}, "config.json: labels must be texts"),
+        ("google", {"preprocessor_config.json": {"size": 0}}, "preprocessor_config.json: cannot be understood: size"),
+        ("google", {"preprocessor_config.json": {"do_resize": 7}}, "do_resize must be true or false, got 7"),
+        ("timm", {"label_names": 7}, "config.json: labels must be texts"),
+        ("timm", {"label_names": ["owl"]}, "config.json: must hold a label for each of 2 classes, got 1"),
+        ("timm", {"pretrained_cfg": True}, "config.json: cannot be understood: "),
+        ("timm", {"pretrained_cfg": {"mean": 0.5}}, "config.json: cannot be understood: "),
+        ("timm", {"pretrained_cfg": {"mean": "x", "std": 1, "input_size": [9]}}, "image_mean must be a number"),
+        ("timm", {"pretrained_cfg": {"mean": 0.5, "input_size": []}}, "config.json: cannot be understood: "),
+        ("timm", {"pretrained_cfg": {"mean": 0, "input_size": [9], "interpolation": []}}, "cannot be understood: "),
+        ("timm", {"pretrained_cfg": {"mean": 0, "input_size": [9], "crop_pct": []}}, "cannot be understood: "),
+    ],
+)
+def test_sources_with_absurd_configurations_are_refused(kind: str, edits: dict, message: str, tmp_path: Path) -> None:
+    from hostile import _described
+
+    for name, content in _described(kind).items():
+        (tmp_path / name).write_bytes(content)
+    convert_file(tmp_path)
+    if kind == "google":
+        pictures = MobileNetImageProcessor.from_recipe("google", 32).to_dict() | edits.pop(
+            "preprocessor_config.json", {}
+        )
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(pictures))
+    edit_json(tmp_path / "config.json", edits)
+    with pytest.raises(ConversionError, match=message):
+        convert_file(tmp_path)
+
+
+def test_labels_nested_without_end_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text("[" * 100_000)
+    with pytest.raises(ConversionError, match=r"labels\.json: no labels: "):
+        read_labels(str(tmp_path / "labels.json"), 2)
+
+
+@pytest.mark.parametrize("name", ["EPS", "WMF"])
+def test_pictures_that_are_programs_are_not_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would start Ghostscript for the one, and ask Windows to draw the other."""
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program ran"))
+    if name == "EPS":
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(buffer, "EPS")
+        data = buffer.getvalue()
+    else:
+        data = b"\xd7\xcd\xc6\x9a\0\0" + np.int16([0, 0, 80, 80, 72]).tobytes() + bytes(6) + b"\1\0\t\0" + bytes(40)
+    with pytest.raises(UnreadableImageError, match=f"{name} is not read: it is a program"):
+        use_picture(data)
+
+
+# Pictures that are large, and as wide as can be
+
+
+@pytest.mark.parametrize("size", [(1, 1), (60_000, 1), (1, 60_000), (60_000, 3)])
+def test_pictures_of_any_shape_give_what_they_show(size: tuple[int, int]) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (255, 0, 51)).save(buffer, "PNG")
+    pixels = MobileNetImageProcessor(do_normalize=False)(buffer.getvalue(), return_tensors="np").pixel_values[0]
+    for channel, value in zip(pixels, (1, 0, 0.2), strict=True):
+        assert np.allclose(channel, value)
+
+
+MEASURE = """
+import io, sys
+import numpy as np
+from PIL import Image
+from mobilenet import MobileNetImageProcessor
+
+def status(field):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(field)]
+    return 1024 * int(line.split()[1])
+
+process, side = MobileNetImageProcessor(), 2500
+for mode in ("RGB", "RGBA", "LA", "L", "1", "P", "I", "I;16", "F", "CMYK", "LAB", "YCbCr"):
+    buffer = io.BytesIO()
+    deep = mode in ("CMYK", "I", "I;16", "F", "LAB", "YCbCr")
+    options = {"compression": "tiff_deflate"} if deep else {"transparency": 0} if mode == "P" else {}
+    Image.new(mode, (side, side)).save(buffer, "TIFF" if deep else "PNG", **options)
+    data = buffer.getvalue()
+    process(data[:], return_tensors="np", do_resize=False)
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+    before = status("VmRSS")
+    process(data, return_tensors="np")
+    print(mode, (status("VmHWM") - before) / side**2)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="this system does not tell the peak of memory")
+def test_a_picture_takes_no_more_memory_than_is_stated() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True)
+    used = {mode: float(size) for mode, size in (line.split() for line in done.stdout.splitlines())}
+    assert len(used) == 12
+    assert max(used.values()) <= 24, used
+    assert used["RGB"] > 3, used  # or nothing was measured
+
+
+def test_the_largest_networks_are_bounded() -> None:
+    """The largest network that a configuration may ask for takes about 2 GB."""
+    import torch
+
+    for architecture in ("mobilenet_v1", "mobilenet_v2"):
+        with torch.device("meta"):
+            config = MobileNetConfig(architecture, 8.0, num_channels=4096, num_labels=2)
+            model = MobileNetForImageClassification(config)
+        weights = sum(tensor.numel() for tensor in model.state_dict().values())
+        assert 4 * (weights + (1 << 28)) < 2.2e9
+
+
+def test_loading_does_not_build_what_the_weights_are_not(tmp_path: Path) -> None:
+    """A small file with a configuration of a large network: one error."""
+    MobileNetForImageClassification(MobileNetConfig("mobilenet_v1", 0.01)).save_pretrained(tmp_path)
+    MobileNetImageProcessor().save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", {"width_multiplier": 2.0})
+    with pytest.raises(ValueError, match="it lacks weights of the right shape"):
+        load(str(tmp_path))
