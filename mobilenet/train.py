@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -621,6 +622,7 @@ def train(config: Path | None = None, **given: Any) -> None:
     The same command goes on where an interrupted run stopped, to the same weights. Several GPUs or machines: start
     it with torchrun or accelerate launch.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is of no use is removed on the way out
     if not run(Options(**given)):
         raise typer.Exit(3)
 

@@ -388,7 +388,7 @@ def described(kind: str) -> Callable[[bytes], None]:
 
     def use(data: bytes) -> None:
         with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
-            for name, content in _described(kind).items():
+            for name, content in described_files(kind).items():
                 Path(folder, name).write_bytes(content)
             names = GOOGLE_FIELDS if kind == "google" else TIMM_FIELDS
             half = len(data) // 4 * 2  # the first half is for config.json, the second for what it says of pictures
@@ -416,7 +416,8 @@ TIMM_FIELDS = ("architecture", "num_classes", "num_features", "label_names", "la
 
 
 @cache
-def _described(kind: str) -> dict[str, bytes]:
+def described_files(kind: str) -> dict[str, bytes]:
+    """A small repository of transformers' own or of timm: content by name."""
     if kind == "google":
         config = {"model_type": "mobilenet_v1", "depth_multiplier": 0.01, "num_labels": 2, "image_size": 32}
         weights = save(tensors(from_google.TABLES["mobilenet_v1"]))

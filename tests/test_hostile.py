@@ -18,6 +18,7 @@ from hostile import (
     attempt,
     bounded_memory,
     convert_file,
+    described_files,
     use_edited,
     use_picture,
 )
@@ -192,9 +193,7 @@ def edit_json(path: Path, edits: dict) -> None:
     ],
 )
 def test_sources_with_absurd_configurations_are_refused(kind: str, edits: dict, message: str, tmp_path: Path) -> None:
-    from hostile import _described
-
-    for name, content in _described(kind).items():
+    for name, content in described_files(kind).items():
         (tmp_path / name).write_bytes(content)
     convert_file(tmp_path)
     if kind == "google":

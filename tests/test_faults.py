@@ -1,0 +1,282 @@
+"""A run that ends in the middle leaves nothing half-written, and the same command then succeeds.
+
+Commands run as they are typed, in processes of their own: a server imports everything once, and forks for each run. A
+fault strikes where a run calls a function by a name; so every stage of a command has its turn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hostile import described_files
+from PIL import Image
+from transformers.utils import is_accelerate_available
+
+from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+
+
+if not hasattr(os, "fork"):
+    pytest.skip("signals and processes of POSIX", allow_module_level=True)
+
+SERVER = """
+import importlib, json, os, resource, signal, sys
+import torch
+torch.set_num_threads(1)
+from mobilenet.cli import app
+for module in json.loads(sys.argv[1]):
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        pass  # an extra, or of a newer transformers
+
+def arm(stage, fault):
+    path, _, name = stage.rpartition(".")
+    try:
+        owner = importlib.import_module(path)
+    except ImportError:
+        module, _, owner = path.rpartition(".")
+        owner = getattr(importlib.import_module(module), owner)
+    original = getattr(owner, name)
+
+    def strike(*args, **kwargs):
+        setattr(owner, name, original)
+        if fault == "full disk":  # a file of more bytes fails to be written
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+        elif fault == "read-only":
+            raise PermissionError(30, "Read-only file system")
+        else:
+            os.kill(os.getpid(), getattr(signal, fault))
+        return original(*args, **kwargs)
+
+    setattr(owner, name, strike)
+
+for line in sys.stdin:
+    arguments, stage, fault, errors = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.dup2(2, 1)
+        if stage:
+            arm(stage, fault)
+        app(arguments, prog_name="mobilenet")
+    _, status = os.waitpid(pid, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+# What takes its time to import.
+MODULES = [f"mobilenet.{name}" for name in ("convert_checkpoint", "export", "train", "trainer", "pictures", "report")]
+MODULES += ["datasets", "kornia.augmentation", "matplotlib.pyplot", "onnxscript", "torch.utils.tensorboard"]
+MODULES += ["torchmetrics.classification", "transformers.exporters", "transformers.models.auto.modeling_auto"]
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Run a command, with a fault at a stage; gives the exit code and what was printed."""
+    folder = tmp_path_factory.mktemp("server")
+    environment = {
+        **os.environ,
+        **{"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        **{"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "TMPDIR": str(folder)},
+    }
+    command = [sys.executable, "-c", SERVER, json.dumps(MODULES)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as server:
+
+        def run(*arguments: object, stage: str = "", fault: str = "") -> tuple[int, str]:
+            errors = folder / "errors"
+            server.stdin.write(json.dumps([list(map(str, arguments)), stage, fault, str(errors)]) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline()), errors.read_text()
+
+        yield run
+        server.stdin.close()
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Of every file below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def assert_ended(fault: str, code: int, printed: str) -> None:
+    """A run ended as its fault asks for: an exit code, and one line at most."""
+    expected = {"SIGINT": -signal.SIGINT, "SIGTERM": 143, "SIGKILL": -signal.SIGKILL}.get(fault, 1)
+    assert code == expected, printed
+    assert "Traceback" not in printed
+    lines = [line for line in printed.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == (fault in ("full disk", "read-only")), printed
+
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGKILL")
+
+
+def everywhere(stages: list[str], faults: tuple[str, ...], per_stage: int = 1) -> list[tuple[str, str]]:
+    """Each stage with so many of the faults, which take turns."""
+    return [
+        (stage, faults[(index + turn) % len(faults)])
+        for index, stage in enumerate(stages)
+        for turn in range(per_stage)
+    ]
+
+
+# convert
+
+CONVERT = "mobilenet.convert_checkpoint."
+CONVERT_STAGES = [CONVERT + name for name in ("read_source", "choose_labels", "build", "write", "write_card")]
+CONVERT_STAGES += ["mobilenet.conversion.checkpoint.load_file", "mobilenet.conversion.proof.load_back", "os.replace"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name, content in described_files("google").items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+COMPLETE = {
+    *("README.md", "config.json", "configuration_mobilenet.py", "image_processing_mobilenet.py", "model.safetensors"),
+    *("modeling_mobilenet.py", "preprocessor_config.json"),
+}
+
+
+@pytest.mark.parametrize(("stage", "fault"), everywhere(CONVERT_STAGES, SIGNALS, 3))
+def test_convert_survives_signals(run: Run, source: Path, tmp_path: Path, stage: str, fault: str) -> None:
+    before = checksums(source)
+    proves = ["--verify" if stage.endswith(".load_back") else "--no-verify"]
+    assert_ended(fault, *run("convert", source, tmp_path / "out", *proves, stage=stage, fault=fault))
+    assert not (tmp_path / "out").exists()
+    assert checksums(source) == before
+    if fault != "SIGKILL":  # after which nobody can tidy up
+        assert names(tmp_path) == {"source"}
+    code, printed = run("convert", source, tmp_path / "out", "--no-verify")
+    assert code == 0, printed
+    assert names(tmp_path / "out") == COMPLETE
+
+
+@pytest.mark.parametrize("stage", ["write", "write_card"])
+@pytest.mark.parametrize("fault", ["full disk", "read-only"])
+def test_convert_says_where_it_cannot_write(run: Run, source: Path, tmp_path: Path, stage: str, fault: str) -> None:
+    code, printed = run("convert", source, tmp_path / "out", "--no-verify", stage=CONVERT + stage, fault=fault)
+    assert_ended(fault, code, printed)
+    assert printed.startswith("Error: out cannot be written: ")
+    assert names(tmp_path) == {"source"}
+
+
+@pytest.mark.parametrize("fault", ["SIGINT", "SIGTERM", "read-only"])
+def test_an_interrupted_overwrite_keeps_what_was_there(run: Run, source: Path, tmp_path: Path, fault: str) -> None:
+    assert run("convert", source, tmp_path / "out", "--no-verify")[0] == 0
+    (tmp_path / "out" / "mine.txt").touch()
+    arguments = ("convert", source, tmp_path / "out", "--no-verify", "--overwrite")
+    for stage in ("mobilenet.convert_checkpoint.write_card", "os.replace"):
+        assert_ended(fault, *run(*arguments, stage=stage, fault=fault))
+        assert names(tmp_path / "out") == {*COMPLETE, "mine.txt"}
+        assert names(tmp_path) == {"source", "out"}
+    assert run(*arguments)[0] == 0
+    assert names(tmp_path / "out") == COMPLETE
+
+
+# export
+
+EXPORT = "mobilenet.export."
+EXPORT_STAGES = [EXPORT + name for name in ("load_network", "_write", "_card")]
+EXPORT_STAGES += ["os.replace"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    MobileNetForImageClassification(MobileNetConfig("mobilenet_v1", 0.01, image_size=32)).save_pretrained(folder)
+    MobileNetImageProcessor.from_recipe("google", 32).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stage", "fault"),
+    [*everywhere(EXPORT_STAGES, ("SIGINT", "SIGKILL", "SIGTERM")), (EXPORT + "_write", "full disk")],
+)
+def test_export_survives(run: Run, model: Path, tmp_path: Path, stage: str, fault: str) -> None:
+    pytest.importorskip("transformers.exporters", reason="transformers is too old to export: 5.23 has exporters")
+    before = checksums(model)
+    assert_ended(fault, *run("export", model, tmp_path / "out", stage=stage, fault=fault))
+    assert not (tmp_path / "out").exists()
+    assert checksums(model) == before
+    if fault != "SIGKILL":
+        assert names(tmp_path) == {"model"}
+    if fault == "SIGKILL":
+        code, printed = run("export", model, tmp_path / "out")
+        assert code == 0, printed
+        assert {"model.onnx", "README.md"} <= names(tmp_path / "out")
+
+
+# train
+
+TRAIN_STAGES = [
+    "mobilenet.pictures.load_splits",
+    "mobilenet.pictures.decode",
+    "mobilenet.trainer.ClassifierTrainer.compute_loss",
+    "mobilenet.trainer.ClassifierTrainer._save_checkpoint",
+    "mobilenet.trainer.ClassifierTrainer.evaluate",
+    "mobilenet.train._finish",
+    "mobilenet.report.write_card",
+]
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """Pictures of two classes."""
+    random = np.random.default_rng(0)
+    for name, colour in {"blue": (40, 60, 200), "red": (200, 50, 40)}.items():
+        (tmp_path / "colours" / name).mkdir(parents=True)
+        for index in range(12):
+            pixels = random.normal(colour, 30, (20, 24, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "colours" / name / f"{index:02}.png")
+    return tmp_path / "colours"
+
+
+def training(colours: Path, output: Path) -> list[object]:
+    options = "--width 0.05 --image-size 32 --epochs 1 --batch-size 8 --validation 0.2 --precision float32"
+    return ["train", colours, "--output", output, *options.split()]
+
+
+@pytest.mark.parametrize(
+    ("stage", "fault"),
+    [
+        *everywhere(TRAIN_STAGES, SIGNALS),
+        ("mobilenet.trainer.ClassifierTrainer._save_checkpoint", "full disk"),
+        ("mobilenet.train._finish", "full disk"),
+        ("mobilenet.train._prepare_work", "read-only"),
+    ],
+)
+@pytest.mark.skipif(not is_accelerate_available(), reason="accelerate is not installed")
+def test_train_survives(run: Run, colours: Path, tmp_path: Path, stage: str, fault: str) -> None:
+    before = checksums(colours)
+    code, printed = run(*training(colours, tmp_path / "out"), stage=stage, fault=fault)
+    assert_ended(fault, code, printed)
+    assert not (tmp_path / "out").exists()
+    assert checksums(colours) == before
+    work = tmp_path / "out.training"
+    begun = work.exists() and any(work.glob("checkpoint-*"))
+    assert begun or fault == "SIGKILL" or not work.exists()
+    for checkpoint in work.glob("checkpoint-*"):
+        assert {"model.safetensors", "optimizer.pt", "average.safetensors", "trainer_state.json"} <= names(checkpoint)
+    code, printed = run(*training(colours, tmp_path / "out"))
+    assert code == 0, printed
+    assert ("resuming from" in printed) == begun
+    assert names(tmp_path / "out") >= COMPLETE
+    assert names(tmp_path) == {"colours", "out"}
