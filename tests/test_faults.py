@@ -124,13 +124,9 @@ def assert_ended(fault: str, code: int, printed: str) -> None:
 SIGNALS = ("SIGINT", "SIGTERM", "SIGKILL")
 
 
-def everywhere(stages: list[str], faults: tuple[str, ...], per_stage: int = 1) -> list[tuple[str, str]]:
-    """Each stage with so many of the faults, which take turns."""
-    return [
-        (stage, faults[(index + turn) % len(faults)])
-        for index, stage in enumerate(stages)
-        for turn in range(per_stage)
-    ]
+def everywhere(stages: list[str], faults: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Each stage with one of the faults, which take turns."""
+    return [(stage, faults[index % len(faults)]) for index, stage in enumerate(stages)]
 
 
 # convert
@@ -155,7 +151,10 @@ COMPLETE = {
 }
 
 
-@pytest.mark.parametrize(("stage", "fault"), everywhere(CONVERT_STAGES, SIGNALS, 3))
+@pytest.mark.parametrize(
+    ("stage", "fault"),
+    [*everywhere(CONVERT_STAGES, SIGNALS), *((CONVERT + "build", fault) for fault in ("SIGINT", "SIGTERM"))],
+)
 def test_convert_survives_signals(run: Run, source: Path, tmp_path: Path, stage: str, fault: str) -> None:
     before = checksums(source)
     proves = ["--verify" if stage.endswith(".load_back") else "--no-verify"]
@@ -169,8 +168,9 @@ def test_convert_survives_signals(run: Run, source: Path, tmp_path: Path, stage:
     assert names(tmp_path / "out") == COMPLETE
 
 
-@pytest.mark.parametrize("stage", ["write", "write_card"])
-@pytest.mark.parametrize("fault", ["full disk", "read-only"])
+@pytest.mark.parametrize(
+    ("stage", "fault"), [("write", "full disk"), ("write", "read-only"), ("write_card", "read-only")]
+)
 def test_convert_says_where_it_cannot_write(run: Run, source: Path, tmp_path: Path, stage: str, fault: str) -> None:
     code, printed = run("convert", source, tmp_path / "out", "--no-verify", stage=CONVERT + stage, fault=fault)
     assert_ended(fault, code, printed)
@@ -178,7 +178,7 @@ def test_convert_says_where_it_cannot_write(run: Run, source: Path, tmp_path: Pa
     assert names(tmp_path) == {"source"}
 
 
-@pytest.mark.parametrize("fault", ["SIGINT", "SIGTERM", "read-only"])
+@pytest.mark.parametrize("fault", ["SIGINT", "read-only"])
 def test_an_interrupted_overwrite_keeps_what_was_there(run: Run, source: Path, tmp_path: Path, fault: str) -> None:
     assert run("convert", source, tmp_path / "out", "--no-verify")[0] == 0
     (tmp_path / "out" / "mine.txt").touch()
