@@ -372,6 +372,15 @@ def test_exports_say_the_same(exported, chosen, model, pictures):
         )
 
 
+def test_exports_repeat_their_bits(exported, pictures):
+    _, folder = exported
+    first, second = load(str(folder)), load(str(folder))
+    pixels = torch.cat([first.read(str(pictures / name)) for name in FOUND])
+    expected = first.network(pixels)
+    assert expected.std() > 0
+    assert all(torch.equal(classifier.network(pixels), expected) for classifier in (first, second, first))
+
+
 @pytest.mark.parametrize(
     ("engine", "manifest", "message"),
     [
@@ -616,12 +625,13 @@ def test_three_thousand_pictures_of_which_thirty_are_broken(model, many, tmp_pat
 
 
 @needs_posix
-def test_interrupt_ends_at_once_with_whole_lines(model, many):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_it_at_once_with_whole_lines(model, many, number):
     process = start(many[0], "--model", model, "--json")
     first = process.stdout.readline()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest, errors = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT
+    assert process.returncode == -number
     lines = [json.loads(line) for line in [first, *rest.splitlines()]]
     assert 1 <= len(lines) < 3000
     assert "Traceback" not in errors
