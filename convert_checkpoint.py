@@ -167,12 +167,12 @@ def build(checkpoint: Checkpoint, origin: str) -> MobileNetForImageClassificatio
     """
     try:
         config = MobileNetConfig(**checkpoint.config)
+        if checkpoint.labels:
+            name_classes(config, checkpoint.labels)
+        with torch.device("meta"):  # every weight comes from the checkpoint
+            model = MobileNetForImageClassification(config).eval()
     except ValueError as error:
         raise ConversionError(f"{origin}: {error}") from error
-    if checkpoint.labels:
-        name_classes(config, checkpoint.labels)
-    with torch.device("meta"):  # every weight comes from the checkpoint
-        model = MobileNetForImageClassification(config).eval()
     tensors = rename(checkpoint.tensors, checkpoint.table, model, origin)
     model.load_state_dict(tensors, assign=True)
     return model

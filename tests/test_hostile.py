@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hostile import (
     TARGETS,
     VALUES,
@@ -19,6 +21,7 @@ from hostile import (
     bounded_memory,
     convert_file,
     described_files,
+    tensors,
     use_edited,
     use_picture,
 )
@@ -29,7 +32,7 @@ from PIL import Image
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.classify import load
-from mobilenet.conversion import ConversionError
+from mobilenet.conversion import ConversionError, from_timm
 from mobilenet.conversion.labels import read_labels
 
 
@@ -206,6 +209,50 @@ def test_sources_with_absurd_configurations_are_refused(kind: str, edits: dict, 
         convert_file(tmp_path)
 
 
+def test_archives_that_unpack_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reads a compressed archive too, though it writes none: 20 kB may stand for 20 MB."""
+    monkeypatch.setattr("mobilenet.conversion.checkpoint.MAX_BYTES", 1_000_000)
+    buffer = io.BytesIO()
+    torch.save({"fc.weight": torch.zeros(500_000)}, buffer)
+    with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for member in whole.infolist():
+            bomb.writestr(member.filename, whole.read(member))
+    assert (tmp_path / "bomb.pth").stat().st_size < 10_000
+    with pytest.raises(ConversionError, match=r"bomb\.pth: unpacks to more than 1000000 bytes"):
+        convert_file(tmp_path / "bomb.pth")
+
+
+def test_empty_weights_of_absurd_size_are_refused(tmp_path: Path) -> None:
+    """HDF5 stores nothing of what was never written, and reads zeros."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "bomb.h5", "w") as file:
+        file.attrs["layer_names"] = ["conv1"]
+        group = file.create_group("conv1")
+        group.attrs["weight_names"] = [f"conv1/kernel{number}" for number in range(3)]
+        for number in range(3):
+            group.create_dataset(f"conv1/kernel{number}", (1 << 28,), "float32", chunks=(1 << 20,))
+    assert (tmp_path / "bomb.h5").stat().st_size < 20_000
+    with pytest.raises(ConversionError, match=r"bomb\.h5: its weights have more than 2147483648 bytes"):
+        convert_file(tmp_path / "bomb.h5")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("classifier.weight", (1 << 20, 1 << 20), "does not hold a mobilenet_v1"),
+        ("classifier.weight", (1 << 21, 8), "num_labels must be an integer from 0 to 1048576, got 2097152"),
+        ("conv_stem.weight", (8, 1 << 20, 3, 3), "num_channels must be an integer from 1 to 4096, got 1048576"),
+        ("blocks.4.1.conv_pw.weight", (1 << 20, 8, 1, 1), "width_multiplier must be a number above 0 and at most 8"),
+    ],
+)
+def test_shapes_without_end_are_refused(name: str, shape: tuple[int, ...], message: str, tmp_path: Path) -> None:
+    """Values that repeat take a few bytes, whatever their shape, and could make a network of gigabytes."""
+    content = tensors(from_timm.TABLES[0]) | {name: torch.zeros(1).expand(shape)}
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(ConversionError, match=message):
+        convert_file(tmp_path / "model.pth")
+
+
 def test_labels_nested_without_end_are_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text("[" * 100_000)
     with pytest.raises(ConversionError, match=r"labels\.json: no labels: "):
@@ -275,8 +322,6 @@ def test_a_picture_takes_no_more_memory_than_is_stated() -> None:
 
 def test_the_largest_networks_are_bounded() -> None:
     """The largest network that a configuration may ask for takes about 2 GB."""
-    import torch
-
     for architecture in ("mobilenet_v1", "mobilenet_v2"):
         with torch.device("meta"):
             config = MobileNetConfig(architecture, 8.0, num_channels=4096, num_labels=2)

@@ -38,7 +38,12 @@ def read_source(given: str, revision: str | None = None, options: Options | None
         raise ConversionError(f"{given}: no such file or folder.")
     for source in _SOURCES:
         if source.detect(origin):
-            return origin, source.read(origin, options or Options())
+            try:
+                return origin, source.read(origin, options or Options())
+            except ConversionError:
+                raise
+            except ValueError as error:  # of a configuration or a processor that the source describes
+                raise ConversionError(f"{given}: {error}") from error
     raise ConversionError(f"{given}: no known source of a MobileNet.")
 
 

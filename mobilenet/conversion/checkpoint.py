@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,9 +146,15 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
+                    raise ConversionError(f"{path}: unpacks to more than {MAX_BYTES} bytes.")
         # Trainers such as timm's store their arguments, which run no code either.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except ConversionError:
+        raise
     except FileNotFoundError as error:
         raise ConversionError(f"{path}: no such file.") from error
     except pickle.UnpicklingError as error:
