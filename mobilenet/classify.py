@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import cached_file, logging
 
-from .configuration_mobilenet import MobileNetConfig
+from .configuration_mobilenet import ARCHITECTURES, MobileNetConfig
 from .text import clean
 
 
@@ -127,8 +127,15 @@ def load(model: str, revision: str | None = None, engine: str = Engine.AUTO, fas
         return _load(model, _options(revision), Engine(engine), fast_decode)
 
 
-def load_network(model: str, revision: str | None = None) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """Load a network for torch, fused, and its image processor; as `load` does.
+def load_network(
+    model: str, revision: str | None = None, labels: list[str] | None = None
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Load a network for torch and its image processor, as `load` does.
+
+    Args:
+        model: Folder or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        labels: Names for its classes; where there are more or fewer of them, the classifier starts anew.
 
     Raises:
         ValueError: There is no such model, it is broken, it is no MobileNet, or its weights do not fit its
@@ -136,7 +143,11 @@ def load_network(model: str, revision: str | None = None) -> tuple[PreTrainedMod
     """
     with _loading(model):
         options = _options(revision)
-        network = _load_weights(model, _load_config(model, options), options)
+        config = _load_config(model, options)
+        if labels is not None:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: index for index, label in enumerate(labels)}
+        network = _load_weights(model, config, options, anew=() if labels is None else _CLASSIFIER)
         return network, AutoImageProcessor.from_pretrained(model, **options)
 
 
@@ -149,11 +160,14 @@ def _loading(model: str) -> Iterator[None]:
     if not os.path.isdir(model):
         _check_hub_id(model)
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
     except _LOADING_ERRORS as error:
         raise ValueError(f"{model} cannot be loaded: {str(error) or type(error).__name__}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_hub_id(model: str) -> None:
@@ -172,9 +186,11 @@ def _load_config(model: str, options: dict[str, Any]) -> MobileNetConfig:
         raise FileNotFoundError("it holds no config.json.")  # transformers would guess by the folder's name
     config = AutoConfig.from_pretrained(model, **options)
     if config.model_type != MobileNetConfig.model_type:
-        raise ValueError(f"model_type must be {MobileNetConfig.model_type}, got {config.model_type}.")
+        hint = " Convert it first." if config.model_type in ARCHITECTURES else ""
+        raise ValueError(f"model_type must be {MobileNetConfig.model_type}, got {config.model_type}.{hint}")
     if config.num_labels < 1:
         raise ValueError(f"num_labels must be at least 1, got {config.num_labels}.")
+    config.return_dict = True  # it may ask for tuples
     return config
 
 
@@ -187,19 +203,17 @@ def _load(model: str, options: dict[str, Any], engine: Engine, fast_decode: bool
         engine = Engine.TORCH if exported_for is None else exported_for
     words = engine.value
     if engine is Engine.TORCH:
-        network = _load_weights(model, config, options)
+        network = _load_weights(model, config, options).fuse()
     elif engine is exported_for:
         network, words = _load_export(model, engine, options)
     else:
         exports = "no engine" if exported_for is None else exported_for.value
         raise ValueError(f"it was exported for {exports}, not for {engine.value}.")
     score = _score_function(config)
-    # A configuration may ask for tuples; exports know nothing of it.
-    as_named = {"return_dict": True} if engine is Engine.TORCH else {}
 
     @torch.inference_mode()
     def run_network(pixels: Tensor) -> Tensor:
-        return score(network(pixel_values=pixels, **as_named).logits)
+        return score(network(pixel_values=pixels).logits)
 
     return Classifier(
         engine=words,
@@ -210,7 +224,13 @@ def _load(model: str, options: dict[str, Any], engine: Engine, fast_decode: bool
     )
 
 
-def _load_weights(model: str, config: MobileNetConfig, options: dict[str, Any]) -> PreTrainedModel:
+_CLASSIFIER = ("classifier.bias", "classifier.weight")
+
+
+def _load_weights(
+    model: str, config: MobileNetConfig, options: dict[str, Any], anew: tuple[str, ...] = ()
+) -> PreTrainedModel:
+    """Load a network, of whose weights none but those that may start anew are missing or of another shape."""
     network, report = AutoModelForImageClassification.from_pretrained(
         model,
         config=config,
@@ -221,10 +241,10 @@ def _load_weights(model: str, config: MobileNetConfig, options: dict[str, Any]) 
     )
     # transformers gives such tensors random values. Before version 5 it reports names alone, without shapes.
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    if wrong := sorted({*report["missing_keys"], *mismatched}):
+    if wrong := sorted({*report["missing_keys"], *mismatched} - {*anew}):
         others = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"it lacks weights of the right shape for {', '.join(wrong[:3])}{others}.")
-    return network.fuse()
+    return network
 
 
 def _exported_for(model: str, revision: str) -> Engine | None:

@@ -168,6 +168,7 @@ def export(
     with staged(Path(output), overwrite) as folder, tempfile.TemporaryDirectory() as scratch, _quiet():
         with status("loading"):
             network, processor = load_network(source, revision)
+            network.fuse()
         paths = draw_pictures(Path(scratch)) if pictures is None else _pick(pictures, 2 if quantizes else 1)
         tensors = [processor(path, return_tensors="pt").pixel_values for path in track(paths, "reading")]
         if len(shapes := {tuple(tensor.shape[-2:]) for tensor in tensors}) > 1:

@@ -359,12 +359,8 @@ def _read(options: Options) -> Data:
 def _build(options: Options, names: list[str]) -> tuple[MobileNetForImageClassification, MobileNetImageProcessor]:
     """The network and the processor to start with."""
     from . import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+    from .classify import load_network
 
-    labels = {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
     if options.model is None:
         size = options.image_size or 224
         processor = MobileNetImageProcessor(
@@ -375,16 +371,12 @@ def _build(options: Options, names: list[str]) -> tuple[MobileNetForImageClassif
             width_multiplier=options.width,
             output_stride=options.output_stride,
             image_size=size,
-            **labels,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
         )
         return MobileNetForImageClassification(config), processor
-    config = MobileNetConfig.from_pretrained(options.model)
-    if config.model_type != "mobilenet":
-        raise ValueError(f"model must be a MobileNet of this package; convert {options.model!r} first.")
-    processor = MobileNetImageProcessor.from_pretrained(options.model)
-    model = MobileNetForImageClassification.from_pretrained(
-        options.model, ignore_mismatched_sizes=True, dtype=torch.float32, **labels
-    )
+    model, processor = load_network(options.model, labels=names)
     if options.image_size:
         fraction = _input_size(processor)[0] / processor.size.get("shortest_edge", _input_size(processor)[0])
         processor.size = {"shortest_edge": round(options.image_size / fraction)}
@@ -396,6 +388,8 @@ def _build(options: Options, names: list[str]) -> tuple[MobileNetForImageClassif
 def _input_size(processor: MobileNetImageProcessor) -> tuple[int, int]:
     """Height and width of what the network sees."""
     size = processor.crop_size if processor.do_center_crop else processor.size
+    if "height" not in size:
+        raise ValueError(f"the image processor must give one height and width, got size {size} without a center crop.")
     return size["height"], size["width"]
 
 
@@ -569,8 +563,7 @@ def evaluate_checkpoint(
     need("datasets", "torchmetrics")
     import tempfile
 
-    from .image_processing_mobilenet import MobileNetImageProcessor
-    from .modeling_mobilenet import MobileNetForImageClassification
+    from .classify import load_network
     from .pictures import LABEL, Storage, decode, listed, load_splits
     from .report import accuracy_on_card, class_accuracies, metrics
 
@@ -578,8 +571,7 @@ def evaluate_checkpoint(
     split = split or next((name for name in ("test", "validation") if name in splits), next(iter(splits)))
     if split not in splits:
         raise ValueError(f"split must be one of {', '.join(splits)}, got {split!r}.")
-    network = MobileNetForImageClassification.from_pretrained(model, dtype=torch.float32)
-    processor = MobileNetImageProcessor.from_pretrained(model)
+    network, processor = load_network(model)
     names = splits[split].features[LABEL].names
     known = {label: index for index, label in network.config.id2label.items()}
     if unknown := [name for name in names if name not in known]:

@@ -601,6 +601,36 @@ def test_a_checkpoint_with_other_labels_is_refused(colours: Path, tmp_path: Path
         evaluate_checkpoint(str(tmp_path / "model"), str(colours))
 
 
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("config.json", {"width_multiplier": 0.2}, "it lacks weights of the right shape for backbone."),
+        ("config.json", {"dtype": "relu"}, "cannot be loaded: "),
+        ("config.json", {"model_type": "mobilenet_v2"}, "must be mobilenet, got mobilenet_v2. Convert it first."),
+        ("preprocessor_config.json", {"size": 0}, "size must be made of integers from 1 to 65536, got 0"),
+        ("model.safetensors", None, "cannot be loaded: "),
+    ],
+)
+def test_a_broken_model_is_one_error(
+    colours: Path, tmp_path: Path, file: str, fields: dict | None, message: str
+) -> None:
+    """Above all, weights that do not fit must not be replaced by random ones in silence."""
+    model = tmp_path / "model"
+    labels = {"id2label": dict(enumerate(COLOURS)), "label2id": {name: index for index, name in enumerate(COLOURS)}}
+    MobileNetForImageClassification(MobileNetConfig("mobilenet_v1", 0.05, **labels)).save_pretrained(model)
+    MobileNetImageProcessor.from_recipe("google", 32).save_pretrained(model)
+    path = model / file
+    if fields is None:
+        path.write_bytes(path.read_bytes()[:999])
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=message):
+        run(options(colours, tmp_path / "out", model=str(model)))
+    with pytest.raises(ValueError, match=message):
+        evaluate_checkpoint(str(model), str(colours))
+    assert not (tmp_path / "out").exists()
+
+
 def test_labels_count_by_name(colours: Path, tmp_path: Path) -> None:
     """A checkpoint whose labels stand in another order is measured by their names."""
     config = MobileNetConfig(
