@@ -146,6 +146,15 @@ def javascript(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Fuzz a target of tests/hostile.py: nox -s fuzz -- picture -max_total_time=600."""
+    install(session, TRANSFORMERS[-1])
+    session.install("-c", "constraints.txt", "atheris")
+    target, *options = session.posargs
+    session.run("python", "tests/fuzz.py", target, str(Path(session.create_tmp(), target)), *options)
+
+
+@nox.session
 def newest(session: nox.Session) -> None:
     """Run the tests on the newest releases of everything."""
     session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]")
