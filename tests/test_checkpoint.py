@@ -1,0 +1,57 @@
+"""The default checkpoint: the files at the root are a repository, and score what the card says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from typer.testing import CliRunner
+
+from mobilenet.cli import app
+from mobilenet.train import evaluate_checkpoint
+
+
+ROOT = Path(__file__).parents[1]
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def test_it_loads_from_the_root() -> None:
+    model = AutoModelForImageClassification.from_pretrained(ROOT, trust_remote_code=False)
+    assert list(model.config.id2label.values()) == CLASSES
+    assert (model.config.architecture, model.config.width_multiplier) == ("mobilenet_v2", 1.0)
+    processor = AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=False)
+    side = model.config.image_size
+    assert processor.crop_size == {"height": side, "width": side}
+
+
+def test_its_file_is_small_and_in_float32() -> None:
+    weights = ROOT / "model.safetensors"
+    assert weights.stat().st_size < 10_000_000
+    kinds = {tensor.dtype for name, tensor in load_file(weights).items() if "num_batches_tracked" not in name}
+    assert kinds == {torch.float32}
+
+
+def test_it_is_what_runs_by_default(data: Path) -> None:
+    result = CliRunner().invoke(app, ["classify", str(data / "images" / "cat_1080p.jpg"), "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["predictions"][0]["label"] == "cat"
+
+
+def test_it_scores_what_the_card_says(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 10,000 test pictures: the card's figure, and no less for any class than the card's table says."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    measured = evaluate_checkpoint(str(ROOT), str(data / "cifar10"))
+    assert (measured.split, measured.pictures) == ("test", 10_000)
+    # Two pictures of ten thousand may be so close that another machine's rounding decides.
+    assert measured.metrics["accuracy"] == pytest.approx(measured.on_card, abs=2e-4)
+    assert f"**{100 * measured.on_card:.2f} %**" in ModelCard.load(ROOT / "README.md").text
+
+
+def test_its_recipe_is_beside_it() -> None:
+    recorded = json.loads((ROOT / "training" / "training.json").read_text(encoding="utf-8"))
+    assert recorded["options"]["dataset"] == "uoft-cs/cifar10"
+    assert recorded["command"].startswith("mobilenet train uoft-cs/cifar10 ")
+    assert f"\n{recorded['command']}\n" in (ROOT / "README.md").read_text(encoding="utf-8").replace(" \\\n  ", " ")
