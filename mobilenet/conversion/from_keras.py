@@ -145,17 +145,10 @@ def _weights(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
                     raise ConversionError(f"{path}: unpacks to more than {MAX_BYTES} bytes.")
                 config = json.loads(archive.read("config.json"))
                 weights = Path(archive.extract("model.weights.h5", folder))
-        except (
-            zipfile.BadZipFile,
-            KeyError,
-            NotImplementedError,
-            RuntimeError,
-            ValueError,
-            EOFError,
-            OSError,
-        ) as error:
-            if isinstance(error, ConversionError):
-                raise
+        except ConversionError:
+            raise
+        # NotImplementedError, a RuntimeError, is of ways to compress that Python does not know.
+        except (zipfile.BadZipFile, KeyError, RuntimeError, ValueError, EOFError, OSError) as error:
             raise ConversionError(f"{path}: truncated or corrupt: {first_line(error)}") from error
         yield weights, config
 
