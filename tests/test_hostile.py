@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -220,6 +221,52 @@ def test_archives_that_unpack_without_end_are_refused(tmp_path: Path, monkeypatc
     assert (tmp_path / "bomb.pth").stat().st_size < 10_000
     with pytest.raises(ConversionError, match=r"bomb\.pth: unpacks to more than 1000000 bytes"):
         convert_file(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        # A file of gzip that ends within its header, at which Python's tarfile stumbles.
+        ("mobilenet_v1_0.25_128.tgz", b"\037\213\010\037A*\203\213\010"),
+        ("model.tgz", b""),
+        ("model.keras", b"PK\5\6" + bytes(18)),
+    ],
+)
+def test_archives_that_are_cut_off_are_refused(name: str, data: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConversionError, match=f"{name}: truncated or corrupt: "):
+        convert_file(tmp_path / name)
+
+
+def test_long_names_in_archives_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tarfile holds them in memory, and a megabyte of gzip stands for a gigabyte."""
+    monkeypatch.setattr("mobilenet.conversion.from_slim.MAX_BYTES", 1_000_000)
+    with tarfile.open(tmp_path / "model.tgz", "w:gz", format=tarfile.GNU_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("a" * 2_000_000))
+    assert (tmp_path / "model.tgz").stat().st_size < 10_000
+    with pytest.raises(ConversionError, match=r"model\.tgz: unpacks to more than 1000000 bytes"):
+        convert_file(tmp_path / "model.tgz")
+
+
+@pytest.mark.parametrize("change", [{"operator": 3}, {"ring": True}])
+def test_graphs_that_make_no_sense_are_refused(change: dict, data: Path, tmp_path: Path) -> None:
+    """LiteRT takes a file whose operators lack their inputs, or feed themselves, until it is run."""
+    pytest.importorskip("ai_edge_litert")
+    schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
+    flatbuffers = pytest.importorskip("flatbuffers")
+    model = schema.ModelT.InitFromPackedBuf(next(TARGETS["tflite"].seeds()), 0)
+    operators = model.subgraphs[0].operators
+    if "operator" in change:
+        operators[change["operator"]].inputs = operators[change["operator"]].inputs[:1]
+    else:
+        names = [model.operatorCodes[operator.opcodeIndex].builtinCode for operator in operators]
+        reshape = operators[next(i for i, code in enumerate(names) if code == schema.BuiltinOperator.RESHAPE)]
+        reshape.inputs = np.array([reshape.outputs[0], *reshape.inputs[1:]], np.int32)
+    builder = flatbuffers.Builder(1 << 16)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    (tmp_path / "model.tflite").write_bytes(bytes(builder.Output()))
+    with pytest.raises(ConversionError, match=r"model\.tflite: "):
+        convert_file(tmp_path / "model.tflite")
 
 
 def test_empty_weights_of_absurd_size_are_refused(tmp_path: Path) -> None:

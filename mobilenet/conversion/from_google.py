@@ -97,8 +97,9 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     if (folder / "preprocessor_config.json").is_file() and options == Options():
         files.append(folder / "preprocessor_config.json")
         recorded = read_json(files[-1])
+    processor = options.processor("google", theirs.image_size)
     with understanding(files[-1]):
-        processor = _processor(recorded, options, config["image_size"])
+        processor = _processor(recorded, processor)
     return Checkpoint(
         kind=f"transformers' {expected}",
         tensors=read_torch(files[1]),
@@ -135,8 +136,8 @@ def _translate(theirs: Any) -> dict[str, Any]:
     return fields
 
 
-def _processor(recorded: dict[str, Any], options: Options, image_size: int) -> MobileNetImageProcessor:
-    known = options.processor("google", image_size).to_dict()
+def _processor(recorded: dict[str, Any], default: MobileNetImageProcessor) -> MobileNetImageProcessor:
+    known = default.to_dict()
     del known["image_processor_type"]  # the native class's, in what was recorded
     return MobileNetImageProcessor(
         **known | {name: value for name, value in recorded.items() if name in known and value is not None}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import MAX_BYTES, Checkpoint, Options, Oracle, Origin, first_line
+from .checkpoint import MAX_BYTES, Checkpoint, Options, Oracle, Origin, first_line, understanding
 from .names import Convention, ConversionError, Part, Row, Table, closest, measure
 
 
@@ -99,11 +99,15 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     table, share = closest(tensors, TABLES)
     if share < 0.5:
         raise ConversionError(f"{origin.path}: holds no MobileNet or MobileNetV2 of Keras applications.")
-    epsilons = _collect(config, "BatchNormalization", "epsilon")
-    shapes = _collect(config, "InputLayer", "batch_shape") or _collect(config, "InputLayer", "batch_input_shape")
+    with understanding(origin.path):
+        epsilons = _collect(config, "BatchNormalization", "epsilon")
+        shapes = _collect(config, "InputLayer", "batch_shape") or _collect(config, "InputLayer", "batch_input_shape")
     # mobilenet_1_0_224_tf.h5, mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224.h5
     named = re.search(r"_(\d{2,3})(_tf)?\.h5$", origin.path.name)
-    image_size = shapes[0][1] if shapes else int(named[1]) if named else None
+    with understanding(origin.path):
+        image_size = shapes[0][1] if shapes else int(named[1]) if named else None
+        if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+            raise ConversionError(f"{origin.path}: the input must have a size of pixels, got {image_size!r}.")
     fields = measure(tensors, table) | {"image_size": options.size(image_size)}
     notes = []
     if fields["architecture"] == "mobilenet_v1":
@@ -137,13 +141,14 @@ def _weights(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             with zipfile.ZipFile(path) as archive:
-                config = json.loads(archive.read("config.json"))
-                if archive.getinfo("model.weights.h5").file_size > MAX_BYTES:
+                if sum(archive.getinfo(name).file_size for name in ("config.json", "model.weights.h5")) > MAX_BYTES:
                     raise ConversionError(f"{path}: unpacks to more than {MAX_BYTES} bytes.")
+                config = json.loads(archive.read("config.json"))
                 weights = Path(archive.extract("model.weights.h5", folder))
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
-            if isinstance(error, ConversionError):
-                raise
+        except ConversionError:
+            raise
+        # NotImplementedError, a RuntimeError, is of ways to compress that Python does not know.
+        except (zipfile.BadZipFile, KeyError, RuntimeError, ValueError, EOFError, OSError) as error:
             raise ConversionError(f"{path}: truncated or corrupt: {first_line(error)}") from error
         yield weights, config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import shutil
 import tarfile
@@ -10,11 +11,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
+from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line, understanding
 from .from_tflite import Graph, interpreter
 from .names import Convention, ConversionError, Part, Row, Table, closest, measure
 from .progress import open_file, track
@@ -120,9 +122,9 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     def oracle() -> Oracle:
         if not twins:
             raise NoOracleError("slim runs on TensorFlow 1 alone, and there is no TFLite file beside the checkpoint")
-        return interpreter(
-            Graph(twins[0], origin.path), "the archive's TFLite file in LiteRT", options.size(image_size)
-        )
+        with understanding(origin.path):
+            graph = Graph(twins[0], origin.path)
+        return interpreter(graph, "the archive's TFLite file in LiteRT", options.size(image_size))
 
     return Checkpoint(
         kind="a TensorFlow slim checkpoint",
@@ -153,6 +155,20 @@ def _load(prefix: Path, origin: Path) -> dict[str, Tensor]:
         raise ConversionError(f"{origin}: truncated or corrupt: {first_line(error)}") from error
 
 
+class _Bounded:
+    """A stream of no more than MAX_BYTES: what tarfile reads of long names, it holds in memory."""
+
+    def __init__(self, stream: BinaryIO, archive: Path) -> None:
+        self.stream, self.archive, self.left = stream, archive, MAX_BYTES
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ConversionError(f"{self.archive}: unpacks to more than {MAX_BYTES} bytes.")
+        return data
+
+
 @contextmanager
 def unpacked(archive: Path) -> Iterator[Path]:
     """Unpack the checkpoint and the TFLite file of an archive into a temporary folder.
@@ -162,7 +178,11 @@ def unpacked(archive: Path) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with open_file(archive) as file, tarfile.open(fileobj=file, mode="r|gz") as members:
+            with (
+                open_file(archive) as file,
+                gzip.GzipFile(fileobj=file) as stream,
+                tarfile.open(fileobj=_Bounded(stream, archive), mode="r|") as members,
+            ):
                 left = MAX_BYTES
                 for member in members:
                     path = Path(member.name)

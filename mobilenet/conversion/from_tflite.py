@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mobilenet.modeling_mobilenet import same_padding
 
-from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
+from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, first_line, understanding
 from .names import Convention, ConversionError, Part, Row, Table, measure, skeleton
 
 
@@ -163,13 +163,17 @@ class Graph:
 
     def source(self, number: int) -> int:
         """The tensor that a tensor is another form of."""
-        while number in self.neutral:
+        for _ in self.neutral:  # no chain is longer, though it may be a ring
+            if number not in self.neutral:
+                break
             number = self.neutral[number].inputs[0]
         return number
 
     def padding(self, number: int) -> np.ndarray | None:
         """What an explicit PAD adds before and after each axis (NHWC) of the tensor that it makes, if one does."""
-        while number in self.neutral:
+        for _ in self.neutral:
+            if number not in self.neutral:
+                break
             node = self.neutral[number]
             if node.operator == "PAD":
                 return self.constant(node.inputs[1])
@@ -375,14 +379,16 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         ConversionError: The file is broken, or holds another network.
         ImportError: ai-edge-litert is not installed.
     """
-    graph = Graph(origin.path.read_bytes(), origin.path)
-    table = max(TABLES, key=lambda table: graph.agreement(expected(skeleton(**table.config))))
-    tensors = graph.tensors()
-    config = measure(tensors, table)
-    steps = expected(skeleton(**config))
-    config |= graph.check(steps)
+    with understanding(origin.path):
+        graph = Graph(origin.path.read_bytes(), origin.path)
+        table = max(TABLES, key=lambda table: graph.agreement(expected(skeleton(**table.config))))
+        tensors = graph.tensors()
+        config = measure(tensors, table)
+        steps = expected(skeleton(**config))
+        config |= graph.check(steps)
+        normalization = graph.normalization()
+        quantization = graph.quantization(steps) if graph.is_quantized else None
     processor = options.processor("google", graph.image_size)
-    normalization = graph.normalization()
     if normalization and options.recipe is None:
         # The network's own scale: the recipe's is off by up to half a level.
         processor.image_mean, processor.image_std = ([value] * config["num_channels"] for value in normalization)
@@ -396,8 +402,8 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         files=[origin.path],
         oracle=lambda: interpreter(graph, "LiteRT", options.size(graph.image_size)),
         labels=_labels(origin.path, config["num_labels"]),
-        quantization=graph.quantization(steps) if graph.is_quantized else None,
-        notes=[_NOTE] if graph.is_quantized else [],
+        quantization=quantization,
+        notes=[_NOTE] if quantization else [],
     )
 
 
