@@ -5,10 +5,12 @@ import os
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
 )
+
+# What transformers 5.10 offers by this name at its top needs torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 # A wheel holds the root files inside this package; a clone and an editable install hold them one folder up.

@@ -30,8 +30,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file, logging
 
 from .configuration_mobilenet import ARCHITECTURES, MobileNetConfig

@@ -85,7 +85,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     """Load classifier and processor, and do what else is asked for."""
     from huggingface_hub import snapshot_download
     from PIL import Image
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     if given.snapshot:
         given.source = snapshot_download(given.source, revision=given.revision)

@@ -17,7 +17,8 @@ from hub import Fault, Hub
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import AutoModelForImageClassification, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from typer.testing import CliRunner
 
 import convert_checkpoint

@@ -13,7 +13,7 @@ import torch
 import transformers
 from mobilenet.image_processing_mobilenet import UnreadableImageError, open_image
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mobilenet import (
     RECIPES,

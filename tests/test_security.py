@@ -14,7 +14,8 @@ import torch
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from convert_checkpoint import convert
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor, report

@@ -95,7 +95,8 @@ def test_threads_that_share_a_model_get_the_bits_that_one_thread_gets(
 LOAD = """
 import gc, os, sys
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from mobilenet.classify import load
 torch.set_num_threads(1)
 folder, kind = sys.argv[1:]

@@ -5,7 +5,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 

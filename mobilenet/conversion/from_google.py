@@ -92,12 +92,12 @@ def read(origin: Origin, options: Options) -> Checkpoint:
             if getattr(theirs, name, value) != value:
                 raise ConversionError(f"{files[0]}: {name} must be {value}, got {getattr(theirs, name)}.")
         config = _translate(theirs) | {"image_size": options.size(theirs.image_size)}
+        processor = options.processor("google", theirs.image_size)
         labels = check([theirs.id2label[i] for i in range(theirs.num_labels)], theirs.num_labels, files[0])
     recorded: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file() and options == Options():
         files.append(folder / "preprocessor_config.json")
         recorded = read_json(files[-1])
-    processor = options.processor("google", theirs.image_size)
     with understanding(files[-1]):
         processor = _processor(recorded, processor)
     return Checkpoint(

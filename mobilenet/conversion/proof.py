@@ -163,7 +163,8 @@ _LOAD_BACK = """
 import json, sys
 import torch
 from safetensors.torch import save_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 repo, pictures, result, batch = *sys.argv[1:4], int(sys.argv[4])
 with open(pictures, encoding="utf-8") as file:
