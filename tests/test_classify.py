@@ -586,6 +586,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]
     return folder, good, broken
 
 
+@pytest.mark.any_version
 @needs_posix
 def test_three_thousand_pictures_of_which_thirty_are_broken(model, many, tmp_path):
     folder, good, broken = many

@@ -25,6 +25,9 @@ from mobilenet.cli import app
 from mobilenet.export import Engine, ExportError
 
 
+pytestmark = pytest.mark.any_version
+
+
 has_exporters = importlib.util.find_spec("transformers.exporters") is not None
 needs_exporters = pytest.mark.skipif(not has_exporters, reason="transformers is too old to export: 5.23 has exporters")
 

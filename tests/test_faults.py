@@ -24,6 +24,9 @@ from transformers.utils import is_accelerate_available
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 
 
+pytestmark = pytest.mark.any_version
+
+
 if not hasattr(os, "fork"):
     pytest.skip("signals and processes of POSIX", allow_module_level=True)
 

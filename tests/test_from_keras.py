@@ -16,6 +16,9 @@ from torch import Tensor
 from convert_checkpoint import build, convert
 
 
+pytestmark = pytest.mark.any_version
+
+
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
 
 

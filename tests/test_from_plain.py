@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from convert_checkpoint import build, convert
 
 
+pytestmark = pytest.mark.any_version
+
+
 class DepthwiseSeparable(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

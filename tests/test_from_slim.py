@@ -16,6 +16,9 @@ from convert_checkpoint import build, convert
 from mobilenet.conversion import from_slim
 
 
+pytestmark = pytest.mark.any_version
+
+
 # slim's names of what transformers' layout calls otherwise.
 LAYERS = {
     r"mobilenet_v2\.conv_stem\.first_conv": "MobilenetV2/Conv",

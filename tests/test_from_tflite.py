@@ -15,6 +15,9 @@ from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.conversion.proof import rounded
 
 
+pytestmark = pytest.mark.any_version
+
+
 litert = pytest.importorskip("ai_edge_litert.interpreter", reason="ai-edge-litert is not installed")
 
 FLOAT = "mobilenet_v1_0.25_224_1_default_1.tflite"

@@ -15,6 +15,9 @@ from convert_checkpoint import build, convert
 from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
 
 
+pytestmark = pytest.mark.any_version
+
+
 V1 = ("mobilenetv1_100", "mobilenetv1_125")
 V2 = ("mobilenetv2_035", "mobilenetv2_050", "mobilenetv2_075", "mobilenetv2_100", "mobilenetv2_140")
 

@@ -13,6 +13,9 @@ from convert_checkpoint import build
 from mobilenet.conversion import from_torchvision, read_source
 
 
+pytestmark = pytest.mark.any_version
+
+
 def unit(inputs: int, outputs: int, kernel_size: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6())

@@ -19,7 +19,7 @@ from convert_checkpoint import build
 from mobilenet import ARCHITECTURES, MobileNetConfig, MobileNetForImageClassification
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.any_version, pytest.mark.usefixtures("one_thread")]
 
 RUN = """
 import sys

@@ -24,6 +24,9 @@ from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNe
 from mobilenet.classify import load
 
 
+pytestmark = pytest.mark.any_version
+
+
 SECONDS = float(os.environ.get("MOBILENET_TEST_SOAK", "2"))
 THREADS = 8
 SIZES = ((90, 70), (64, 64), (33, 200), (641, 480), (130, 97), (7, 5), (300, 300))
