@@ -9,6 +9,7 @@ besides falls on all alike; ratios are taken within a round, and their median is
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,6 +27,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 from subjects import GPU_SUBJECTS, Setup, agreement
+from torch import Tensor
 
 
 Varied = dict[str, Any]
@@ -307,6 +309,50 @@ def start_up(setup: Setup, rounds: int) -> str:
     return "## From nothing to the first answer\n\n" + table(["", "seconds"], rows) + "\n"
 
 
+def answers(setup: Setup, count: int) -> str:
+    """How often settings that are faster answer as the exact ones do; how often rightly, if labels.csv is there."""
+    from mobilenet import classify
+
+    files = sorted(Path(setup.pictures).glob("*.JPEG"))[:count]
+    truth = {}
+    if (table_of_labels := Path(setup.pictures, "labels.csv")).exists():
+        with table_of_labels.open(encoding="utf-8", newline="") as file:
+            truth = {row["file"]: row["label"] for row in csv.DictReader(file)}
+
+    def top_1(classifier: classify.Classifier, pixels: Iterable[Tensor]) -> list[str]:
+        return [classifier.labels[int(classifier.network(picture).argmax())] for picture in pixels]
+
+    exact = classify.load(setup.model, engine="torch")
+    pixels = [exact.read(str(path)) for path in files]
+    found = {"torch": top_1(exact, pixels)}
+    for folder in sorted(Path(setup.exports).iterdir()):
+        found[folder.name.replace("_", ", ")] = top_1(classify.load(str(folder)), pixels)
+    fast = classify.load(setup.model, engine="torch", fast_decode=True)
+    names = "torch, of 12 megapixels", "torch, of 12 megapixels, fast_decode"
+    found |= {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        large = str(Path(folder, "large.jpg"))
+        for path in files:
+            enlarge(path, large)
+            for name, classifier in zip(names, (exact, fast), strict=True):
+                found[name] += top_1(classifier, [classifier.read(large)])
+    rows = []
+    for name, labels in found.items():
+        base = found[names[0] if name in names else "torch"]
+        right = [truth[path.name] == label for path, label in zip(files, labels, strict=True) if path.name in truth]
+        rows.append(
+            [name, f"{100 * agreement(labels, base):.1f} %", f"{100 * statistics.mean(right):.1f} %" if right else ""]
+        )
+    return f"## Answers on {len(files)} pictures\n\n" + table(["", "same top-1 as torch", "right"], rows) + "\n"
+
+
+def enlarge(source: Path, target: str | Path) -> None:
+    """Make a photograph one of 12 megapixels."""
+    with Image.open(source) as picture:
+        size = (3000, 4000) if picture.height > picture.width else (4000, 3000)
+        picture.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(target, quality=90)
+
+
 def machine(threads: int) -> str:
     """Processor, its instructions, memory, and versions."""
     model, flags = platform.processor() or platform.machine(), ""
@@ -367,10 +413,7 @@ def prepared(model: str, native: str, pictures: Path, tflite: Path | None, threa
                     name = f"{target}_int8" if int8 else target
                     export(model, exports / name, target, int8=int8, pictures=pictures, min_agreement=0)
         for path in sorted(pictures.glob("*.JPEG"))[:12]:
-            with Image.open(path) as picture:
-                tall = picture.height > picture.width
-                size = (3000, 4000) if tall else (4000, 3000)
-                picture.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(large / path.name, quality=90)
+            enlarge(path, large / path.name)
         yield Setup(model, native, str(exports), str(pictures), str(large), tflite and str(tflite), threads)
 
 
@@ -395,7 +438,15 @@ def main(
         for section in chosen:
             console.print(section.title)
             measured[section.title] = run_section(section, setup, rounds, seconds, console)
-        extras = [] if only else [memory(setup, (32, 64) if quick else (300, 3000)), start_up(setup, min(rounds, 3))]
+        extras = [
+            write()
+            for title, write in {
+                "Peak memory": lambda: memory(setup, (32, 64) if quick else (300, 3000)),
+                "From nothing to the first answer": lambda: start_up(setup, min(rounds, 3)),
+                "Answers": lambda: answers(setup, 8 if quick else 300),
+            }.items()
+            if only.lower() in title.lower()
+        ]
     reports = [describe(section, measured[section.title]) for section in chosen]
     heading = f"# Benchmark\n\n{machine(threads)}\n\n{rounds} rounds; medians. `{' '.join(sys.argv)}`\n"
     chart = ["![Pictures a second of every engine](results.png)\n"] if any("throughput" in t for t in measured) else []

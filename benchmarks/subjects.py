@@ -21,9 +21,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
+from peers import import_timm
 from PIL import Image
 from torch import Tensor
 
@@ -80,28 +80,13 @@ def _native(setup: Setup) -> torch.nn.Module:
 
 
 def _timm() -> torch.nn.Module:
-    if "timm" not in sys.modules:
-        # timm imports one class of torchvision, which MobileNets do not use.
-        names = ("torchvision", "torchvision.ops", "torchvision.ops.misc")
-        stand_ins = {name: mock.MagicMock(spec=None, FrozenBatchNorm2d=torch.nn.Identity) for name in names}
-        with contextlib.suppress(ImportError):
-            import torchvision  # noqa: F401
-
-            stand_ins = {}
-        with mock.patch.dict(sys.modules, stand_ins):
-            import timm
-
-            sys.modules["timm"] = timm
-            return timm.create_model("mobilenetv2_100", num_classes=1001).eval()
-    import timm
-
-    return timm.create_model("mobilenetv2_100", num_classes=1001).eval()
+    return import_timm().create_model("mobilenetv2_100", num_classes=1001).eval()
 
 
 def _ours(setup: Setup) -> Any:
-    from transformers import AutoModelForImageClassification
+    from mobilenet import MobileNetForImageClassification
 
-    return AutoModelForImageClassification.from_pretrained(setup.model, trust_remote_code=False).eval()
+    return MobileNetForImageClassification.from_pretrained(setup.model).eval()
 
 
 @subject("transformers")
@@ -301,6 +286,7 @@ def _(setup: Setup) -> Prepare:
 
 @subject("ours, pipeline")
 def _(setup: Setup) -> Prepare:
+    import mobilenet  # noqa: F401  (it registers the code that the model needs)
 
     return _pipeline(setup.model, setup)
 

@@ -19,6 +19,7 @@ from typing import Annotated
 
 import torch
 import typer
+from peers import import_timm
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -40,7 +41,7 @@ from mobilenet.trainer import ClassifierTrainer
 # The average of the weights is off: it would average batch norm's statistics too, and so hide what differs.
 COMMON = {"dataset": "", "output": "", "ema": 0.0, "seed": 0}
 RECIPES = {
-    "from scratch": Options(**COMMON, image_size=64, epochs=15, batch_size=64, learning_rate=0.2, crop_scale=0.6),
+    "from scratch": Options(**COMMON, image_size=48, epochs=10, batch_size=64, learning_rate=0.2, crop_scale=0.6),
     "from Google's weights": Options(**COMMON, model="", image_size=96, epochs=3, batch_size=64, crop_scale=0.6),
 }
 CLASSES = 10
@@ -83,8 +84,7 @@ def native(size: int, converted: Path | None, weights: str) -> nn.Module:
 
 def timm(size: int, converted: Path | None, weights: str) -> nn.Module:
     """timm's network; to compute what Google's weights stand for, it needs TensorFlow's padding and epsilon."""
-    from timm import create_model
-
+    create_model = import_timm().create_model
     if converted is None:
         return OfTimm(create_model("mobilenetv2_100", num_classes=CLASSES))
     network = create_model("mobilenetv2_100", num_classes=CLASSES, pad_type="same", bn_eps=1e-3)
