@@ -496,12 +496,15 @@ class MobileNetImageProcessor(BaseImageProcessor):
         def preprocess_one(image: Any) -> np.ndarray:
             return self._preprocess_one(image, input_data_format, options)
 
-        if len(images) > 1 and any(map(_is_encoded, images)):
+        # A picture that comes twice is read once: Pillow opens files lazily, which two threads must not do at a time.
+        different = {id(image): image for image in images}
+        if len(different) > 1:
             # Pillow decodes and resizes without holding Python's lock.
-            with ThreadPoolExecutor(min(len(images), os.cpu_count() or 1)) as threads:
-                pictures = list(threads.map(preprocess_one, images))
+            with ThreadPoolExecutor(min(len(different), os.cpu_count() or 1)) as threads:
+                results = dict(zip(different, threads.map(preprocess_one, different.values()), strict=True))
         else:
-            pictures = list(map(preprocess_one, images))
+            results = {key: preprocess_one(image) for key, image in different.items()}
+        pictures = [results[id(image)] for image in images]
         if return_tensors is None:
             if data_format == "channels_first":
                 pictures = [np.moveaxis(picture, -1, 0) for picture in pictures]

@@ -586,6 +586,17 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]
     return folder, good, broken
 
 
+def watch(process: subprocess.Popen) -> int:
+    """The most memory that a process held until its end, where the system tells. (Its getrusage counts ours too.)"""
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+            peak = int(found[1]) if found else peak
+        time.sleep(0.01)
+    return peak
+
+
 @pytest.mark.any_version
 @needs_posix
 def test_three_thousand_pictures_of_which_thirty_are_broken(model, many, tmp_path):
@@ -594,9 +605,7 @@ def test_three_thousand_pictures_of_which_thirty_are_broken(model, many, tmp_pat
     for name, part in (("all", folder), ("a tenth", folder / "9")):
         with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
             process = start(part, "--model", model, "--json", "-k", 1, stdout=out, stderr=err)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        peaks[name] = usage.ru_maxrss
+            peaks[name] = watch(process)
         lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
         engine, *errors = (tmp_path / "err").read_text().splitlines()
         expected_good = {file: index for file, index in good.items() if file.startswith(f"{part}/")}
