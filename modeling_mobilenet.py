@@ -70,8 +70,9 @@ class Conv2d(nn.Conv2d):
         if not self.pads_same:
             return F.conv2d(x, weight, bias, stride, self.padding, dilation, self.groups)
         pads = [same_padding(size, kernel_size, stride, dilation) for size in x.shape[-2:]]
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            # Without a branch on the size, one graph serves every size.
+        # Without a branch on the size, one graph serves every size.
+        makes_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if makes_graph or self.in_channels * stride**2 < self.out_channels:  # the input is the smaller one to copy
             (top, bottom), (left, right) = ((pad // 2, pad - pad // 2) for pad in pads)
             return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, dilation, self.groups)
         # A lopsided pad differs from a symmetric one by a shift of the sampling grid. Padding one stride more on both
@@ -82,7 +83,8 @@ class Conv2d(nn.Conv2d):
         if not any(skips):
             return y
         height, width = (-(-size // stride) for size in x.shape[-2:])
-        return y[:, :, skips[0] : skips[0] + height, skips[1] : skips[1] + width]
+        y = y[:, :, skips[0] : skips[0] + height, skips[1] : skips[1] + width]
+        return y.contiguous(memory_format=torch.channels_last)  # a view would slow down all that follows
 
 
 def is_untouched(module: nn.Module, cls: type) -> bool:

@@ -202,28 +202,28 @@ def test_same_padding(size, kernel_size, stride, dilation, expected):
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (6, 6), (6, 7), (7, 6), (7, 7)])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_same_convolution_equals_padding_first(size, stride, dilation):
-    conv = Conv2d(4, 4, 3, stride, dilation=dilation, groups=4, pads_same=True, activated=True)
-    x = torch.randn(2, 4, *size)
+@pytest.mark.parametrize(("channels", "groups"), [((4, 4), 4), ((3, 16), 1)])
+def test_same_convolution_equals_padding_first(size, stride, dilation, channels, groups):
+    conv = Conv2d(*channels, 3, stride, dilation=dilation, groups=groups, pads_same=True, activated=True)
+    x = torch.randn(2, channels[0], *size).to(memory_format=torch.channels_last)
     (top, bottom), (left, right) = (
         (total // 2, total - total // 2)
         for total in (max((-(-n // stride) - 1) * stride + 2 * dilation + 1 - n, 0) for n in size)
     )
     padded = F.pad(x, (left, right, top, bottom))
-    expected = F.conv2d(padded, conv.weight, conv.bias, stride, dilation=dilation, groups=4)
+    expected = F.conv2d(padded, conv.weight, conv.bias, stride, dilation=dilation, groups=groups)
     assert expected.shape[-2:] == tuple(-(-n // stride) for n in size)
-    torch.testing.assert_close(conv(x), expected)
+    result = conv(x)
+    torch.testing.assert_close(result, expected)
+    assert result.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_eager_network_never_copies_its_input_to_pad(monkeypatch):
-    model = small()
-
-    def forbidden(*args: object, **kwargs: object) -> None:
-        raise AssertionError("F.pad was called")
-
-    monkeypatch.setattr(F, "pad", forbidden)
+def test_eager_network_copies_nothing_larger_than_the_pictures_to_pad(monkeypatch):
+    model, pad, padded = small(), F.pad, []
+    monkeypatch.setattr(F, "pad", lambda x, *args: padded.append(x.shape[1]) or pad(x, *args))
     for size in SIZES:
         logits(model, torch.randn(1, 3, *size))
+    assert padded == [3] * len(SIZES)
 
 
 def test_symmetric_padding_differs_from_same_at_even_sizes_alone():
