@@ -84,29 +84,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def keep_float32_where_faster(model: nn.Module) -> None:
-    """Run some depthwise convolutions in float32 under bfloat16 autocast on a CPU.
-
-    Where they stride or where a map has no more than 2x2 pixels, oneDNN has no fast bfloat16 gradients: measured on
-    a processor with AVX512-BF16, they take six times as long as in float32, and a training step twice as long.
-    """
-
-    def wrap(conv: nn.Conv2d) -> None:
-        forward = conv.forward
-
-        def in_float32(x: Tensor) -> Tensor:
-            if conv.stride[0] == 1 and x.shape[-1] > 2:
-                return forward(x)
-            with torch.autocast("cpu", enabled=False):
-                return forward(x.float()).to(x.dtype)
-
-        conv.forward = in_float32
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
-            wrap(module)
-
-
 def make_optimizer(groups: list[dict[str, Any]], options: Options, learning_rate: float) -> torch.optim.Optimizer:
     """The optimizer that the options name.
 
@@ -168,8 +145,6 @@ class ClassifierTrainer(Trainer):
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(Course(self, minutes))
-        if args.bf16 and args.device.type == "cpu":
-            keep_float32_where_faster(self.model)
 
     # What differs from the Trainer's own training step
 

@@ -336,6 +336,7 @@ def run_script(*arguments: object, **options: object) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(small: Path, tmp_path: Path, number: int) -> None:
     scratch = tmp_path / "scratch"
@@ -352,6 +353,7 @@ def test_an_interrupted_run_leaves_nothing(small: Path, tmp_path: Path, number: 
     assert not list(scratch.iterdir())
 
 
+@pytest.mark.any_version
 def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path) -> None:
     def limit() -> None:
         # A file of more bytes fails to be written, as on a full disk.

@@ -283,6 +283,7 @@ def test_empty_weights_of_absurd_size_are_refused(tmp_path: Path) -> None:
         convert_file(tmp_path / "bomb.h5")
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
@@ -357,6 +358,7 @@ for mode in ("RGB", "RGBA", "LA", "L", "1", "P", "I", "I;16", "F", "CMYK", "LAB"
 """
 
 
+@pytest.mark.any_version
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="this system does not tell the peak of memory")
 def test_a_picture_takes_no_more_memory_than_is_stated() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

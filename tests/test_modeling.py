@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -218,6 +220,29 @@ def test_same_convolution_equals_padding_first(size, stride, dilation, channels,
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_autocast_leaves_float32_where_it_is_faster():
+    conv = Conv2d(8, 8, 3, 2, groups=8, pads_same=True, activated=True)
+    weight, convolve, seen = torch.randn(2, 8, 8, 8), conv.convolve, []
+    results = []
+    for module in (conv, partial(convolve, weight=conv.weight, bias=conv.bias)):
+        conv.zero_grad()
+        torch.manual_seed(0)
+        x = torch.randn(2, 8, 16, 16).bfloat16().requires_grad_()
+        conv.convolve = lambda x, *args: seen.append(x.dtype) or convolve(x, *args)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)
+            assert y.dtype == torch.bfloat16
+            with torch.no_grad():
+                conv(x)
+        (y.float() * weight).sum().backward()
+        results.append((y.float(), x.grad.float(), conv.weight.grad))
+    assert seen == [torch.float32, torch.bfloat16, torch.bfloat16]
+    for ours, expected in zip(*results, strict=True):
+        assert ours.abs().max() > 0.1
+        # bfloat16 has 8 bits.
+        torch.testing.assert_close(ours, expected, rtol=0, atol=expected.abs().max().item() / 64)
+
+
 def test_eager_network_copies_nothing_larger_than_the_pictures_to_pad(monkeypatch):
     model, pad, padded = small(), F.pad, []
     monkeypatch.setattr(F, "pad", lambda x, *args: padded.append(x.shape[1]) or pad(x, *args))
@@ -237,6 +262,7 @@ def test_symmetric_padding_differs_from_same_at_even_sizes_alone():
 # Graphs
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_whole_and_once(architecture):
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -252,6 +278,7 @@ def test_compiles_whole_and_once(architecture):
     assert counter.frame_count == 1
 
 
+@pytest.mark.any_version
 def test_compiles_twice_at_most_when_sizes_turn_out_to_vary():
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -264,6 +291,7 @@ def test_compiles_twice_at_most_when_sizes_turn_out_to_vary():
     assert counter.frame_count == 2
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_exports_with_dynamic_batch_height_and_width(architecture):
     model = small(architecture=architecture)

@@ -1,6 +1,5 @@
 """Training from the command: what it learns, what it leaves, what it survives, what it refuses."""
 
-import copy
 import csv
 import json
 import os
@@ -44,7 +43,6 @@ from mobilenet.trainer import (
     ClassifierTrainer,
     checkpoints,
     freeze,
-    keep_float32_where_faster,
     make_optimizer,
     parameter_groups,
     whole_batches,
@@ -690,32 +688,3 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "kornia" else name)
     with pytest.raises(ImportError, match=r'training needs kornia: pip install "mobilenet\[train\]"'):
         run(Options(dataset="a", output="b"))
-
-
-def test_islands_of_float32_change_nothing_but_speed() -> None:
-    """Under bfloat16 on a CPU, a depthwise convolution that strides computes in float32, from and to bfloat16."""
-    torch.manual_seed(0)
-    plain = MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.35))
-    islands = copy.deepcopy(plain)
-    seen = []
-    island = islands.backbone.stages[1][0].depthwise.conv
-    assert island.stride == (2, 2)
-    inner = island.forward
-    island.forward = lambda x: seen.append(x.dtype) or inner(x)
-    keep_float32_where_faster(islands)
-    conv = plain.backbone.stages[1][0].depthwise.conv
-    x = torch.randn(2, conv.in_channels, 16, 16)
-    weight = torch.randn(2, conv.out_channels, 8, 8)
-    results = []
-    for module in (conv, island):
-        given = x.bfloat16().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            y = module(given)
-        assert y.dtype == torch.bfloat16
-        (y.float() * weight).sum().backward()
-        results.append((y.float(), given.grad.float(), module.weight.grad))
-    assert seen == [torch.float32]
-    for ours, expected in zip(*results, strict=True):
-        assert ours.abs().max() > 0.1
-        # bfloat16 has 8 bits.
-        torch.testing.assert_close(ours, expected, rtol=0, atol=expected.abs().max().item() / 64)
