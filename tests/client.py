@@ -34,7 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--trust", type=json.loads, help="trust_remote_code: true, or false, or neither")
     parser.add_argument("--code-revision", default="main", help="of a repository that holds the code alone")
     parser.add_argument("--package", help="folder of the package, to import it first")
-    parser.add_argument("--snapshot", action="store_true", help="download the repository, and use the folder")
+    parser.add_argument("--snapshot", help="download the repository into this folder or the 'cache', and use that")
     parser.add_argument("--all", action="store_true", help="use every class, not the classifier alone")
     parser.add_argument("--train", action="store_true", help="train a step")
     parser.add_argument("--save", help="folder to save model and processor in")
@@ -89,7 +89,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     if given.snapshot:
-        given.source = snapshot_download(given.source, revision=given.revision)
+        folder = None if given.snapshot == "cache" else given.snapshot
+        given.source = snapshot_download(given.source, revision=given.revision, local_dir=folder)
     options = {
         "revision": given.revision,
         "code_revision": given.code_revision,

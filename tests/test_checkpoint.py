@@ -7,7 +7,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from typer.testing import CliRunner
 
 from mobilenet.cli import app

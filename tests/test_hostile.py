@@ -182,8 +182,16 @@ def edit_json(path: Path, edits: dict) -> None:
     [
         ("google", {"model_type": ["mobilenet_v1"]}, "no known source of a MobileNet"),
         ("google", {"num_labels": 1 << 31}, "config.json: num_labels must be at most 1048576, got 2147483648"),
-        ("google", {"architectures": 3}, "config.json: cannot be understood: "),
-        ("google", {"id2label": {"0": ["a"], "1": {}}}, "config.json: labels must be texts"),
+        (
+            "google",
+            {"architectures": 3},
+            "config.json: (cannot be understood|Validation error for field 'architectures'): ",
+        ),
+        (
+            "google",
+            {"id2label": {"0": ["a"], "1": {}}},
+            "config.json: (labels must be texts|Validation error for field 'id2label')",
+        ),
         ("google", {"preprocessor_config.json": {"size": 0}}, "preprocessor_config.json: cannot be understood: size"),
         ("google", {"preprocessor_config.json": {"do_resize": 7}}, "do_resize must be true or false, got 7"),
         ("timm", {"label_names": 7}, "config.json: labels must be texts"),

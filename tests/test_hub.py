@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hub import Fault, Hub
 from oracles import randomize_norms
+from packaging.version import Version
 from PIL import Image
 
 from convert_checkpoint import convert
@@ -248,9 +250,26 @@ def test_many_checkpoints_share_one_repository_of_code(
     assert "an earlier version" in client(hub, "someone/two", *TRUSTED, "--code-revision", "v0", fails=True)
 
 
-def test_downloaded_whole(hub: Hub, client: Client, original: Path, expected: list) -> None:
+@pytest.mark.parametrize(
+    "folder",
+    [
+        pytest.param(
+            "cache",
+            marks=pytest.mark.xfail(
+                Version("5.10") <= Version(transformers.__version__) < Version("5.13"),
+                reason="transformers 5.10 to 5.12 follow the cache's links, and miss the files beside",
+                strict=True,
+            ),
+        ),
+        "folder",
+    ],
+)
+def test_downloaded_whole(
+    hub: Hub, client: Client, original: Path, expected: list, tmp_path: Path, folder: str
+) -> None:
     hub.publish("someone/original", original)
-    check_all(client(hub, "someone/original", *TRUSTED, "--snapshot", "--all"), expected)
+    where = folder if folder == "cache" else tmp_path / folder
+    check_all(client(hub, "someone/original", *TRUSTED, "--snapshot", where, "--all"), expected)
 
 
 def test_offline_once_the_cache_is_warm(

@@ -30,13 +30,14 @@ USE = """
 import mobilenet
 import mobilenet.modeling_mobilenet as modeling
 import transformers as t
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 config = t.AutoConfig.for_model("mobilenet", width_multiplier=0.25, out_features=["stem", "stage5"])
 for auto in (t.AutoModel, t.AutoModelForImageClassification, t.AutoBackbone):
     assert type(auto.from_config(config)).__module__ == "mobilenet.modeling_mobilenet", auto
 config.save_pretrained(".")
 mobilenet.MobileNetImageProcessor().save_pretrained(".")
 assert type(t.AutoConfig.from_pretrained(".")) is mobilenet.MobileNetConfig
-assert type(t.AutoImageProcessor.from_pretrained(".")) is mobilenet.MobileNetImageProcessor
+assert type(AutoImageProcessor.from_pretrained(".")) is mobilenet.MobileNetImageProcessor
 print(modeling.__file__)
 """
 
