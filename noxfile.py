@@ -62,7 +62,7 @@ def stub_torchvision(session: nox.Session) -> None:
     for name, content in {
         "torchvision-0.28.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n",
         "torchvision/__init__.py": "__version__ = '0.28.0'\n",
-        "torchvision/io.py": "",
+        "torchvision/io.py": "ImageReadMode = decode_image = None\n",
         "torchvision/transforms/__init__.py": f"import enum\nInterpolationMode = enum.Enum('I', '{filters}')\n",
         "torchvision/transforms/functional.py": "pil_to_tensor = None\n",
         "torchvision/transforms/v2/__init__.py": "",

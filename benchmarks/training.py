@@ -3,7 +3,7 @@
 Same pictures, recipe, seeds and steps for all; each network is as its library builds it, with its own defaults for
 initial weights, batch norm and dropout. From scratch, and from Google's weights, which all three compute alike.
 
-python benchmarks/training.py --cifar10 train.parquet --weights google/mobilenet_v2_1.0_224
+python benchmarks/training.py --cifar10 train.parquet --weights google/mobilenet_v2_1.0_224 --results runs.jsonl
 """
 
 from __future__ import annotations

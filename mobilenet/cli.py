@@ -75,7 +75,7 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """MobileNets: classify pictures, convert checkpoints, export to other engines, verify repositories."""
+    """MobileNets: classify pictures, train and evaluate, convert checkpoints, export to other engines, verify."""
 
 
 @app.command()

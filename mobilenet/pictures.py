@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -45,7 +47,11 @@ def listed(names: Sequence[str], separator: str = ", ") -> str:
 
 
 def load_splits(
-    dataset: str, revision: str | None = None, image_column: str | None = None, label_column: str | None = None
+    dataset: str,
+    subset: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> datasets.DatasetDict:
     """Read an image folder, a parquet file, a folder of parquet files or a dataset of the Hub.
 
@@ -54,21 +60,28 @@ def load_splits(
 
     Raises:
         FileNotFoundError: The path or Hub id does not exist.
-        ValueError: The dataset has no column of pictures or labels, or its splits do not share their labels.
+        ValueError: The dataset cannot be read, has no column of pictures or labels, or its splits do not share their
+            labels.
     """
     import datasets as hf
 
     path = Path(dataset)
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"dataset must be a folder, a .parquet file or a Hub id, got {dataset!r}.")
     if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"dataset must be a folder, a .parquet file or a Hub id, got {dataset!r}.")
-        splits = hf.load_dataset("parquet", data_files={"train": str(path)})
+        source = {"path": "parquet", "data_files": {"train": glob.escape(str(path))}}
     elif path.is_dir() and any(path.rglob("*.parquet")):
-        splits = hf.load_dataset(str(path))
+        source = {"path": str(path)}
     elif path.is_dir():
-        splits = hf.load_dataset("imagefolder", data_files=_folders(path), drop_labels=False)
+        source = {"path": "imagefolder", "data_files": _folders(path), "drop_labels": False}
     else:
-        splits = hf.load_dataset(dataset, revision=revision)
+        source = {"path": dataset, "name": subset, "revision": revision}
+    try:
+        splits = hf.load_dataset(**source)
+    except FileNotFoundError:
+        raise
+    except (hf.exceptions.DatasetsError, RuntimeError, ValueError) as error:
+        raise ValueError(f"dataset {dataset!r} cannot be read: {error}") from error
     features = next(iter(splits.values())).features
     image = _column("image", image_column, features, lambda name: isinstance(features[name], hf.Image))
     label = _column(
@@ -86,13 +99,41 @@ def load_splits(
 
 
 def _folders(path: Path) -> dict[str, str]:
-    """Patterns of files by split. The folders below are splits if they all have names of splits, else classes."""
-    folders = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    if not folders:
+    """Patterns of files by split: the folders below are splits where one is named train and holds folders itself.
+
+    Raises:
+        ValueError: There are no folders, or something beside them that is neither a class nor a split.
+    """
+    folders = _below(path)
+    splits = {name: SPLIT_FOLDERS[name.lower()] for name in folders if name.lower() in SPLIT_FOLDERS}
+    if not any(split == "train" and _below(path / name, required=False) for name, split in splits.items()):
+        return {"train": _pattern(path)}
+    if others := [name for name in folders if name not in splits]:
+        raise ValueError(
+            f"{path} must hold either splits or classes, but beside {listed([*splits])} it has {listed(others)}."
+        )
+    if len(set(splits.values())) < len(splits):
+        raise ValueError(f"{path} must hold each split once, got {listed([*splits])}.")
+    for name in splits:
+        _below(path / name)
+    return {split: _pattern(path / name) for name, split in splits.items()}
+
+
+def _pattern(path: Path) -> str:
+    return f"{glob.escape(str(path))}/*/**"
+
+
+def _below(path: Path, required: bool = True) -> list[str]:
+    """Names of the folders in a folder; where they are required, pictures beside them have no class."""
+    entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith((".", "__"))]
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    if required and not folders:
         raise ValueError(f"{path} must hold a folder of pictures for each class, but it has no folders.")
-    if all(name.lower() in SPLIT_FOLDERS for name in folders):
-        return {SPLIT_FOLDERS[name.lower()]: str(path / name / "**") for name in folders}
-    return {"train": str(path / "**")}
+    extensions = Image.registered_extensions()
+    stray = [entry.name for entry in entries if entry.is_file() and entry.suffix.lower() in extensions]
+    if required and stray:
+        raise ValueError(f"{path} must hold pictures in the folders of their classes alone, got {listed(stray)}.")
+    return folders
 
 
 def _column(what: str, chosen: str | None, features: Any, fits: Any) -> str:
@@ -114,6 +155,8 @@ def _with_class_names(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     first, *others = splits
     kind = splits[first].features[LABEL]
     if not isinstance(kind, hf.ClassLabel):
+        if not isinstance(kind, hf.Value):
+            raise ValueError(f"every picture must have one label, a name or an integer, got {kind}.")
         values = sorted({value for split in splits.values() for value in split[LABEL][:]}, key=str)
         if not all(isinstance(value, (str, int)) for value in values):
             raise ValueError(f"labels must be names or integers, got {listed([repr(v) for v in values])}.")
@@ -166,10 +209,9 @@ def hold_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datase
     return parts["train"], parts["test"]
 
 
-def check_classes(rows: datasets.Dataset) -> None:
+def check_classes(labels: Sequence[int], names: Sequence[str]) -> None:
     """Raise ValueError unless there are pictures of at least two classes, and of every class that has a name."""
-    names = rows.features[LABEL].names
-    counts = np.bincount(rows[LABEL][:], minlength=len(names))
+    counts = np.bincount(labels, minlength=len(names))
     present = [name for name, count in zip(names, counts, strict=True) if count]
     if len(present) < 2:
         raise ValueError(f"a classifier needs pictures of at least two classes, got {listed(present) or 'none'}.")
@@ -289,7 +331,9 @@ def decode(
     if square is not None:
         options |= {"do_resize": True, "do_center_crop": True, "size": square, "crop_size": square}
 
-    def read(image: dict[str, Any]) -> np.ndarray | str:
+    def read(image: dict[str, Any] | None) -> np.ndarray | str:
+        if image is None:
+            return "a row without a picture"
         try:
             picture = open_image(image["path"] if image["bytes"] is None else image["bytes"])
             return processor(picture, **options)["pixel_values"][0].astype(np.uint8)

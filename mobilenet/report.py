@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import torch
 from torch import Tensor
 
 from .text import clean, markdown
+
+
+HELD_OUT = "held out"  # the split of pictures that were taken out of those to train on
 
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -26,15 +31,26 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     result = {"accuracy": multiclass_accuracy(logits, labels, classes, average="micro")}
     if classes > 5:
         result["top5_accuracy"] = multiclass_accuracy(logits, labels, classes, average="micro", top_k=5)
-    result["balanced_accuracy"] = multiclass_accuracy(logits, labels, classes, average="macro")
+    result["balanced_accuracy"] = _class_accuracies(logits, labels).nanmean()
     return {name: float(value) for name, value in result.items()}
 
 
-def class_accuracies(logits: Tensor, labels: Tensor) -> list[float]:
-    """The share of each class's pictures that is recognised."""
+def _class_accuracies(logits: Tensor, labels: Tensor) -> Tensor:
     from torchmetrics.functional.classification import multiclass_accuracy
 
-    return multiclass_accuracy(logits, labels, logits.shape[1], average="none").tolist()
+    classes = logits.shape[1]
+    accuracies = multiclass_accuracy(logits, labels, classes, average="none")
+    return accuracies.masked_fill(labels.bincount(minlength=classes) == 0, torch.nan)
+
+
+def class_accuracies(logits: Tensor, labels: Tensor) -> list[float | None]:
+    """The share of each class's pictures that is recognised; None where there are none."""
+    return [None if value != value else value for value in _class_accuracies(logits, labels).tolist()]
+
+
+def shown(share: float | None) -> str:
+    """A share for people."""
+    return "none" if share is None else f"{100 * share:.2f} %"
 
 
 def evaluate_logits(prediction: Any) -> dict[str, float]:
@@ -89,8 +105,10 @@ def plot_confusion(logits: Tensor, labels: Tensor, names: list[str], path: Path)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write indented JSON, all of it or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def dataset_name(dataset: str) -> str:
@@ -103,13 +121,14 @@ def accuracy_on_card(model: str, dataset: str, split: str) -> float | None:
 
     A dataset may be at hand as a copy: what counts is its name without the owner's.
     """
+    import yaml
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
         path = Path(model) / "README.md"
         data = ModelCard.load(path if Path(model).exists() else model).data
-    except (FileNotFoundError, EntryNotFoundError, ValueError):
+    except (FileNotFoundError, EntryNotFoundError, ValueError, yaml.YAMLError):
         return None
     wanted = (dataset_name(dataset).split("/")[-1], split, "accuracy")
     for result in data.eval_results or []:
@@ -118,17 +137,28 @@ def accuracy_on_card(model: str, dataset: str, split: str) -> float | None:
     return None
 
 
-def write_card(folder: Path, options: Any, model: Any, measured: dict[str, tuple[Tensor, Tensor]]) -> None:
+def write_card(
+    folder: Path,
+    options: Any,
+    model: Any,
+    measured: dict[str, tuple[Tensor, Tensor]],
+    splits: dict[str, str],
+    command: str,
+) -> None:
     """Write the model card, with the metrics that were measured on the files in the folder.
 
     Args:
         folder: Of the repository.
         options: Of the run.
         model: The network, for its configuration.
-        measured: Logits and labels by split; the last one is what the card is headed by.
+        measured: Logits and labels of validation and test, as far as there are such; the last one is what the card is
+            headed by.
+        splits: What the dataset calls them; what is not in it was held out of the pictures to train on.
+        command: That ran this.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+    measured = {splits.get(role, HELD_OUT): pair for role, pair in measured.items()}
     figures = {split: metrics(*pair) for split, pair in measured.items()}
     results = [
         EvalResult(
@@ -136,6 +166,7 @@ def write_card(folder: Path, options: Any, model: Any, measured: dict[str, tuple
             dataset_type=dataset_name(options.dataset),
             dataset_name=dataset_name(options.dataset),
             dataset_split=split,
+            dataset_config=options.subset,
             dataset_revision=options.revision,
             metric_type="accuracy",
             metric_name=name.replace("_", " "),
@@ -154,11 +185,13 @@ def write_card(folder: Path, options: Any, model: Any, measured: dict[str, tuple
         metrics=["accuracy"] if results else None,
         eval_results=results or None,
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(options, model, figures, measured)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(options, model, figures, measured, command)}")
     card.save(folder / "README.md")
 
 
-def _text(options: Any, model: Any, figures: dict[str, dict[str, float]], measured: dict[str, Any]) -> str:
+def _text(
+    options: Any, model: Any, figures: dict[str, dict[str, float]], measured: dict[str, Any], command: str
+) -> str:
     config = model.config
     count = sum(parameter.numel() for parameter in model.parameters())
     name = clean(Path(options.output).name)
@@ -175,22 +208,19 @@ def _text(options: Any, model: Any, figures: dict[str, dict[str, float]], measur
         lines += ["| split | pictures | " + " | ".join(next(iter(figures.values()))).replace("_", " ") + " |"]
         lines += ["|---" * (2 + len(next(iter(figures.values())))) + "|"]
         for split, values in figures.items():
-            shown = " | ".join(f"{100 * value:.2f} %" for value in values.values())
-            lines.append(f"| {split} | {len(measured[split][1]):,} | {shown} |")
+            cells = " | ".join(map(shown, values.values()))
+            lines.append(f"| {markdown(split)} | {len(measured[split][1]):,} | {cells} |")
         split, (logits, labels) = list(measured.items())[-1]
         lines += [
             "",
-            "Measured in float32 on the files of this repository; again:",
+            "Measured in float32 on the files of this repository"
+            + (f"; again:\n\n```\n{_evaluate_command(name, options, split)}\n```" if split != HELD_OUT else "."),
             "",
-            "```",
-            f"mobilenet evaluate {name} {clean(options.dataset)} --split {split}",
-            "```",
-            "",
-            f"| class | accuracy on {split} |",
+            f"| class | accuracy on {markdown(split)} |",
             "|---|---|",
         ]
         for label, value in zip(config.id2label.values(), class_accuracies(logits, labels), strict=True):
-            lines.append(f"| {markdown(label)} | {100 * value:.2f} % |")
+            lines.append(f"| {markdown(label)} | {shown(value)} |")
         lines += ["", "![Confusion matrix](confusion_matrix.png)"]
     lines += [
         "",
@@ -206,7 +236,7 @@ def _text(options: Any, model: Any, figures: dict[str, dict[str, float]], measur
         "## Training",
         "",
         "```",
-        options.command(),
+        command,
         "```",
         "",
         "All options and versions are in [training.json](training.json), the log in [log.csv](log.csv) and, for "
@@ -216,3 +246,11 @@ def _text(options: Any, model: Any, figures: dict[str, dict[str, float]], measur
         "",
     ]
     return "\n".join(lines)
+
+
+def _evaluate_command(model: str, options: Any, split: str) -> str:
+    words = ["mobilenet", "evaluate", model, options.dataset, "--split", split]
+    for name in ("subset", "revision", "image_column", "label_column"):
+        if getattr(options, name) is not None:
+            words += ["--" + name.replace("_", "-"), getattr(options, name)]
+    return clean(shlex.join(words + ["--skip-unreadable"] * options.skip_unreadable))

@@ -49,6 +49,7 @@ class Options:
         ),
     ]
     output: Annotated[str, _option("Folder to write the finished repository to.", "--output", "-o")]
+    subset: Annotated[str | None, _option("Configuration of a dataset of the Hub, where it has several.")] = None
     revision: Annotated[str | None, _option("Branch, tag or commit of a dataset of the Hub.")] = None
     image_column: Annotated[str | None, _option("Column of the pictures, where there are several.")] = None
     label_column: Annotated[str | None, _option("Column of the labels, where there are several.")] = None
@@ -162,6 +163,9 @@ class Options:
         ):
             if not holds:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}.")
+        for field in dataclasses.fields(self) if self.model is not None else ():
+            if field.name in FROM_SCRATCH and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name} must be left out where model is given, as the checkpoint has its own.")
 
     @property
     def peak_learning_rate(self) -> float:
@@ -176,15 +180,19 @@ class Options:
         output = Path(self.output).absolute()
         return output.with_name(output.name + ".training")
 
-    def command(self) -> str:
+    def command(self, processes: int = 1) -> str:
         """The command that runs this."""
-        words = ["mobilenet", "train", self.dataset, "--output", self.output]
+        launch = ["torchrun", "--nproc-per-node", str(processes), "-m", "mobilenet.cli"]
+        words = [*(launch if processes > 1 else ["mobilenet"]), "train", self.dataset, "--output", self.output]
         for field in dataclasses.fields(self)[2:]:
             value, flag = getattr(self, field.name), "--" + field.name.replace("_", "-")
             if value != field.default:
                 words += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
         return shlex.join(words)
 
+
+# Options that a checkpoint to start from decides.
+FROM_SCRATCH = ("architecture", "width", "output_stride", "crop_fraction")
 
 # Options that may differ when a run is resumed: they do not change its weights.
 FREE_TO_CHANGE = ("time_limit", "save_steps", "log_steps", "keep_checkpoints", "overwrite", "restart", "workers")
@@ -222,29 +230,35 @@ def run(options: Options) -> bool:
     logging.disable_progress_bar()
     state = PartialState(cpu=not torch.cuda.is_available())  # or it would not see the other processes on CPUs
     work = options.work
-    _check_unfinished(options, state.num_processes)
+    with state.main_process_first():
+        _check_unfinished(options, state)
     set_seed(options.seed)
-    begins = state.is_main_process and not work.exists()
     try:
         return _run(options, state)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"batch_size must be what the memory of the GPU takes, got {options.batch_size}; with a smaller one, set "
+            "accumulation to keep the pictures of a step."
+        ) from error
     except BaseException:
-        if begins and not checkpoints(work):  # nothing to go on from: leave nothing behind
+        if state.is_main_process and not checkpoints(work):  # nothing to go on from: leave nothing behind
             shutil.rmtree(work, ignore_errors=True)
         raise
 
 
 def _run(options: Options, state: PartialState) -> bool:
     from . import trainer as training
-    from .pictures import Augment, Normalize
+    from .pictures import Augment, Normalize, check_classes
 
     data = _read(options)
     model, processor = _build(options, data.names)
+    if state.is_main_process:
+        _prepare_work(options, state.num_processes)
     with state.local_main_process_first():
         train, validation, test = (
             _decode(options, data, split, processor, state) for split in ("train", "validation", "test")
         )
-    if state.is_main_process:
-        _prepare_work(options, state.num_processes)
+    check_classes(train.labels, data.names)  # some of them may be of no readable picture
     state.wait_for_everyone()
     frozen = [] if options.last_stages is None else training.freeze(model, options.last_stages)
     size = _input_size(processor)
@@ -275,22 +289,26 @@ def _run(options: Options, state: PartialState) -> bool:
     return True
 
 
-def _check_unfinished(options: Options, processes: int) -> None:
-    """Forget an unfinished run, or raise ValueError where it was another one."""
+def _check_unfinished(options: Options, state: PartialState) -> None:
+    """Forget an unfinished run, or raise ValueError where it was another one that can still go on."""
+    from .trainer import checkpoints
+
     work = options.work
-    if options.restart:
+    if options.restart and state.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
     record = work / RECORD
     if record.exists():
         recorded = json.loads(record.read_text(encoding="utf-8"))
         before = recorded["options"] | {"processes": recorded["processes"]}
-        now = dataclasses.asdict(options) | {"processes": processes}
+        now = dataclasses.asdict(options) | {"processes": state.num_processes}
         changed = [
             f"{name} (was {before.get(name)!r})"
             for name, value in now.items()
             if value != before.get(name) and name not in FREE_TO_CHANGE
         ]
-        if changed:
+        if changed and state.is_main_process and not checkpoints(work):
+            shutil.rmtree(work)
+        elif changed:
             raise ValueError(
                 f"{work} holds an unfinished run with other options: {', '.join(changed)}. Set them as they were to "
                 "go on, or set --restart to forget it."
@@ -304,7 +322,8 @@ def _prepare_work(options: Options, processes: int) -> None:
 
     shutil.rmtree(options.work / STAGING, ignore_errors=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    write_json(options.work / RECORD, _record(options, processes))
+    if not (options.work / RECORD).exists():
+        write_json(options.work / RECORD, _record(options, processes))
 
 
 def _record(options: Options, processes: int) -> dict[str, Any]:
@@ -319,7 +338,7 @@ def _record(options: Options, processes: int) -> dict[str, Any]:
             versions[package] = "unknown"
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {
-        "command": options.command(),
+        "command": options.command(processes),
         "options": dataclasses.asdict(options),
         "processes": processes,
         "precision": _best_precision() if options.precision == "auto" else options.precision,
@@ -335,25 +354,32 @@ class Data(NamedTuple):
     train: Any
     validation: Any
     test: Any
+    splits: dict[str, str]  # what the dataset calls those of them that it has
 
 
 def _read(options: Options) -> Data:
     from .pictures import LABEL, check_classes, hold_out, load_splits
 
-    splits = load_splits(options.dataset, options.revision, options.image_column, options.label_column)
+    splits = load_splits(options.dataset, options.subset, options.revision, options.image_column, options.label_column)
 
-    def split(name: str, wanted: str | None, default: str | None) -> Any:
+    used = {}
+    for role, wanted, default in (
+        ("train", options.train_split, None),
+        ("validation", options.validation_split, "validation"),
+        ("test", options.test_split, "test"),
+    ):
         if wanted is not None and wanted not in splits:
-            raise ValueError(f"{name} must be one of {', '.join(splits)}, got {wanted!r}.")
-        return splits.get(wanted or default)
-
-    train = split("train_split", options.train_split, None)
-    validation = split("validation_split", options.validation_split, "validation")
-    test = split("test_split", options.test_split, "test")
-    check_classes(train)
+            raise ValueError(f"{role}_split must be one of {', '.join(splits)}, got {wanted!r}.")
+        if (wanted or default) in splits:
+            used[role] = wanted or default
+    train, validation, test = (
+        splits[used[role]] if role in used else None for role in ("train", "validation", "test")
+    )
+    names = train.features[LABEL].names
+    check_classes(train[LABEL][:], names)
     if validation is None and options.validation:
         train, validation = hold_out(train, options.validation, options.seed)
-    return Data(train.features[LABEL].names, train, validation, test)
+    return Data(names, train, validation, test, used)
 
 
 def _build(options: Options, names: list[str]) -> tuple[MobileNetForImageClassification, MobileNetImageProcessor]:
@@ -379,8 +405,11 @@ def _build(options: Options, names: list[str]) -> tuple[MobileNetForImageClassif
     model, processor = load_network(options.model, labels=names)
     if options.image_size:
         fraction = _input_size(processor)[0] / processor.size.get("shortest_edge", _input_size(processor)[0])
-        processor.size = {"shortest_edge": round(options.image_size / fraction)}
-        processor.crop_size = {"height": options.image_size, "width": options.image_size}
+        square = {"height": options.image_size, "width": options.image_size}
+        processor.size = (
+            {"shortest_edge": round(options.image_size / fraction)} if processor.do_center_crop else square
+        )
+        processor.crop_size = square
         model.config.image_size = options.image_size
     return model, processor
 
@@ -409,7 +438,7 @@ def _decode(
 def _best_precision() -> str:
     """The precision that the hardware is fast at."""
     if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
 
@@ -487,6 +516,7 @@ def _finish(
     shutil.copytree(work / "runs", repository / "runs")
     plot_course(log, repository / "curves.png")
     written = Classifier.from_pretrained(repository)
+    command = json.loads((work / RECORD).read_text(encoding="utf-8"))["command"]
     measured = {}
     for split, pictures in (("validation", validation), ("test", test)):
         if pictures is not None:
@@ -494,7 +524,7 @@ def _finish(
             measured[split] = (logits, torch.from_numpy(pictures.labels))
     if measured:
         plot_confusion(*list(measured.values())[-1], data.names, repository / "confusion_matrix.png")
-    write_card(repository, options, written, measured)
+    write_card(repository, options, written, measured, data.splits, command)
     replaced = work / "replaced"
     if output.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -539,6 +569,7 @@ def evaluate_checkpoint(
     model: str,
     dataset: str,
     split: str | None = None,
+    subset: str | None = None,
     revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -551,6 +582,7 @@ def evaluate_checkpoint(
         model: Folder or Hub id.
         dataset: As Options has it.
         split: By default test, or else validation, or else the only one.
+        subset: As Options has it.
         revision: Of a dataset of the Hub.
         image_column: As Options has it.
         label_column: As Options has it.
@@ -567,7 +599,7 @@ def evaluate_checkpoint(
     from .pictures import LABEL, Storage, decode, listed, load_splits
     from .report import accuracy_on_card, class_accuracies, metrics
 
-    splits = load_splits(dataset, revision, image_column, label_column)
+    splits = load_splits(dataset, subset, revision, image_column, label_column)
     split = split or next((name for name in ("test", "validation") if name in splits), next(iter(splits)))
     if split not in splits:
         raise ValueError(f"split must be one of {', '.join(splits)}, got {split!r}.")
@@ -599,20 +631,25 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take defaults from a file that a run left; what the command line says goes first."""
     if path is not None:
         try:
-            recorded = json.loads(path.read_text(encoding="utf-8"))["options"]
+            record = json.loads(path.read_text(encoding="utf-8"))
+            recorded, processes = record["options"], record["processes"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise typer.BadParameter(f"{path} must be the {RECORD} of a run: {error}") from error
         context.default_map = {
             name: value for name, value in recorded.items() if value is not None and name not in FREE_TO_CHANGE
         }
+        if processes != (here := int(os.environ.get("WORLD_SIZE", "1"))):
+            typer.echo(
+                f"Note: that run had {processes} processes, each with its batch; this one has {here}.", err=True
+            )
     return path
 
 
 def train(config: Path | None = None, **given: Any) -> None:
     """Train a MobileNet on labelled pictures and write a complete repository.
 
-    The same command goes on where an interrupted run stopped, to the same weights. Several GPUs or machines: start
-    it with torchrun or accelerate launch.
+    The same command goes on where an interrupted run stopped, to the same weights. Several GPUs or machines (which
+    must share the output folder): start it with torchrun or accelerate launch.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is of no use is removed on the way out
     if not run(Options(**given)):
@@ -652,6 +689,9 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="Split; by default test, or else validation, or else the only one.")
     ] = None,
+    subset: Annotated[
+        str | None, typer.Option(help="Configuration of a dataset of the Hub, where it has several.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a dataset of the Hub.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the pictures, where there are several.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels, where there are several.")] = None,
@@ -661,7 +701,7 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint on labelled pictures, as its model card says it was measured."""
     result = evaluate_checkpoint(
-        model, dataset, split, revision, image_column, label_column, batch_size, skip_unreadable
+        model, dataset, split, subset, revision, image_column, label_column, batch_size, skip_unreadable
     )
     if as_json:
         print(json.dumps(result._asdict()))
@@ -669,12 +709,14 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
+    from .report import shown
+
     table = Table("", f"{result.split}, {result.pictures:,} pictures")
     for name, value in result.metrics.items():
-        table.add_row(name.replace("_", " "), f"{value:.2%}")
+        table.add_row(name.replace("_", " "), shown(value))
     if result.on_card is not None:
-        table.add_row("accuracy on the card", f"{result.on_card:.2%}")
+        table.add_row("accuracy on the card", shown(result.on_card))
     table.add_section()
     for name, value in result.by_class.items():
-        table.add_row(name, f"{value:.2%}")
+        table.add_row(name, shown(value))
     Console().print(table)

@@ -162,7 +162,7 @@ class ClassifierTrainer(Trainer):
             if options.mixup:
                 pixels, targets = mix(pixels, targets, options.mixup)
             if options.first_size:
-                pixels = F.interpolate(pixels, self._side(pixels.shape[-1]), mode="bilinear", antialias=True)
+                pixels = F.interpolate(pixels, [*map(self._side, pixels.shape[-2:])], mode="bilinear", antialias=True)
             logits = model(pixel_values=self.normalize(pixels)).logits.float()
             weights = self.class_weights.to(logits.device) if options.balance == "weights" else None
             loss = F.cross_entropy(logits, targets, weight=weights, label_smoothing=options.label_smoothing)

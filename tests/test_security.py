@@ -162,9 +162,18 @@ def test_names_cannot_write_into_the_card_of_a_conversion(data: Path, tmp_path: 
 def test_labels_cannot_write_into_the_card_of_a_training(tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed: pip install 'mobilenet[train]'")
     options = SimpleNamespace(
-        dataset=HOSTILE, output=HOSTILE, model=None, revision=None, command=lambda: "mobilenet train"
+        dataset=HOSTILE,
+        output=HOSTILE,
+        model=None,
+        subset=None,
+        revision=None,
+        image_column=HOSTILE,
+        label_column=None,
+        skip_unreadable=False,
     )
     config = MobileNetConfig(width_multiplier=0.35, id2label={0: HOSTILE, 1: "cat"})
     measured = {"test": (torch.eye(2), torch.arange(2))}
-    report.write_card(tmp_path, options, MobileNetForImageClassification(config), measured)
+    report.write_card(
+        tmp_path, options, MobileNetForImageClassification(config), measured, {"test": HOSTILE}, "mobilenet train"
+    )
     assert "license" not in check_card(tmp_path / "README.md").data.to_dict()

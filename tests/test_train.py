@@ -38,6 +38,7 @@ from mobilenet.pictures import (
     load_splits,
     mix,
 )
+from mobilenet.report import class_accuracies, metrics
 from mobilenet.train import Options, evaluate_checkpoint, run
 from mobilenet.trainer import (
     ClassifierTrainer,
@@ -82,13 +83,13 @@ def colours(tmp_path: Path) -> Path:
 
 def options(dataset: Path, output: Path, **kwargs: object) -> Options:
     """A small network and few steps."""
+    from_scratch = {} if "model" in kwargs else {"width": 0.1, "crop_fraction": 1.0}
     return Options(
         dataset=str(dataset),
         output=str(output),
         **{
-            "width": 0.1,
+            **from_scratch,
             "image_size": 64,
-            "crop_fraction": 1.0,
             "epochs": 3,
             "batch_size": 12,
             "learning_rate": 0.3,
@@ -140,7 +141,7 @@ def test_a_run_leaves_a_complete_repository_that_has_learned(tmp_path: Path) -> 
     assert measured.on_card == pytest.approx(right / len(files), abs=1e-6)
     assert np.mean(list(measured.by_class.values())) == pytest.approx(measured.metrics["balanced_accuracy"])
     results = ModelCard.load(output / "README.md").data.eval_results
-    assert {(r.dataset_split, r.metric_name) for r in results} >= {("test", "accuracy"), ("validation", "accuracy")}
+    assert {(r.dataset_split, r.metric_name) for r in results} >= {("test", "accuracy"), ("held out", "accuracy")}
 
 
 def test_the_record_repeats_the_run(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +220,21 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_same_weights(colours: Path, tmp_p
     assert resumed.keys() == undisturbed.keys()
     for name in resumed:
         assert torch.equal(resumed[name], undisturbed[name]), name
+
+
+def test_what_another_run_decoded_is_not_trained_on(colours: Path, tmp_path: Path) -> None:
+    """A run that was killed while it decoded leaves pictures that a run with other options has no use for."""
+    given = {"epochs": 1, "validation": 0.0}
+    work = tmp_path / "out.training"
+    work.mkdir()
+    other = training._record(options(colours, tmp_path / "out", seed=1, **given), 1)
+    (work / "training.json").write_text(json.dumps(other), encoding="utf-8")
+    np.save(work / "train.npy", np.zeros((3, 3, 8, 8), np.uint8))
+    np.save(work / "train.labels.npy", np.arange(3))
+    assert run(options(colours, tmp_path / "out", **given))
+    assert run(options(colours, tmp_path / "whole", **given))
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "out")[name]), name
 
 
 def test_a_checkpoint_is_complete_or_absent(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,10 +560,16 @@ def test_datasets_of_other_forms(tmp_path: Path) -> None:
     assert sorted(splits) == ["test", "train"]
     assert splits["train"].features[LABEL].names == ["0", "1", "2"]
     with pytest.raises(ValueError, match="there are none of 1"):
-        check_classes(splits["train"])
+        check_classes(splits["train"][LABEL][:], ["0", "1", "2"])
 
     with pytest.raises(ValueError, match="label_column must be one of img, fine_label, id, got 'nothing'"):
         load_splits(str(tmp_path / "one.parquet"), label_column="nothing")
+    images(png(), png()).add_column("label", [[0], [0, 1]]).to_parquet(tmp_path / "several.parquet")
+    with pytest.raises(ValueError, match="every picture must have one label, a name or an integer, got List"):
+        load_splits(str(tmp_path / "several.parquet"))
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "one.parquet").read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"cut\.parquet' cannot be read: "):
+        load_splits(str(tmp_path / "cut.parquet"))
     images(png()).add_column("id", [1]).to_parquet(tmp_path / "none.parquet")
     with pytest.raises(ValueError, match="label_column must name one of the columns img, id"):
         load_splits(str(tmp_path / "none.parquet"))
@@ -570,6 +592,33 @@ def test_one_class_is_refused(tmp_path: Path) -> None:
         run(options(tmp_path / "empty", tmp_path / "out"))
 
 
+def test_folders_that_are_neither_splits_nor_classes(colours: Path, tmp_path: Path) -> None:
+    """What lies beside the splits is never trained on, and a class may have a split's name."""
+    counts = {name: len(split) for name, split in load_splits(str(colours)).items()}
+    (colours / "__MACOSX").mkdir()
+    (colours / "__MACOSX" / "red.png").write_bytes(png()["bytes"])
+    assert {name: len(split) for name, split in load_splits(str(colours)).items()} == counts
+
+    (colours / "extras").mkdir()
+    with pytest.raises(ValueError, match="either splits or classes, but beside test, train it has extras"):
+        load_splits(str(colours))
+    (colours / "extras").rename(colours / "training")
+    with pytest.raises(ValueError, match="must hold each split once, got test, train, training"):
+        load_splits(str(colours))
+    (colours / "training").rmdir()
+    (colours / "train" / "stray.png").write_bytes(png()["bytes"])
+    with pytest.raises(ValueError, match=r"the folders of their classes alone, got stray\.png"):
+        load_splits(str(colours))
+
+    vehicles = tmp_path / "vehicles [2024]"
+    for name in ("bus", "train"):
+        (vehicles / name).mkdir(parents=True)
+        (vehicles / name / "1.png").write_bytes(png()["bytes"])
+    splits = load_splits(str(vehicles))
+    assert list(splits) == ["train"]
+    assert splits["train"].features[LABEL].names == ["bus", "train"]
+
+
 def test_unreadable_pictures_are_listed_or_left_out(
     colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -583,6 +632,10 @@ def test_unreadable_pictures_are_listed_or_left_out(
     assert not (tmp_path / "out.training").exists()
     assert run(options(colours, tmp_path / "out", validation=0.0, epochs=1, skip_unreadable=True))
     assert "red/000.png" in capsys.readouterr().out
+    for file in (colours / "train" / "red").iterdir():
+        file.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="every class needs pictures to train on; there are none of red"):
+        run(options(colours, tmp_path / "again", validation=0.0, skip_unreadable=True))
 
 
 def test_splits_with_other_labels_are_refused(colours: Path, tmp_path: Path) -> None:
@@ -627,6 +680,12 @@ def test_a_broken_model_is_one_error(
     with pytest.raises(ValueError, match=message):
         evaluate_checkpoint(str(model), str(colours))
     assert not (tmp_path / "out").exists()
+
+
+def test_classes_without_pictures_count_for_nothing() -> None:
+    logits, labels = torch.eye(3)[[0, 0, 1, 2]], torch.tensor([0, 0, 1, 1])
+    assert class_accuracies(logits, labels) == [1.0, 0.5, None]
+    assert metrics(logits, labels) == {"accuracy": 0.75, "balanced_accuracy": 0.75}
 
 
 def test_labels_count_by_name(colours: Path, tmp_path: Path) -> None:
