@@ -87,15 +87,14 @@ def convert(
     """
     if unfold and fuse:
         raise ValueError("unfold and fuse exclude each other.")
-    with staged(Path(output), overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
+    with staged(Path(output), overwrite, source) as folder, tempfile.TemporaryDirectory() as scratch:
         pictures = find_pictures(Path(verify_on)) if verify_on else []
         origin, checkpoint = read_source(source, revision, Options(recipe, image_size))
         choose_labels(checkpoint, labels, drop_background)
-        gray = checkpoint.config["num_channels"] == 1
-        if gray:
+        if checkpoint.config["num_channels"] == 1:
             keep_gray(checkpoint.processor)
         if not pictures and (verify or unfold):
-            pictures = draw_pictures(Path(scratch), gray=gray)
+            pictures = draw_pictures(Path(scratch))
         model = build(checkpoint, origin.given)
         if unfold:
             starts = range(0, min(len(pictures), MAX_STATISTICS), BATCH)
@@ -153,8 +152,8 @@ def choose_labels(checkpoint: Checkpoint, labels: str | None, drop_background: b
 
 
 def keep_gray(processor: MobileNetImageProcessor) -> None:
-    """Let grayscale pictures keep their one channel; mean and deviation become those of the three on average."""
-    processor.do_convert_rgb = False
+    """Give the network one channel; mean and deviation become those of the three on average."""
+    processor.do_grayscale = True
     processor.image_mean = [sum(processor.image_mean) / len(processor.image_mean)]
     processor.image_std = [sum(processor.image_std) / len(processor.image_std)]
 
@@ -206,19 +205,14 @@ def leave_out_background(model: MobileNetForImageClassification, quantization: d
 
 
 @contextlib.contextmanager
-def staged(output: Path, overwrite: bool) -> Iterator[Path]:
+def staged(output: Path, overwrite: bool, source: str | os.PathLike = "") -> Iterator[Path]:
     """Give a folder to build in, which takes the output's place at the end; after an error, nothing of it is left.
 
     Raises:
         ConversionError: The output exists, and is not to be replaced.
     """
     output = output.expanduser().absolute()
-    if os.path.lexists(output):
-        if not overwrite:
-            raise ConversionError(f"{output} exists; --overwrite replaces it.")
-        # A typing error must not cost somebody's pictures.
-        if output.is_symlink() or not output.is_dir() or not (is_repository(output) or not any(output.iterdir())):
-            raise ConversionError(f"{output} is no model repository, and is not replaced.")
+    check_output(output, overwrite, source)
     existing = next(parent for parent in output.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing) as scratch:
         folder, old = Path(scratch, output.name), Path(scratch, "old")
@@ -235,9 +229,32 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
             raise
 
 
+def check_output(output: Path, overwrite: bool, source: str | os.PathLike) -> None:
+    """Raise ConversionError unless there is no such folder, or one that may be replaced: a typing error costs nothing.
+
+    Args:
+        output: Absolute path of the folder.
+        overwrite: Whether to replace a repository that exists.
+        source: What is read meanwhile: a path, or something else.
+    """
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise ConversionError(f"{output} exists; --overwrite replaces it.")
+    if output.is_symlink() or not output.is_dir() or not (is_repository(output) or not any(output.iterdir())):
+        raise ConversionError(f"{output} is no model repository, and is not replaced.")
+    if Path.cwd().is_relative_to(output) or (output / ".git").exists():
+        raise ConversionError(f"{output} is a clone or the folder you are in, and is not replaced.")
+    if os.path.exists(source) and Path(source).resolve().is_relative_to(output):
+        raise ConversionError(f"{output} holds the source, and is not replaced.")
+
+
 def is_repository(folder: Path) -> bool:
     """Whether a folder holds a model."""
-    return (folder / "config.json").is_file()
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _stop(*_: object) -> None:
@@ -330,7 +347,7 @@ def command(
         for comparison in comparisons:
             table.add_row(*comparison.cells)
         console.print(table)
-    console.print(f"{output} is written.", highlight=False)
+    console.print(clean(f"{output} is written."), highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

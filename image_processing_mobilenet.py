@@ -8,6 +8,7 @@ import ipaddress
 import math
 import os
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,13 +20,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.Image import Resampling
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-
-
-try:
-    Resampling = Image.Resampling
-except AttributeError:  # Pillow before 9.1
-    Resampling = Image
 
 
 class Recipe(NamedTuple):
@@ -62,19 +58,30 @@ class UnreadableImageError(ValueError):
 
 # A picture of more pixels is refused, and none is made: in all, one takes up to 24 bytes a pixel, 4 GB then.
 MAX_PIXELS = 178_956_970
-# Files that another program draws: Ghostscript, which runs an EPS file, and Windows.
-_DRAWN_ELSEWHERE = ("EPS", "WMF")
-# A download of more bytes is refused.
+# Formats that are not read. Ghostscript runs an EPS file, Windows a WMF file; and IPTC would lead Pillow to both.
+_REFUSED = {
+    "EPS": "it is a program that draws a picture",
+    "WMF": "it is a program that draws a picture",
+    "IPTC": "it may hold a file of any format",
+}
+# A download of more bytes is refused, and one that takes longer, in seconds.
 MAX_BYTES = 256 * 1024 * 1024
+MAX_SECONDS = 300.0
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses in the last 32 bits
 
 
-def _is_private(url: str) -> bool:
-    """Whether a URL leads into this machine or a network that the internet does not reach."""
+def _is_public(address: str) -> bool:
+    """Whether the internet reaches an address, which this machine and the networks around it have not."""
+    address = ipaddress.ip_address(address.partition("%")[0])
+    return (ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else address).is_global
+
+
+def _where(url: str) -> set[bool]:
+    """Whether the addresses of a URL are public; nothing for a name that only a proxy may know."""
     try:
-        addresses = {address[0] for *_, address in socket.getaddrinfo(urlsplit(url).hostname, None)}
-    except socket.gaierror:  # a proxy may know the name
-        return False
-    return not all(ipaddress.ip_address(address.partition("%")[0]).is_global for address in addresses)
+        return {_is_public(address[0]) for *_, address in socket.getaddrinfo(urlsplit(url).hostname, None)}
+    except socket.gaierror:
+        return set()
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -82,7 +89,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
         *_, url = args
-        if not url.startswith(("http://", "https://")) or (_is_private(url) and not _is_private(request.full_url)):
+        leaves_public_ground = False in _where(url) and _where(request.full_url) != {False}
+        if not url.startswith(("http://", "https://")) or leaves_public_ground:
             raise urllib.error.URLError(f"redirects to {url}")
         return super().redirect_request(request, *args)
 
@@ -91,18 +99,24 @@ def fetch(url: str, timeout: float = 30.0) -> bytes:
     """Download a picture over HTTP or HTTPS.
 
     Raises:
-        UnreadableImageError: The server does not answer, answers with an error, sends more than MAX_BYTES, or
-            redirects to another protocol or from a public address to a private one.
+        UnreadableImageError: The server does not answer, answers with an error, sends more than MAX_BYTES, takes more
+            than MAX_SECONDS, or redirects to another protocol or from a public address to a private one.
     """
+    data, end = bytearray(), time.monotonic() + MAX_SECONDS
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "mobilenet"})
         with urllib.request.build_opener(_Redirects).open(request, timeout=timeout) as response:
-            data = response.read(MAX_BYTES + 1)
+            while len(data) <= MAX_BYTES and (chunk := response.read1(1 << 16)):
+                data += chunk
+                if time.monotonic() > end:
+                    raise TimeoutError(f"no end after {MAX_SECONDS:g} seconds")
+            if response.length:  # of a body that has no end of its own
+                raise http.client.IncompleteRead(bytes(data), response.length)
     except (http.client.HTTPException, OSError, ValueError) as error:
         raise UnreadableImageError(f"{url}: cannot be downloaded: {error}") from error
     if len(data) > MAX_BYTES:
         raise UnreadableImageError(f"{url}: more than {MAX_BYTES} bytes")
-    return data
+    return bytes(data)
 
 
 def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0, 0)) -> Image.Image:
@@ -121,8 +135,8 @@ def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0
         source = fetch(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.format in _DRAWN_ELSEWHERE:
-                raise UnreadableImageError(f"{name}: {image.format} is not read: it is a program that draws a picture")
+            if image.format in _REFUSED:
+                raise UnreadableImageError(f"{name}: {image.format} is not read: {_REFUSED[image.format]}")
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableImageError(f"{name}: {image.width}x{image.height} is over {MAX_PIXELS} pixels")
             if all(at_least):
@@ -136,23 +150,7 @@ def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0
         raise UnreadableImageError(f"{name}: not a picture in a format that Pillow reads") from error
     except FileNotFoundError as error:
         raise UnreadableImageError(f"{name}: no such file") from error
-    # Pillow's decoders and EXIF parser raise these on broken files.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        MemoryError,
-        NotImplementedError,
-        RuntimeError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+    except Exception as error:  # Pillow's decoders and EXIF parser raise what they happen to stumble over
         raise UnreadableImageError(f"{name}: cannot be decoded: {error}") from error
 
 
@@ -278,6 +276,16 @@ def _to_planes(image: Any, input_data_format: str | None, as_rgb: bool) -> _Plan
     raise TypeError(f"images must be Pillow pictures, arrays, tensors, paths or URLs, got {type(image).__name__}.")
 
 
+def _to_gray(planes: _Planes) -> _Planes:
+    """Luma by ITU-R BT.601, as Pillow has it."""
+    if planes.images[0].mode == "RGB":
+        return planes._replace(images=(planes.images[0].convert("L"),))
+    if len(planes.images) == 1:
+        return planes
+    red, green, blue = (np.asarray(image) for image in planes.images)
+    return planes._replace(images=(Image.fromarray(0.299 * red + 0.587 * green + 0.114 * blue),))
+
+
 def _flatten(images: Any) -> list[Any]:
     """One picture, a batch of them, or lists of both, as a flat list of single pictures."""
     if isinstance(images, (list, tuple)):
@@ -360,6 +368,7 @@ def _read_factor(name: str, value: Any) -> float:
 _READERS = {
     "fast_decode": _read_flag,
     "do_convert_rgb": _read_flag,
+    "do_grayscale": _read_flag,
     "do_resize": _read_flag,
     "size": lambda name, value: _read_size(name, value, square=False),
     "resample": _read_resample,
@@ -391,7 +400,8 @@ class MobileNetImageProcessor(BaseImageProcessor):
         image_mean: A number for each channel; 0.5 by default.
         image_std: A number for each channel; 0.5 by default.
         do_convert_rgb: Whether to convert to three channels, on a white ground where the picture is transparent.
-            Without it, grayscale stays grayscale, for networks with one input channel.
+            Without it, grayscale stays grayscale.
+        do_grayscale: Whether to convert to one channel in the end, for networks that take one.
         fast_decode: Whether to decode JPEG files of more than twice `size` at a half, a quarter or an eighth of their
             size, as far as twice `size` remains: several times as fast for photographs of many megapixels, at the
             price of values that differ a little. It holds for paths, URLs and bytes.
@@ -415,6 +425,7 @@ class MobileNetImageProcessor(BaseImageProcessor):
         image_mean: float | Sequence[float] = _HALF,
         image_std: float | Sequence[float] = _HALF,
         do_convert_rgb: bool = True,
+        do_grayscale: bool = False,
         fast_decode: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -532,7 +543,9 @@ class MobileNetImageProcessor(BaseImageProcessor):
         """One picture as float32 of shape (H, W, C)."""
         if _is_encoded(image):
             image = open_image(image, _enough(options))
-        planes = _to_planes(image, input_data_format, options["do_convert_rgb"])
+        planes = _to_planes(image, input_data_format, options["do_convert_rgb"] and not options["do_grayscale"])
+        if options["do_grayscale"]:
+            planes = _to_gray(planes)
         arrays = [np.asarray(_resize_and_crop(plane, options)) for plane in planes.images]
         if planes.images[0].mode != "F":
             array = arrays[0] if arrays[0].ndim == 3 else arrays[0][..., None]

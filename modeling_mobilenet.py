@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any, ClassVar
 
 import torch
@@ -108,8 +109,13 @@ class Conv2d(nn.Conv2d):
 
 def is_untouched(module: nn.Module, cls: type) -> bool:
     """Whether a module is one of a class as it was written: no hook, wrapper or subclass has a say in its call."""
+    everywhere = nn.modules.module
     return type(module) is cls and not (
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or "forward" in vars(module)
     )
 
 
@@ -182,11 +188,11 @@ class ConvNormAct(nn.Module):
         return (
             x.device.type == "cpu"
             and x.dtype.itemsize >= 4  # with fewer bits, a weight would be rounded twice
+            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
             and is_untouched(self.norm, nn.BatchNorm2d)
             and is_untouched(self.conv, Conv2d)
             and type(self.conv.weight) is nn.Parameter
             and not (self.norm.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         )
 
     def _terms(self) -> tuple[Tensor, ...]:
@@ -310,6 +316,17 @@ class MobileNetPreTrainedModel(PreTrainedModel):
             elif isinstance(module, MobileNetPreTrainedModel):
                 module.config = config
         return self
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Save as PreTrainedModel does.
+
+        Raises:
+            ValueError: A part alone is fused, which no configuration says.
+        """
+        norms = {not isinstance(m.norm, nn.Identity) for m in self.modules() if isinstance(m, ConvNormAct)}
+        if norms != {self.config.use_batch_norm}:
+            raise ValueError("a network must be fused as a whole to be saved: call fuse() on all of it.")
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def train(self, mode: bool = True) -> MobileNetPreTrainedModel:
         """Set training mode, with a warning where batch norm was folded away."""

@@ -160,8 +160,8 @@ def _options(revision: str | None) -> dict[str, Any]:
 def _loading(model: str) -> Iterator[None]:
     if not os.path.isdir(model):
         _check_hub_id(model)
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
@@ -169,6 +169,8 @@ def _loading(model: str) -> Iterator[None]:
         raise ValueError(f"{model} cannot be loaded: {str(error) or type(error).__name__}") from error
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _check_hub_id(model: str) -> None:
@@ -206,19 +208,35 @@ def _load(model: str, options: dict[str, Any], engine: Engine, fast_decode: bool
     if engine is Engine.TORCH:
         network = _load_weights(model, config, options).fuse()
     elif engine is exported_for:
-        network, words = _load_export(model, engine, options)
+        try:
+            network, words = _load_export(model, engine, options)
+        except ImportError:
+            raise
+        except Exception as error:  # of protobuf, ONNX Runtime, OpenVINO
+            raise ValueError(f"its network for {engine.value} is broken: {error}") from error
     else:
         exports = "no engine" if exported_for is None else exported_for.value
         raise ValueError(f"it was exported for {exports}, not for {engine.value}.")
     score = _score_function(config)
 
+    def read(name: str) -> Tensor:
+        pixels = processor(images=name, return_tensors="pt")["pixel_values"]
+        if pixels.shape[1] != config.num_channels:
+            raise ValueError(f"{name}: the network takes {config.num_channels} channels, got {pixels.shape[1]}")
+        return pixels
+
     @torch.inference_mode()
     def run_network(pixels: Tensor) -> Tensor:
-        return score(network(pixel_values=pixels).logits)
+        scores = score(network(pixel_values=pixels).logits)
+        if scores.shape[1] != config.num_labels:
+            raise ValueError(f"{model} must answer with {config.num_labels} scores, got {scores.shape[1]}.")
+        if not scores.isfinite().all():
+            raise ValueError(f"{model} must answer with finite scores, got NaN or infinity: its weights are broken.")
+        return scores
 
     return Classifier(
         engine=words,
-        read=lambda name: processor(images=name, return_tensors="pt")["pixel_values"],
+        read=read,
         network=run_network,
         labels=[str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)],
         gives_probabilities=config.problem_type != "regression",

@@ -36,6 +36,7 @@ from .classify import find, load_network
 from .conversion.progress import status, track
 from .conversion.proof import draw_pictures
 from .convert_checkpoint import staged
+from .text import clean, markdown
 
 
 class Target(str, Enum):
@@ -165,7 +166,7 @@ def export(
     if quantizes and pictures is None:
         raise ExportError("int8 must be calibrated: name a folder of pictures such as the network will see.")
     check_installed(target, quantizes)
-    with staged(Path(output), overwrite) as folder, tempfile.TemporaryDirectory() as scratch, _quiet():
+    with staged(Path(output), overwrite, source) as folder, tempfile.TemporaryDirectory() as scratch, _quiet():
         with status("loading"):
             network, processor = load_network(source, revision)
             network.fuse()
@@ -360,7 +361,11 @@ def _write(exporter: _Exporter, target: Target, int8: bool, folder: Path) -> lis
     from transformers.exporters import ExportedModel
 
     with status(f"exporting to {target.value}"):
-        exporter.export(target, int8).save_pretrained(folder)
+        exported = exporter.export(target, int8)
+        try:
+            exported.save_pretrained(folder)
+        except RuntimeError as error:  # OpenVINO's word for a disk that is full or forbidden
+            raise ExportError(f"{folder.name} cannot be written: {error}") from error
         exporter.processor.save_pretrained(folder)
 
     def load(**options: Any) -> Callable[[Tensor], Tensor]:
@@ -483,7 +488,7 @@ def _card(source: str, target: Target, exporter: _Exporter, comparisons: Sequenc
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# {_NAMES[config.architecture]} for {target.value}\n\n"
         f"Width {config.width_multiplier:g}, {config.num_labels} classes, batch norm folded, exported at "
-        f"{height}x{width} pixels from `{Path(source).name if os.path.isdir(source) else source}`.\n\n"
+        f"{height}x{width} pixels from {markdown(Path(source).name if os.path.isdir(source) else source)}.\n\n"
         + (_USE_JS if is_js else _USE)
         + "\n\n## Beside torch\n\nThe largest difference of logits, and the median time of one picture.\n\n"
         + "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -553,4 +558,4 @@ def command(
     for comparison in comparisons:
         table.add_row(*comparison.cells)
     console.print(table)
-    console.print(f"{output} is written.", highlight=False)
+    console.print(clean(f"{output} is written."), highlight=False, markup=False, soft_wrap=True)

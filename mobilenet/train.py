@@ -225,8 +225,10 @@ def run(options: Options) -> bool:
     from transformers import set_seed
     from transformers.utils import logging
 
+    from .convert_checkpoint import check_output
     from .trainer import checkpoints
 
+    check_output(output.absolute(), options.overwrite, options.dataset)
     logging.disable_progress_bar()
     state = PartialState(cpu=not torch.cuda.is_available())  # or it would not see the other processes on CPUs
     work = options.work

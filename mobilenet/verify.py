@@ -172,7 +172,7 @@ def _problems(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             yield "not the file, but what git-lfs puts in its place: run git lfs pull"
-        elif path.suffix.lower() in PICKLES and not path.name.startswith("openvino_"):  # whose .bin are bare numbers
+        elif path.suffix.lower() in PICKLES and not _is_of_openvino(path):
             yield "a pickle, which can run code: convert it to safetensors"
 
 
@@ -183,16 +183,31 @@ def _code_elsewhere(path: Path) -> Iterator[str]:
     except (ValueError, RecursionError) as error:
         yield f"no JSON: {error}"
         return
-    content = content if isinstance(content, dict) else {}
-    classes = content.get("auto_map") or {}
-    for auto, value in classes.items() if isinstance(classes, dict) else [("auto_map", classes)]:
-        if value != CLASSES.get(auto):
-            yield f"runs other code: {auto} is {value}"
-    for field, value in content.items():
+    for field, value in _fields(content):
+        if field == "auto_map" and value:
+            for auto, name in value.items() if isinstance(value, dict) else [("auto_map", value)]:
+                if name != CLASSES.get(auto):
+                    yield f"runs other code: {auto} is {name}"
         # Before 5.3, transformers ran what these name even without trust (CVE-2026-4372).
         is_kernel = "_implementation" in field and "/" in str(value)
         if value and (is_kernel or field in ("custom_generate", "custom_pipelines")):
             yield f"runs other code: {field} is {value}"
+        if path.name == "adapter_config.json" and field == "base_model_name_or_path":
+            yield f"loads another repository: {field} is {value}"
+
+
+def _fields(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every field of a configuration and of those within it, as a processor's holds its image processor's."""
+    for field, value in content.items() if isinstance(content, dict) else ():
+        yield field, value
+        yield from _fields(value)
+    for value in content if isinstance(content, list) else ():
+        yield from _fields(value)
+
+
+def _is_of_openvino(path: Path) -> bool:
+    """Whether a .bin holds the bare numbers of the graph beside it."""
+    return path.suffix == ".bin" and path.name.startswith("openvino_") and path.with_suffix(".xml").is_file()
 
 
 def show(findings: list[Finding], as_json: bool = False) -> None:

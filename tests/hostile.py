@@ -109,6 +109,9 @@ def pictures() -> Iterator[bytes]:
     exif[0x0112] = 6
     yield _encoded(rgb, "JPEG", exif=exif, progressive=True, icc_profile=bytes(200))
     yield _encoded(rgb, "PNG", exif=exif)
+    # Orientation 6, and a width of letters.
+    fields = struct.pack("<HHHI4sHHI4sI", 2, 0x0100, 2, 2, b"a", 0x0112, 3, 1, b"\6", 0)
+    yield _encoded(rgb, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0" + fields)
     yield _encoded(palette, "PNG", transparency=3)
     yield _encoded(palette, "GIF", transparency=3, save_all=True, append_images=[palette.rotate(90), palette])
     yield _encoded(rgb, "PNG", save_all=True, append_images=[rgb.rotate(90)])

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -372,6 +373,33 @@ def test_exports_say_the_same(exported, chosen, model, pictures):
         )
 
 
+def test_a_broken_export_is_one_error(exported, pictures, tmp_path):
+    """A network that is cut off, and labels that are not as many as its answers."""
+    engine, folder = exported
+    less = shutil.copytree(folder, tmp_path / "less")
+    edit_config(less, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    network = cut / {"onnx": "model.onnx", "openvino": "openvino_model.xml"}[engine]
+    network.write_bytes(network.read_bytes()[:999])
+    for broken, message in ((less, "must answer with 2 scores, got "), (cut, f"its network for {engine} is broken: ")):
+        result = run(pictures, "--model", broken)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.splitlines()[-1].startswith("Error: ")
+        assert message in result.stderr
+
+
+def test_networks_of_one_channel(tmp_path, pictures):
+    """They are given luma; and with a processor that makes three channels, each picture has its error."""
+    config = MobileNetConfig(width_multiplier=0.1, num_channels=1, id2label=dict(enumerate("abc")))
+    MobileNetForImageClassification(config).save_pretrained(tmp_path)
+    MobileNetImageProcessor(do_grayscale=True, image_mean=0.5, image_std=0.5).save_pretrained(tmp_path)
+    assert run(pictures, "--model", tmp_path).exit_code == 0
+    MobileNetImageProcessor().save_pretrained(tmp_path)
+    result = run(pictures, "--model", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr.count("the network takes 1 channels, got 3") == len(FOUND)
+
+
 def test_exports_repeat_their_bits(exported, pictures):
     _, folder = exported
     first, second = load(str(folder)), load(str(folder))
@@ -484,6 +512,19 @@ def test_a_broken_model_is_one_error(tmp_path, pictures, fault):
     assert line.startswith("Error: ")
     assert str(folder) in line
     assert message in line
+
+
+def test_weights_that_are_no_numbers_are_one_error(tmp_path, pictures):
+    make_model(tmp_path)
+    network = MobileNetForImageClassification.from_pretrained(tmp_path)
+    network.classifier.bias.data.fill_(torch.nan)
+    network.save_pretrained(tmp_path)
+    result = run(pictures, "--model", tmp_path, "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines() == [
+        "Engine: torch",
+        f"Error: {tmp_path} must answer with finite scores, got NaN or infinity: its weights are broken.",
+    ]
 
 
 def test_a_models_own_code_does_not_run(tmp_path, pictures):

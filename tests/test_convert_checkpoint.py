@@ -197,6 +197,22 @@ def test_overwriting_replaces_repositories_only(small: Path, tmp_path: Path) -> 
     (tmp_path / "link").symlink_to(small)
     for output in (tmp_path / "holiday", tmp_path / "holiday" / "beach.jpg", tmp_path / "link"):
         assert_fails_without_a_trace(small, output, "is no model repository", overwrite=True)
+    (tmp_path / "holiday" / "config.json").write_text("{}")
+    assert_fails_without_a_trace(small, tmp_path / "holiday", "is no model repository", overwrite=True)
+
+
+def test_overwriting_spares_clones_and_the_source(
+    converted: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = Path(shutil.copytree(converted, tmp_path / "clone"))
+    (clone / ".git").mkdir()
+    assert_fails_without_a_trace(small, clone, "is a clone or the folder you are in", overwrite=True)
+    (clone / ".git").rmdir()
+    with monkeypatch.context() as context:
+        context.chdir(clone)
+        assert_fails_without_a_trace(small, clone, "is a clone or the folder you are in", overwrite=True)
+    assert_fails_without_a_trace(small, small, "holds the source", overwrite=True)
+    assert_fails_without_a_trace(small / "config.json", small, "holds the source", overwrite=True)
 
 
 def test_missing_parents_of_the_output_are_made(small: Path, tmp_path: Path) -> None:

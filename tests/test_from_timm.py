@@ -119,6 +119,16 @@ def test_a_network_for_grayscale_is_proved_on_grayscale(tmp_path: Path) -> None:
     assert reloaded.largest < 1e-4
 
 
+def test_a_width_that_timm_does_not_have_is_converted_unproved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(network("mobilenetv2_035").state_dict(), tmp_path / "model.pth")
+    monkeypatch.setattr(import_timm(), "is_model", lambda name: False)
+    (reloaded,) = convert(str(tmp_path / "model.pth"), tmp_path / "output")
+    assert reloaded.largest < 1e-4
+    assert "timm has no mobilenetv2_035" in (tmp_path / "output" / "README.md").read_text(encoding="utf-8")
+
+
 def test_labels_of_a_repository_are_kept(tmp_path: Path) -> None:
     source = save_for_hub(network("mobilenetv2_035", num_classes=2), tmp_path)
     config = json.loads((source / "config.json").read_text())

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -93,6 +93,21 @@ def _replace(model: nn.Module, seen: list[str]) -> None:
     model.backbone.stem.norm = norm
 
 
+@pytest.fixture
+def watch_everything() -> Iterator[list[nn.Module]]:
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    yield seen
+    handle.remove()
+
+
+def test_layers_are_called_where_all_are_watched(watch_everything: list[nn.Module]) -> None:
+    model = network(width_multiplier=0.35)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert {*map(id, watch_everything)} >= {id(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+
+
 @pytest.mark.parametrize("touch", [_hook, _pre_hook, _wrap, _replace])
 def test_layers_that_someone_watches_are_called(touch: Callable[[nn.Module, list[str]], None]) -> None:
     model = network(width_multiplier=0.35)
@@ -129,6 +144,15 @@ def test_twice_is_harmless() -> None:
     assert model.fuse() is model
     assert model.state_dict().keys() == once.keys()
     assert all(torch.equal(tensor, once[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_part_alone_is_not_saved(tmp_path: Path) -> None:
+    """No configuration says it, so its answers would be lost."""
+    model = network(width_multiplier=0.35)
+    model.backbone.fuse()
+    with pytest.raises(ValueError, match="a network must be fused as a whole to be saved"):
+        model.save_pretrained(tmp_path)
+    model.fuse().save_pretrained(tmp_path)
 
 
 def test_network_without_batch_norm_stays() -> None:

@@ -3,7 +3,8 @@ import json
 import os
 import socket
 import threading
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -212,6 +213,21 @@ def test_grayscale_can_stay_grayscale():
     assert model(pixels(picture(mode="L"), processor)).logits.shape == (1, 2)
 
 
+def test_networks_of_one_channel_are_given_luma():
+    """A picture of colours is what Pillow makes of it in mode L, from any source; one of grays stays as it is."""
+    processor = MobileNetImageProcessor(do_grayscale=True, image_mean=0.5, image_std=0.5)
+    colour, gray = picture(), picture(mode="L")
+    expected = pixels(colour.convert("L"), processor)
+    assert expected.shape == (1, 1, 224, 224)
+    for image in (colour, np.array(colour), colour.convert("RGBA")):
+        assert torch.equal(pixels(image, processor), expected)
+    in_floats = pixels(np.array(colour) / 255, processor)
+    torch.testing.assert_close(in_floats, expected, rtol=0, atol=3 / 255)  # luma and both resizes round
+    for image in (gray, gray.convert("RGB"), np.array(gray)):
+        kept = MobileNetImageProcessor(do_convert_rgb=False, image_mean=0.5, image_std=0.5)
+        assert torch.equal(pixels(image, processor), pixels(gray, kept))
+
+
 def test_files_are_turned_upright(tmp_path):
     image = picture(60, 40)
     exif = Image.Exif()
@@ -374,6 +390,43 @@ def test_redirects_do_not_lead_inside(tmp_path, serve, redirect, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     with pytest.raises(UnreadableImageError, match=rf"redirects to {inside}"):
         pixels(outside)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("127.0.0.1", False),
+        ("169.254.169.254", False),
+        ("2001:4860:4860::8888", True),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("64:ff9b::808:808", True),
+        ("64:ff9b::7f00:1", False),
+    ],
+)
+def test_addresses_inside_and_outside(address, public):
+    assert image_processing_mobilenet._is_public(address) == public
+
+
+def test_a_server_without_an_end_is_left(serve, monkeypatch):
+    class Trickle(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+
+        def log_message(self, *_): ...
+
+    monkeypatch.setattr(image_processing_mobilenet, "MAX_SECONDS", 0.3)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Trickle) as server:
+        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with pytest.raises(UnreadableImageError, match=r"cannot be downloaded: no end after 0\.3 seconds"):
+            pixels(f"http://127.0.0.1:{server.server_port}/picture.png")
+        server.shutdown()
 
 
 def test_a_photograph_of_grayscale_and_one_of_colour_make_a_batch(photographs):

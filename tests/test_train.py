@@ -738,7 +738,10 @@ def test_an_existing_folder_stays(colours: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "precious").touch()
     with pytest.raises(FileExistsError, match="set --overwrite to replace it"):
         run(options(colours, tmp_path / "out"))
+    with pytest.raises(ValueError, match="is no model repository, and is not replaced"):
+        run(options(colours, tmp_path / "out", overwrite=True))
     assert (tmp_path / "out" / "precious").exists()
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "mobilenet"}')
     assert run(options(colours, tmp_path / "out", epochs=1, overwrite=True))
     assert not (tmp_path / "out" / "precious").exists()
 

@@ -141,6 +141,7 @@ ELSEWHERE = {
     "an old form": {"auto_map": "payload.Model"},
     "a list": {"auto_map": {"AutoTokenizer": ["payload.Slow", "payload.Fast"]}},
     "a pipeline": {"custom_pipelines": {"image-classification": {"impl": "payload.Pipeline"}}},
+    "an inner configuration": {"image_processor": {"auto_map": {"AutoImageProcessor": "payload.Processor"}}},
     "a kernel": {"_attn_implementation_internal": "evil/kernel"},
 }
 
@@ -156,6 +157,13 @@ def test_configurations_that_run_other_code(folder: Path, name: str, fields: dic
     assert "runs other code: " in findings[name]["verdict"]
 
 
+def test_an_adapter_of_another_repository(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "evil/code"}))
+    status, findings = run(folder)
+    assert status == 1
+    assert "loads another repository: " in findings["adapter_config.json"]["verdict"]
+
+
 @pytest.mark.parametrize("content", ["{", "[1, 2]", "[" * 100_000])
 def test_configurations_that_are_none(folder: Path, content: str) -> None:
     (folder / "processor_config.json").write_text(content)
@@ -164,7 +172,9 @@ def test_configurations_that_are_none(folder: Path, content: str) -> None:
     assert ("no JSON" in findings["processor_config.json"]["verdict"]) == bool(status)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "training_args.bin", "checkpoint-5/rng_state.PTH"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "openvino_x.bin", "training_args.bin", "checkpoint-5/rng_state.PTH"]
+)
 def test_pickles(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(pickle.dumps({}))

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor, Resampling
 
-from .checkpoint import Checkpoint, Options, Oracle, Origin, read_json, read_torch, understanding, weights_file
+from .checkpoint import (
+    Checkpoint,
+    NoOracleError,
+    Options,
+    Oracle,
+    Origin,
+    read_json,
+    read_torch,
+    understanding,
+    weights_file,
+)
 from .labels import check
 from .names import TORCH, ConversionError, Row, Table, measure
 
@@ -116,6 +126,8 @@ def _processor(recorded: dict[str, Any]) -> MobileNetImageProcessor:
 def _oracle(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Oracle:
     import timm
 
+    if not timm.is_model(name):
+        raise NoOracleError(f"timm has no {name}")
     model = timm.create_model(name, num_classes=config["num_labels"], in_chans=config["num_channels"]).eval()
     model.load_state_dict(tensors)
     return Oracle(f"timm's {name}", timm.__version__, model)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, Options, Oracle, Origin, sha256
+from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, sha256
 from .names import TORCH, ConversionError, Row, Table, measure
 
 
@@ -72,6 +72,8 @@ def from_tensors(tensors: Mapping[str, Tensor], table: Table, options: Options, 
 def _oracle(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Oracle:
     import torchvision
 
+    if config["num_channels"] != 3:
+        raise NoOracleError("torchvision's mobilenet_v2 takes three channels")
     model = torchvision.models.mobilenet_v2(
         num_classes=config["num_labels"], width_mult=config.get("width_multiplier", 1.0)
     )

@@ -213,7 +213,7 @@ def find_pictures(folder: Path) -> list[str]:
     return found
 
 
-def draw_pictures(folder: Path, count: int = 8, gray: bool = False) -> list[str]:
+def draw_pictures(folder: Path, count: int = 8) -> list[str]:
     """Write synthetic pictures, always the same: coarse colours under fine noise, upright and lying."""
     random = np.random.default_rng(0)
     paths = []
@@ -222,5 +222,5 @@ def draw_pictures(folder: Path, count: int = 8, gray: bool = False) -> list[str]
         coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
         fine = Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), np.uint8))
         paths.append(str(folder / f"{index}.png"))
-        Image.blend(coarse, fine, 0.1).convert("L" if gray else "RGB").save(paths[-1])
+        Image.blend(coarse, fine, 0.1).save(paths[-1])
     return paths
