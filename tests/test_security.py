@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from convert_checkpoint import convert
-from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor, report
+from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor, export, report
 from mobilenet.classify import load
 from mobilenet.conversion import ConversionError
 
@@ -177,3 +177,13 @@ def test_labels_cannot_write_into_the_card_of_a_training(tmp_path: Path) -> None
         tmp_path, options, MobileNetForImageClassification(config), measured, {"test": HOSTILE}, "mobilenet train"
     )
     assert "license" not in check_card(tmp_path / "README.md").data.to_dict()
+
+
+def test_names_cannot_write_into_the_card_of_an_export(tmp_path: Path) -> None:
+    source = tmp_path / HOSTILE.replace("/", "")
+    source.mkdir()
+    exporter = SimpleNamespace(config=MobileNetConfig(), size=(224, 224))
+    rows = [export.Comparison("ONNX", 8, 0.0, 1.0, 1.0, 1.0)]
+    for target in (export.Target.ONNX, export.Target.TRANSFORMERS_JS):
+        export._card(str(source), target, exporter, rows).save(tmp_path / "README.md")
+        assert "license" not in check_card(tmp_path / "README.md").data.to_dict()
