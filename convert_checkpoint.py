@@ -233,7 +233,7 @@ def check_output(output: Path, overwrite: bool, source: str | os.PathLike) -> No
     """Raise ConversionError unless there is no such folder, or one that may be replaced: a typing error costs nothing.
 
     Args:
-        output: Absolute path of the folder.
+        output: The folder.
         overwrite: Whether to replace a repository that exists.
         source: What is read meanwhile: a path, or something else.
     """
@@ -243,6 +243,7 @@ def check_output(output: Path, overwrite: bool, source: str | os.PathLike) -> No
         raise ConversionError(f"{output} exists; --overwrite replaces it.")
     if output.is_symlink() or not output.is_dir() or not (is_repository(output) or not any(output.iterdir())):
         raise ConversionError(f"{output} is no model repository, and is not replaced.")
+    output = output.resolve()
     if Path.cwd().is_relative_to(output) or (output / ".git").exists():
         raise ConversionError(f"{output} is a clone or the folder you are in, and is not replaced.")
     if os.path.exists(source) and Path(source).resolve().is_relative_to(output):

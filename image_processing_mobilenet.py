@@ -88,7 +88,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follow a server to where its user may have wanted to go: to HTTP and HTTPS, and never from outside to inside."""
 
     def redirect_request(self, request: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
-        *_, url = args
+        response, *_, url = args
+        response.close()  # or its body, of whatever length, would be read
         leaves_public_ground = False in _where(url) and _where(request.full_url) != {False}
         if not url.startswith(("http://", "https://")) or leaves_public_ground:
             raise urllib.error.URLError(f"redirects to {url}")
@@ -277,11 +278,9 @@ def _to_planes(image: Any, input_data_format: str | None, as_rgb: bool) -> _Plan
 
 
 def _to_gray(planes: _Planes) -> _Planes:
-    """Luma by ITU-R BT.601, as Pillow has it."""
+    """Luma of RGB by ITU-R BT.601, as Pillow has it; grays stay as they are."""
     if planes.images[0].mode == "RGB":
         return planes._replace(images=(planes.images[0].convert("L"),))
-    if len(planes.images) == 1:
-        return planes
     red, green, blue = (np.asarray(image) for image in planes.images)
     return planes._replace(images=(Image.fromarray(0.299 * red + 0.587 * green + 0.114 * blue),))
 
@@ -543,7 +542,7 @@ class MobileNetImageProcessor(BaseImageProcessor):
         """One picture as float32 of shape (H, W, C)."""
         if _is_encoded(image):
             image = open_image(image, _enough(options))
-        planes = _to_planes(image, input_data_format, options["do_convert_rgb"] and not options["do_grayscale"])
+        planes = _to_planes(image, input_data_format, options["do_convert_rgb"] or options["do_grayscale"])
         if options["do_grayscale"]:
             planes = _to_gray(planes)
         arrays = [np.asarray(_resize_and_crop(plane, options)) for plane in planes.images]

@@ -39,10 +39,18 @@ from mobilenet.trainer import ClassifierTrainer
 
 
 # The average of the weights is off: it would average batch norm's statistics too, and so hide what differs.
-COMMON = {"dataset": "", "output": "", "ema": 0.0, "seed": 0}
+COMMON = {
+    "dataset": "",
+    "output": "",
+    "ema": 0.0,
+    "seed": 0,
+    "batch_size": 64,
+    "crop_scale": 0.6,
+    "precision": "float32",
+}
 RECIPES = {
-    "from scratch": Options(**COMMON, image_size=48, epochs=10, batch_size=64, learning_rate=0.2, crop_scale=0.6),
-    "from Google's weights": Options(**COMMON, model="", image_size=96, epochs=3, batch_size=64, crop_scale=0.6),
+    "from scratch": Options(**COMMON, image_size=48, epochs=6, learning_rate=0.2),
+    "from Google's weights": Options(**COMMON, model="", image_size=64, epochs=2),
 }
 CLASSES = 10
 

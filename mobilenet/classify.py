@@ -227,7 +227,10 @@ def _load(model: str, options: dict[str, Any], engine: Engine, fast_decode: bool
 
     @torch.inference_mode()
     def run_network(pixels: Tensor) -> Tensor:
-        scores = score(network(pixel_values=pixels).logits)
+        try:
+            scores = score(network(pixel_values=pixels).logits)
+        except Exception as error:  # ONNX Runtime has classes of its own
+            raise ValueError(f"{model} cannot be run: {error}") from error
         if scores.shape[1] != config.num_labels:
             raise ValueError(f"{model} must answer with {config.num_labels} scores, got {scores.shape[1]}.")
         if not scores.isfinite().all():

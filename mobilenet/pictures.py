@@ -71,7 +71,7 @@ def load_splits(
     if path.is_file():
         source = {"path": "parquet", "data_files": {"train": glob.escape(str(path))}}
     elif path.is_dir() and any(path.rglob("*.parquet")):
-        source = {"path": str(path)}
+        source = {"path": str(path), "name": subset}
     elif path.is_dir():
         source = {"path": "imagefolder", "data_files": _folders(path), "drop_labels": False}
     else:
@@ -99,41 +99,41 @@ def load_splits(
 
 
 def _folders(path: Path) -> dict[str, str]:
-    """Patterns of files by split: the folders below are splits where one is named train and holds folders itself.
+    """Patterns of files by split: the folders below are splits if they have such names and hold folders themselves.
 
     Raises:
-        ValueError: There are no folders, or something beside them that is neither a class nor a split.
+        ValueError: There are no folders, or something is neither a split nor a class nor a picture of one.
     """
-    folders = _below(path)
+    folders = [folder.name for folder in _below(path)]
     splits = {name: SPLIT_FOLDERS[name.lower()] for name in folders if name.lower() in SPLIT_FOLDERS}
-    if not any(split == "train" and _below(path / name, required=False) for name, split in splits.items()):
-        return {"train": _pattern(path)}
+    holds_splits = any(_below(path / name) for name in splits)
+    if not (holds_splits and ("train" in splits.values() or len(splits) == len(folders))):
+        return {"train": _classes(path)}
     if others := [name for name in folders if name not in splits]:
         raise ValueError(
             f"{path} must hold either splits or classes, but beside {listed([*splits])} it has {listed(others)}."
         )
     if len(set(splits.values())) < len(splits):
         raise ValueError(f"{path} must hold each split once, got {listed([*splits])}.")
-    for name in splits:
-        _below(path / name)
-    return {split: _pattern(path / name) for name, split in splits.items()}
+    return {split: _classes(path / name) for name, split in splits.items()}
 
 
-def _pattern(path: Path) -> str:
-    return f"{glob.escape(str(path))}/*/**"
+def _below(path: Path) -> list[Path]:
+    """The folders in a folder, but hidden ones and those of archivers."""
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__")))
 
 
-def _below(path: Path, required: bool = True) -> list[str]:
-    """Names of the folders in a folder; where they are required, pictures beside them have no class."""
-    entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith((".", "__"))]
-    folders = [entry.name for entry in entries if entry.is_dir()]
-    if required and not folders:
+def _classes(path: Path) -> str:
+    """Pattern of the pictures in a folder of classes."""
+    classes = _below(path)
+    if not classes:
         raise ValueError(f"{path} must hold a folder of pictures for each class, but it has no folders.")
-    extensions = Image.registered_extensions()
-    stray = [entry.name for entry in entries if entry.is_file() and entry.suffix.lower() in extensions]
-    if required and stray:
+    extensions = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+    stray = [entry.name for entry in sorted(path.iterdir()) if entry.is_file() and entry.suffix.lower() in extensions]
+    stray += [f"{folder.parent.name}/{folder.name}" for name in classes for folder in _below(name)]
+    if stray:
         raise ValueError(f"{path} must hold pictures in the folders of their classes alone, got {listed(stray)}.")
-    return folders
+    return f"{glob.escape(str(path))}/*/*"
 
 
 def _column(what: str, chosen: str | None, features: Any, fits: Any) -> str:

@@ -116,7 +116,7 @@ def dataset_name(dataset: str) -> str:
     return Path(dataset).resolve().name if Path(dataset).exists() else dataset
 
 
-def accuracy_on_card(model: str, dataset: str, split: str) -> float | None:
+def accuracy_on_card(model: str, dataset: str, split: str, subset: str | None = None) -> float | None:
     """The accuracy on a split that the model card of a folder or Hub id gives; None where it gives none.
 
     A dataset may be at hand as a copy: what counts is its name without the owner's.
@@ -130,9 +130,14 @@ def accuracy_on_card(model: str, dataset: str, split: str) -> float | None:
         data = ModelCard.load(path if Path(model).exists() else model).data
     except (FileNotFoundError, EntryNotFoundError, ValueError, yaml.YAMLError):
         return None
-    wanted = (dataset_name(dataset).split("/")[-1], split, "accuracy")
+    wanted = (dataset_name(dataset).split("/")[-1], subset, split, "accuracy")
     for result in data.eval_results or []:
-        if (result.dataset_name.split("/")[-1], result.dataset_split, result.metric_name) == wanted:
+        if (
+            result.dataset_name.split("/")[-1],
+            result.dataset_config,
+            result.dataset_split,
+            result.metric_name,
+        ) == wanted:
             return float(result.metric_value)
     return None
 
@@ -236,7 +241,7 @@ def _text(
         "## Training",
         "",
         "```",
-        command,
+        clean(command),
         "```",
         "",
         "All options and versions are in [training.json](training.json), the log in [log.csv](log.csv) and, for "

@@ -228,7 +228,8 @@ def run(options: Options) -> bool:
     from .convert_checkpoint import check_output
     from .trainer import checkpoints
 
-    check_output(output.absolute(), options.overwrite, options.dataset)
+    for source in (options.dataset, options.model or ""):
+        check_output(output, options.overwrite, source)
     logging.disable_progress_bar()
     state = PartialState(cpu=not torch.cuda.is_available())  # or it would not see the other processes on CPUs
     work = options.work
@@ -237,14 +238,14 @@ def run(options: Options) -> bool:
     set_seed(options.seed)
     try:
         return _run(options, state)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"batch_size must be what the memory of the GPU takes, got {options.batch_size}; with a smaller one, set "
-            "accumulation to keep the pictures of a step."
-        ) from error
-    except BaseException:
+    except BaseException as error:
         if state.is_main_process and not checkpoints(work):  # nothing to go on from: leave nothing behind
             shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise ValueError(
+                f"batch_size must be what the memory of the GPU takes, got {options.batch_size}; with a smaller one, "
+                "set accumulation to keep the pictures of a step."
+            ) from error
         raise
 
 
@@ -292,13 +293,13 @@ def _run(options: Options, state: PartialState) -> bool:
 
 
 def _check_unfinished(options: Options, state: PartialState) -> None:
-    """Forget an unfinished run, or raise ValueError where it was another one that can still go on."""
-    from .trainer import checkpoints
-
+    """Forget an unfinished run, or raise ValueError where it was another one."""
     work = options.work
+    record = work / RECORD
+    if work.exists() and any(work.iterdir()) and not record.exists():
+        raise ValueError(f"{work} must be free for the unfinished run, but holds something else.")
     if options.restart and state.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
-    record = work / RECORD
     if record.exists():
         recorded = json.loads(record.read_text(encoding="utf-8"))
         before = recorded["options"] | {"processes": recorded["processes"]}
@@ -308,9 +309,7 @@ def _check_unfinished(options: Options, state: PartialState) -> None:
             for name, value in now.items()
             if value != before.get(name) and name not in FREE_TO_CHANGE
         ]
-        if changed and state.is_main_process and not checkpoints(work):
-            shutil.rmtree(work)
-        elif changed:
+        if changed:
             raise ValueError(
                 f"{work} holds an unfinished run with other options: {', '.join(changed)}. Set them as they were to "
                 "go on, or set --restart to forget it."
@@ -622,7 +621,7 @@ def evaluate_checkpoint(
         len(pictures),
         metrics(logits, labels),
         {name: accuracies[known[name]] for name in names},
-        accuracy_on_card(model, dataset, split),
+        accuracy_on_card(model, dataset, split, subset),
     )
 
 

@@ -198,11 +198,14 @@ def _code_elsewhere(path: Path) -> Iterator[str]:
 
 def _fields(content: Any) -> Iterator[tuple[str, Any]]:
     """Every field of a configuration and of those within it, as a processor's holds its image processor's."""
-    for field, value in content.items() if isinstance(content, dict) else ():
-        yield field, value
-        yield from _fields(value)
-    for value in content if isinstance(content, list) else ():
-        yield from _fields(value)
+    pending = [content]
+    while pending:
+        content = pending.pop()
+        if isinstance(content, dict):
+            yield from content.items()
+            pending.extend(content.values())
+        elif isinstance(content, list):
+            pending.extend(content)
 
 
 def _is_of_openvino(path: Path) -> bool:

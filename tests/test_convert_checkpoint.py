@@ -210,8 +210,11 @@ def test_overwriting_spares_clones_and_the_source(
     (clone / ".git").rmdir()
     with monkeypatch.context() as context:
         context.chdir(clone)
+        assert_fails_without_a_trace(small, Path("../clone"), "is a clone or the folder you are in", overwrite=True)
         assert_fails_without_a_trace(small, clone, "is a clone or the folder you are in", overwrite=True)
     assert_fails_without_a_trace(small, small, "holds the source", overwrite=True)
+    (tmp_path / "way").symlink_to(tmp_path)
+    assert_fails_without_a_trace(small, tmp_path / "way" / "small", "holds the source", overwrite=True)
     assert_fails_without_a_trace(small / "config.json", small, "holds the source", overwrite=True)
 
 

@@ -223,6 +223,9 @@ def test_networks_of_one_channel_are_given_luma():
         assert torch.equal(pixels(image, processor), expected)
     in_floats = pixels(np.array(colour) / 255, processor)
     torch.testing.assert_close(in_floats, expected, rtol=0, atol=3 / 255)  # luma and both resizes round
+    clear = Image.new("L", (8, 8))
+    clear.info["transparency"] = 0
+    assert pixels(clear, processor).eq(1).all()  # on a white ground
     for image in (gray, gray.convert("RGB"), np.array(gray)):
         kept = MobileNetImageProcessor(do_convert_rgb=False, image_mean=0.5, image_std=0.5)
         assert torch.equal(pixels(image, processor), pixels(gray, kept))
@@ -390,6 +393,24 @@ def test_redirects_do_not_lead_inside(tmp_path, serve, redirect, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     with pytest.raises(UnreadableImageError, match=rf"redirects to {inside}"):
         pixels(outside)
+
+
+def test_what_a_redirect_says_itself_is_not_read(tmp_path, serve):
+    picture().save(tmp_path / "noise.png")
+    url = f"{serve(tmp_path)}/noise.png"
+
+    class Endless(redirect_to(url)):
+        def end_headers(self):
+            super().end_headers()
+            self.flush_headers()
+            with suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(1 << 16))
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        assert torch.equal(pixels(f"http://127.0.0.1:{server.server_port}/picture.png"), pixels(picture()))
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

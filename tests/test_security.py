@@ -174,7 +174,12 @@ def test_labels_cannot_write_into_the_card_of_a_training(tmp_path: Path) -> None
     config = MobileNetConfig(width_multiplier=0.35, id2label={0: HOSTILE, 1: "cat"})
     measured = {"test": (torch.eye(2), torch.arange(2))}
     report.write_card(
-        tmp_path, options, MobileNetForImageClassification(config), measured, {"test": HOSTILE}, "mobilenet train"
+        tmp_path,
+        options,
+        MobileNetForImageClassification(config),
+        measured,
+        {"test": HOSTILE},
+        f"mobilenet train {HOSTILE}",
     )
     assert "license" not in check_card(tmp_path / "README.md").data.to_dict()
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,7 +224,7 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_same_weights(colours: Path, tmp_p
 
 
 def test_what_another_run_decoded_is_not_trained_on(colours: Path, tmp_path: Path) -> None:
-    """A run that was killed while it decoded leaves pictures that a run with other options has no use for."""
+    """A run that was killed while it decoded left pictures that a run with other options has no use for."""
     given = {"epochs": 1, "validation": 0.0}
     work = tmp_path / "out.training"
     work.mkdir()
@@ -231,10 +232,22 @@ def test_what_another_run_decoded_is_not_trained_on(colours: Path, tmp_path: Pat
     (work / "training.json").write_text(json.dumps(other), encoding="utf-8")
     np.save(work / "train.npy", np.zeros((3, 3, 8, 8), np.uint8))
     np.save(work / "train.labels.npy", np.arange(3))
-    assert run(options(colours, tmp_path / "out", **given))
+    with pytest.raises(ValueError, match=r"other options: seed \(was 1\)"):
+        run(options(colours, tmp_path / "out", **given))
+    assert run(options(colours, tmp_path / "out", restart=True, **given))
     assert run(options(colours, tmp_path / "whole", **given))
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "out")[name]), name
+
+
+def test_a_folder_of_another_kind_is_not_taken_for_an_unfinished_run(colours: Path, tmp_path: Path) -> None:
+    shutil.copytree(colours, tmp_path / "out.training")
+    for restart in (False, True):
+        with pytest.raises(
+            ValueError, match=r"out\.training must be free for the unfinished run, but holds something"
+        ):
+            run(options(tmp_path / "out.training", tmp_path / "out", restart=restart))
+    assert (tmp_path / "out.training" / "train" / "red" / "000.png").exists()
 
 
 def test_a_checkpoint_is_complete_or_absent(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,6 +622,17 @@ def test_folders_that_are_neither_splits_nor_classes(colours: Path, tmp_path: Pa
     (colours / "train" / "stray.png").write_bytes(png()["bytes"])
     with pytest.raises(ValueError, match=r"the folders of their classes alone, got stray\.png"):
         load_splits(str(colours))
+
+    (colours / "train" / "stray.png").unlink()
+    (colours / "train" / "red" / "dark").mkdir()
+    with pytest.raises(ValueError, match="the folders of their classes alone, got red/dark"):
+        load_splits(str(colours))
+    (colours / "train" / "red" / "dark").rmdir()
+    (colours / "overview.png").write_bytes(png()["bytes"])
+    (colours / "train" / "about.pdf").touch()
+    assert {name: len(split) for name, split in load_splits(str(colours)).items()} == counts
+    (colours / "train").rename(colours / "Val")
+    assert sorted(load_splits(str(colours))) == ["test", "validation"]
 
     vehicles = tmp_path / "vehicles [2024]"
     for name in ("bus", "train"):
