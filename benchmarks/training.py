@@ -50,7 +50,7 @@ COMMON = {
 }
 RECIPES = {
     "from scratch": Options(**COMMON, image_size=48, epochs=6, learning_rate=0.2),
-    "from Google's weights": Options(**COMMON, model="", image_size=64, epochs=2),
+    "from Google's weights": Options(**COMMON, model="", image_size=64, epochs=4, learning_rate=0.1),
 }
 CLASSES = 10
 
