@@ -43,6 +43,8 @@ def main() -> None:
     folder = Path(corpus)
     folder.mkdir(parents=True, exist_ok=True)
     seeds = list(target.seeds())
+    if not seeds:
+        sys.exit(f"{name} has no seeds: its real files are looked for in the folder that MOBILENET_TEST_DATA names.")
     for index, seed in enumerate(seeds):
         (folder / f"seed-{index}").write_bytes(seed)
         hostile.attempt(target, seed)
