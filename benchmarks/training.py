@@ -1,7 +1,8 @@
 """Train ours, transformers' own MobileNetV2 and timm's side by side, and print the README's table.
 
 Same pictures, recipe, seeds and steps for all; each network is as its library builds it, with its own defaults for
-initial weights, batch norm and dropout. From scratch, and from Google's weights, which all three compute alike.
+initial weights, batch norm and dropout. From scratch, and from Google's weights, which all three compute alike; ours
+starts as `mobilenet train` does, with batch norms aligned to the pictures.
 
 python benchmarks/training.py --cifar10 train.parquet --weights google/mobilenet_v2_1.0_224 --results runs.jsonl
 """
@@ -123,6 +124,8 @@ def train(network: nn.Module, options: Options, pictures: Pictures, validation: 
             compute_metrics=accuracy,
         )
         trainer._save_checkpoint = lambda *_, **__: None
+        if options.model is not None and isinstance(network, MobileNetForImageClassification):
+            trainer.align_batch_norm()
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
         result = trainer.evaluate()

@@ -89,6 +89,13 @@ class Options:
             "stays in eval mode, norms too."
         ),
     ] = None
+    align_norms: Annotated[
+        bool,
+        _option(
+            "From a checkpoint: give its batch norms the statistics of these pictures before training, while weight "
+            "and bias keep its answers as they are."
+        ),
+    ] = True
 
     # How to vary the pictures
     crop_scale: Annotated[float, _option("Least share of the area that a random crop keeps; 1 for no crops.")] = 0.35
@@ -280,6 +287,8 @@ def _run(options: Options, state: PartialState) -> bool:
     last = training.checkpoints(options.work)
     if last and state.is_main_process:
         print(f"resuming from {last[-1]}", flush=True)
+    if options.align_norms and options.model is not None and not last:
+        trainer.align_batch_norm()
     trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
     if trainer.state.global_step < trainer.state.max_steps:
         if state.is_main_process:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 AVERAGE = "average.safetensors"
 STAGING = "incomplete"
 CHECKPOINTS_KEPT = 2
+ALIGNED = 1024  # pictures that give batch norms their first statistics
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -161,9 +162,7 @@ class ClassifierTrainer(Trainer):
             targets = F.one_hot(labels, len(self.class_weights)).float()
             if options.mixup:
                 pixels, targets = mix(pixels, targets, options.mixup)
-            if options.first_size:
-                pixels = F.interpolate(pixels, [*map(self._side, pixels.shape[-2:])], mode="bilinear", antialias=True)
-            logits = model(pixel_values=self.normalize(pixels)).logits.float()
+            logits = model(pixel_values=self.normalize(self._shrink(pixels))).logits.float()
             weights = self.class_weights.to(logits.device) if options.balance == "weights" else None
             loss = F.cross_entropy(logits, targets, weight=weights, label_smoothing=options.label_smoothing)
         else:
@@ -171,14 +170,29 @@ class ClassifierTrainer(Trainer):
             loss = F.cross_entropy(logits, labels)
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _side(self, full: int) -> int:
-        """Side of the pictures in this epoch: it grows by 8 pixels at a time over the first 3/4 of the epochs.
+    def _shrink(self, pixels: Tensor) -> Tensor:
+        """Pictures of this epoch's size: the side grows by 8 pixels at a time over the first 3/4 of the epochs.
 
         Source: progressive learning: EfficientNetV2, Section 4.1 (arXiv:2104.00298).
         """
         first = self.options.first_size
+        if not first:
+            return pixels
         progress = int(self.state.epoch or 0) / (0.75 * self.options.epochs)
-        return min(full, first + int((full - first) * progress) // 8 * 8)
+        sides = [min(full, first + int((full - first) * progress) // 8 * 8) for full in pixels.shape[-2:]]
+        return F.interpolate(pixels, sides, mode="bilinear", antialias=True)
+
+    def align_batch_norm(self) -> None:
+        """Start from what the checkpoint computes: give its batch norms the statistics of the varied pictures."""
+        pictures = self.train_dataset.pictures
+        chosen = torch.linspace(0, len(pictures) - 1, min(len(pictures), ALIGNED)).round().long()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.options.seed)
+            self.model.align_batch_norm(
+                self.normalize(self._shrink(self.augment(pictures.batch(part.numpy())["pixels"].to(self.args.device))))
+                for part in chosen.split(self.options.batch_size)
+            )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Decay only what shall decay."""

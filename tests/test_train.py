@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
+from oracles import randomize_norms
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -326,6 +328,54 @@ def test_two_processes_are_one_with_twice_the_batch(colours: Path, tmp_path: Pat
         torch.testing.assert_close(theirs[name], ours[name], rtol=1e-4, atol=1e-6)
 
 
+# What it starts from
+
+
+@pytest.mark.parametrize("first_size", [None, 16])
+def test_training_starts_from_what_the_checkpoint_answers(tmp_path: Path, first_size: int | None) -> None:
+    """Once aligned, the loss in training is the loss in evaluation; no random number is used up."""
+    trainer = trainer_of(
+        tmp_path, [0, 1, 2, 0, 2, 1, 0], crop_scale=1.0, flip=False, label_smoothing=0.0, first_size=first_size
+    )
+    model = randomize_norms(trainer.model)
+    pictures = trainer.train_dataset.pictures.batch(range(7))
+    size = (32, 32) if first_size is None else (first_size, first_size)
+    resized = F.interpolate(pictures["pixels"].float(), size, mode="bilinear", antialias=True)
+    with torch.no_grad():
+        expected = model.eval()(trainer.normalize(resized)).logits
+        expected = F.cross_entropy(expected, pictures["labels"]).item()
+        copy = deepcopy(model).train()
+        assert trainer.compute_loss(copy, pictures).item() != pytest.approx(expected, rel=1e-2)
+        state = torch.get_rng_state()
+        trainer.align_batch_norm()
+        assert torch.equal(torch.get_rng_state(), state)
+        assert trainer.compute_loss(model.train(), pictures).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_aligns_a_checkpoint_once(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from scratch, not when it is resumed, and not where it is told not to."""
+    counts = []
+    align = ClassifierTrainer.align_batch_norm
+    monkeypatch.setattr(ClassifierTrainer, "align_batch_norm", lambda self: counts.append(align(self)))
+    given = {"model": str(tmp_path / "scratch"), "epochs": 1, "learning_rate": 0.01}
+
+    def aligned(name: str, **kwargs: object) -> int:
+        counts.clear()
+        run(options(colours, tmp_path / name, **{**given, **kwargs}))
+        return len(counts)
+
+    run(options(colours, tmp_path / "scratch", epochs=1))
+    assert not counts
+    assert aligned("whole") == 1
+    assert aligned("limited", time_limit=1e-9) == 1
+    assert aligned("limited") == 0
+    assert aligned("plain", align_norms=False) == 0
+    whole, limited, plain = (weights(tmp_path / name) for name in ("whole", "limited", "plain"))
+    for name, tensor in whole.items():
+        assert torch.equal(limited[name], tensor), name
+    assert not torch.equal(plain["backbone.stem.norm.weight"], whole["backbone.stem.norm.weight"])
+
+
 # What trains and what does not
 
 
@@ -460,7 +510,7 @@ def test_pictures_grow(tmp_path: Path) -> None:
     sides = []
     for epoch in range(12):
         trainer.state.epoch = float(epoch)
-        sides.append(trainer._side(64))
+        sides.append(trainer._shrink(torch.zeros(1, 3, 64, 64)).shape[-1])
     # 32 pixels in 9 epochs, 8 at a time
     assert sides == [32, 32, 32, 40, 40, 48, 48, 56, 56, 64, 64, 64]
 

@@ -1,0 +1,146 @@
+"""Batch norms aligned to pictures: the answers of the loaded network, and training that starts from them."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from mobilenet.convert_checkpoint import convert
+from oracles import randomize_norms
+from PIL import Image
+from torch import Tensor, nn
+
+from mobilenet import (
+    MobileNetBackbone,
+    MobileNetConfig,
+    MobileNetForImageClassification,
+    MobileNetImageProcessor,
+    MobileNetModel,
+)
+
+
+CLASSES = (MobileNetModel, MobileNetForImageClassification, MobileNetBackbone)
+
+
+def network(model_class: type = MobileNetForImageClassification, **config: object) -> nn.Module:
+    """A network whose running statistics have nothing to do with any pictures."""
+    options = {"width_multiplier": 0.35, "num_labels": 5, "classifier_dropout": 0.0, **config}
+    return randomize_norms(model_class(MobileNetConfig(**options))).eval()
+
+
+def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+@torch.no_grad()
+def answers(model: nn.Module, pictures: Tensor, training: bool = False) -> Tensor:
+    """All that a network returns; in training, its statistics stay."""
+    momenta = [norm.momentum for norm in norms(model)]
+    for norm in norms(model):
+        norm.momentum = 0.0
+    output = model.train(training)(pictures).to_tuple()
+    for norm, momentum in zip(norms(model), momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+    tensors = [tensor for value in output for tensor in (value if isinstance(value, tuple) else (value,))]
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v1", "mobilenet_v2"])
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_answers_stay_and_training_starts_from_them(architecture: str, model_class: type) -> None:
+    model = network(model_class, architecture=architecture).double()
+    pictures = torch.randn(24, 3, 65, 94, dtype=torch.float64)
+    before, in_training = answers(model, pictures), answers(model, pictures, training=True)
+    assert (in_training - before).abs().max() > 0.1 * before.abs().max()
+    assert model.align_batch_norm(pictures) is model
+    torch.testing.assert_close(answers(model, pictures), before, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(answers(model, pictures, training=True), before, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_are_those_of_all_batches() -> None:
+    """Over several batches, one of them empty, they are the mean and variance of all activations together."""
+    model = network()
+    pictures = torch.randn(23, 3, 64, 64)
+    seen = {}
+    hooks = [
+        norm.register_forward_pre_hook(lambda norm, inputs: seen.update({norm: inputs[0].double()}))
+        for norm in norms(model)
+    ]
+    answers(model, pictures)
+    for hook in hooks:
+        hook.remove()
+    model.align_batch_norm([*pictures.split([7, 10, 6]), pictures[:0]])
+    assert len(seen) == len(norms(model)) == 52
+    for norm, values in seen.items():
+        torch.testing.assert_close(norm.running_mean.double(), values.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            norm.running_var.double(), values.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-5
+        )
+        assert not norm._forward_pre_hooks
+
+
+def test_modes_and_frozen_norms_stay() -> None:
+    model = network().train()
+    model.backbone.stem.eval()
+    model.backbone.stages[0].requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.align_batch_norm(torch.randn(8, 3, 64, 64))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    for name, tensor in model.state_dict().items():
+        changes = ".norm." in name and not name.startswith("backbone.stages.0.") and "num_batches" not in name
+        assert torch.equal(tensor, before[name]) != changes, name
+
+
+def test_fused_networks_have_nothing_to_align() -> None:
+    model = network().fuse()
+    before = answers(model, torch.ones(1, 3, 64, 64))
+    assert model.align_batch_norm([]) is model
+    assert torch.equal(answers(model, torch.ones(1, 3, 64, 64)), before)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "batches must hold pictures, got none."),
+        (torch.zeros(0, 3, 64, 64), "batches must hold pictures, got none."),
+        ([torch.ones(2, 3, 64, 64), torch.full((2, 3, 64, 64), torch.nan)], "batches must give finite numbers"),
+        ([torch.ones(2, 3, 64, 64), torch.ones(2, 1, 64, 64)], r"pixel_values must have shape \(B, 3, H, W\)"),
+    ],
+)
+def test_bad_pictures_change_nothing(batches: object, message: str) -> None:
+    model = network().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.align_batch_norm(batches)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert not any(norm._forward_pre_hooks for norm in norms(model))
+
+
+def test_google_s_weights_survive_training_mode(data: Path, photographs: list[Path], tmp_path: Path) -> None:
+    """Of the real V1 0.25_128: in training mode it answers by chance as published, and nearly as well once aligned."""
+    convert(str(data / "checkpoints" / "google_mobilenet_v1_0.25_128"), tmp_path / "model", verify=False)
+    model = MobileNetForImageClassification.from_pretrained(tmp_path / "model")
+    processor = MobileNetImageProcessor.from_pretrained(tmp_path / "model")
+    with (photographs[0].parent / "labels.csv").open(encoding="utf-8") as file:
+        labels = {row["file"]: int(row["index_1001"]) for row in csv.DictReader(file)}
+    chosen = torch.randperm(len(photographs), generator=torch.Generator().manual_seed(0)).tolist()
+    files = [photographs[index] for index in chosen]
+    targets = torch.tensor([labels[file.name] for file in files])
+    images = [Image.open(file).convert("RGB") for file in files]
+    pictures = processor(images, return_tensors="pt").pixel_values
+    given, others = pictures[:150], pictures[150:]
+
+    def accuracy(training: bool) -> float:
+        batches = [answers(model, batch, training).view(len(batch), -1).argmax(-1) for batch in others.split(50)]
+        return (torch.cat(batches) == targets[150:]).float().mean().item()
+
+    model.dropout.p = 0.0
+    published = accuracy(training=False)
+    assert published > 0.4
+    assert accuracy(training=True) < 0.03
+    model.align_batch_norm(given.split(50))
+    assert accuracy(training=False) == published
+    assert accuracy(training=True) > 0.75 * published
