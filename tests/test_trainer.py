@@ -33,7 +33,7 @@ def processor() -> MobileNetImageProcessor:
 
 
 def as_batches(rows: datasets.Dataset, processor: MobileNetImageProcessor) -> datasets.Dataset:
-    """What the README's five lines of fine-tuning do."""
+    """What the README's way to fine-tune does."""
 
     def transform(batch: dict) -> dict:
         pixel_values = processor(batch["image"], return_tensors="pt")["pixel_values"]

@@ -45,6 +45,7 @@ def write_card(
         f"Converted from {checkpoint.kind}. {config.num_labels} classes. "
         f"Paper: [arXiv:{_PAPERS[config.architecture]}](https://arxiv.org/abs/{_PAPERS[config.architecture]}).",
         _USE,
+        *([_FINE_TUNE] if config.use_batch_norm else []),
         "## Source",
         _source(origin, checkpoint),
         "## Verification",
@@ -68,6 +69,13 @@ classify("photo.jpg")
 `trust_remote_code` runs the three Python files of this repository: `configuration_mobilenet.py`,
 `modeling_mobilenet.py` and `image_processing_mobilenet.py`. After `import mobilenet`, the installed package, it is not
 needed."""
+
+_FINE_TUNE = """## Fine-tune
+
+`mobilenet train pictures --model path/to/this/repository --output fine-tuned` does all that is needed. Another training
+loop should call `model.align_batch_norm(pixel_values)` first, with a hundred or more of the pictures: the running
+statistics of a checkpoint may differ so much from those of a batch that in training mode nothing is left of what it has
+learned."""
 
 
 def _source(origin: Origin, checkpoint: Checkpoint) -> str:
