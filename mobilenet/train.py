@@ -113,7 +113,7 @@ class Options:
         float | None,
         _option(
             "Peak learning rate for 256 pictures a step; it grows in proportion to these. By default 0.1 from "
-            "scratch and 0.01 from a checkpoint, and a hundredth of it for adamw."
+            "scratch and 0.02 from a checkpoint, and a hundredth of it for adamw."
         ),
     ] = None
     momentum: Annotated[float, _option("Momentum.")] = 0.9
@@ -179,7 +179,7 @@ class Options:
         """For 256 pictures a step."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return (0.1 if self.model is None else 0.01) * (0.01 if self.optimizer == "adamw" else 1)
+        return (0.1 if self.model is None else 0.02) * (0.01 if self.optimizer == "adamw" else 1)
 
     @property
     def work(self) -> Path:
