@@ -124,7 +124,7 @@ def train(network: nn.Module, options: Options, pictures: Pictures, validation: 
             compute_metrics=accuracy,
         )
         trainer._save_checkpoint = lambda *_, **__: None
-        if options.model is not None and isinstance(network, MobileNetForImageClassification):
+        if options.model is not None and options.align_norms and isinstance(network, MobileNetForImageClassification):
             trainer.align_batch_norm()
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
@@ -144,6 +144,7 @@ def main(
     pictures: Annotated[int, typer.Option(help="Pictures to train on.")] = 5000,
     held_out: Annotated[int, typer.Option(help="Pictures to validate on.")] = 2000,
     seeds: Annotated[int, typer.Option(help="Runs of each network.")] = 3,
+    align_norms: Annotated[bool, typer.Option(help="Align our batch norms before fine-tuning.")] = True,
 ) -> None:
     """Train what the results lack, and print a table of all."""
     logging.disable_progress_bar()
@@ -164,7 +165,7 @@ def main(
                     key = {"start": start, "network": name, "seed": seed}
                     if any(key.items() <= run.items() for run in done):
                         continue
-                    options.seed = seed
+                    options.seed, options.align_norms = seed, align_norms
                     set_seed(seed)
                     network = build(size, converted if options.model is not None else None, weights)
                     done.append({**key, **train(network, options, training, validation)})
