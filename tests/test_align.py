@@ -19,6 +19,8 @@ from mobilenet import (
 )
 
 
+pytestmark = pytest.mark.any_version
+
 CLASSES = (MobileNetModel, MobileNetForImageClassification, MobileNetBackbone)
 
 
