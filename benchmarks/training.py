@@ -144,7 +144,9 @@ def main(
     pictures: Annotated[int, typer.Option(help="Pictures to train on.")] = 5000,
     held_out: Annotated[int, typer.Option(help="Pictures to validate on.")] = 2000,
     seeds: Annotated[int, typer.Option(help="Runs of each network.")] = 3,
-    align_norms: Annotated[bool, typer.Option(help="Align our batch norms before fine-tuning.")] = True,
+    align_norms: Annotated[
+        bool, typer.Option(help="Align our batch norms; without, take another results file.")
+    ] = True,
 ) -> None:
     """Train what the results lack, and print a table of all."""
     logging.disable_progress_bar()

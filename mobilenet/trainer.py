@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,13 +186,16 @@ class ClassifierTrainer(Trainer):
         """Start from what the checkpoint computes: give its batch norms the statistics of the varied pictures."""
         pictures = self.train_dataset.pictures
         chosen = torch.linspace(0, len(pictures) - 1, min(len(pictures), ALIGNED)).round().long()
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with self._random_numbers_kept():
             torch.manual_seed(self.options.seed)
             self.model.align_batch_norm(
                 self.normalize(self._shrink(self.augment(pictures.batch(part.numpy())["pixels"].to(self.args.device))))
                 for part in chosen.split(self.options.batch_size)
             )
+
+    def _random_numbers_kept(self) -> AbstractContextManager[None]:
+        """Whatever is drawn within, training goes on with the random numbers it would have had."""
+        return torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else [])
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Decay only what shall decay."""
@@ -247,8 +250,7 @@ class ClassifierTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the averaged weights, and leave the random numbers as they were."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with self.averaged_weights(), torch.random.fork_rng(devices):
+        with self.averaged_weights(), self._random_numbers_kept():
             return super().evaluate(*args, **kwargs)
 
     # Checkpoints that are complete or absent
