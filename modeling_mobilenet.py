@@ -120,9 +120,16 @@ def is_untouched(module: nn.Module, cls: type) -> bool:
     )
 
 
+class ReLU6(nn.ReLU6):
+    """ReLU6, in place where nobody differentiates it: for that, torch's own copies what it overwrites."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x, inplace=not x.requires_grad)
+
+
 ACTIVATIONS = {
     "relu": lambda: nn.ReLU(inplace=True),
-    "relu6": lambda: nn.ReLU6(inplace=True),
+    "relu6": ReLU6,
     "hardswish": lambda: nn.Hardswish(inplace=True),
     "silu": lambda: nn.SiLU(inplace=True),
     "gelu": nn.GELU,

@@ -1,8 +1,9 @@
-"""Train ours, transformers' own MobileNetV2 and timm's side by side, and print the README's table.
+"""Train ours, transformers' own MobileNetV2 and timm's side by side, and print a table for the README.
 
 Same pictures, recipe, seeds and steps for all; each network is as its library builds it, with its own defaults for
-initial weights, batch norm and dropout. From scratch, and from Google's weights, which all three compute alike; ours
-starts as `mobilenet train` does, with batch norms aligned to the pictures.
+initial weights, classifier, batch norm and dropout. From scratch, and from Google's weights, which all three compute
+alike; ours starts as `mobilenet train` does. Each network has, in each column, the learning rate of four with which it
+does best on other pictures than those of the table.
 
 python benchmarks/training.py --cifar10 train.parquet --weights google/mobilenet_v2_1.0_224 --results runs.jsonl
 """
@@ -16,13 +17,11 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
 from peers import import_timm
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, set_seed
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -35,7 +34,7 @@ from mobilenet.convert_checkpoint import convert
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.pictures import Augment, Normalize, Pictures, Storage, decode, load_splits
-from mobilenet.train import Options, training_arguments
+from mobilenet.train import Options, keep_memory, training_arguments
 from mobilenet.trainer import ClassifierTrainer
 
 
@@ -44,16 +43,16 @@ COMMON = {
     "dataset": "",
     "output": "",
     "ema": 0.0,
-    "seed": 0,
     "batch_size": 64,
     "crop_scale": 0.6,
     "precision": "float32",
 }
-RECIPES = {
-    "from scratch": Options(**COMMON, image_size=48, epochs=6, learning_rate=0.2),
-    "from Google's weights": Options(**COMMON, model="", image_size=64, epochs=4, learning_rate=0.1),
-    "from Google's weights, brief": Options(**COMMON, model="", image_size=64, epochs=2),  # at the default rate
+# The optimizer of each start is that of `mobilenet train`, whose own learning rate is among the four.
+STARTS = {
+    "from scratch": ({"image_size": 48}, (0.05, 0.1, 0.2, 0.4)),
+    "from Google's weights": ({"model": "", "image_size": 64}, (3e-4, 1e-3, 3e-3, 1e-2)),
 }
+EPOCHS = (2, 6)
 CLASSES = 10
 
 
@@ -105,8 +104,8 @@ def timm(size: int, converted: Path | None, weights: str) -> nn.Module:
 NETWORKS = {"ours": ours, "transformers' own": native, "timm": timm}
 
 
-def train(network: nn.Module, options: Options, pictures: Pictures, validation: Pictures) -> dict[str, float]:
-    """Train and evaluate."""
+def train(network: nn.Module, options: Options, pictures: Pictures, validation: Pictures) -> float:
+    """Train, and give the validation accuracy."""
     processor = MobileNetImageProcessor()  # for its normalisation, which all three share
     size = (options.image_size, options.image_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -124,12 +123,12 @@ def train(network: nn.Module, options: Options, pictures: Pictures, validation: 
             compute_metrics=accuracy,
         )
         trainer._save_checkpoint = lambda *_, **__: None
-        if options.model is not None and options.align_norms and isinstance(network, MobileNetForImageClassification):
+        if options.model is not None and isinstance(network, MobileNetForImageClassification):
             trainer.align_batch_norm()
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
-        result = trainer.evaluate()
-    return {"steps": trainer.state.global_step, "accuracy": result["eval_accuracy"], "loss": result["eval_loss"]}
+            result = trainer.evaluate()
+    return result["eval_accuracy"]
 
 
 def accuracy(prediction: object) -> dict[str, float]:
@@ -137,55 +136,85 @@ def accuracy(prediction: object) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
+class Run(NamedTuple):
+    """One training, without its outcome."""
+
+    start: str
+    epochs: int
+    network: str
+    learning_rate: float
+    part: str  # "table", or "choice" of the learning rate
+    seed: int
+
+
+class Results:
+    """The runs in a file of JSON lines, and how to make those that it lacks."""
+
+    def __init__(self, file: Path, cifar10: str, weights: str, pictures: int, held_out: int, folder: Path) -> None:
+        self.file, self.weights, self.folder = file, weights, folder
+        self.rows = load_splits(cifar10)["train"]
+        self.counts = {"training": pictures, "validation": held_out}
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.accuracies = {Run(*run): accuracy for *run, accuracy in map(json.loads, lines)}
+        self.decoded: dict[tuple[str, int], list[Pictures]] = {}
+        self.converted = folder / "converted"
+        convert(weights, self.converted, verify=False)
+
+    def pictures(self, part: str, size: int) -> list[Pictures]:
+        """Pictures to train on and to validate on: those of the table come first in the dataset, then the others."""
+        if (part, size) not in self.decoded:
+            processor = MobileNetImageProcessor(size=size, crop_size=size)
+            first = sum(self.counts.values()) * (part == "choice")
+            self.decoded[part, size] = []
+            for name, count in self.counts.items():
+                rows = self.rows.select(range(first, first + count))
+                self.decoded[part, size].append(decode(rows, processor, Storage(self.folder), name, quiet=True))
+                first += count
+        return self.decoded[part, size]
+
+    def accuracy(self, run: Run) -> float:
+        """Validation accuracy of a run, which is trained where the file lacks it."""
+        if run not in self.accuracies:
+            options, _ = STARTS[run.start]
+            options = Options(**COMMON, **options, epochs=run.epochs, learning_rate=run.learning_rate, seed=run.seed)
+            set_seed(run.seed)
+            converted = self.converted if options.model is not None else None
+            network = NETWORKS[run.network](options.image_size, converted, self.weights)
+            self.accuracies[run] = train(network, options, *self.pictures(run.part, options.image_size))
+            with self.file.open("a") as file:
+                file.write(json.dumps([*run, self.accuracies[run]]) + "\n")
+            print(*run, f"{self.accuracies[run]:.3f}", flush=True)
+        return self.accuracies[run]
+
+    def cell(self, start: str, epochs: int, network: str, seeds: int) -> str:
+        """Mean and spread over the seeds, and the learning rate that was chosen."""
+        _, rates = STARTS[start]
+        rate = max(rates, key=lambda rate: self.accuracy(Run(start, epochs, network, rate, "choice", 0)))
+        runs = [100 * self.accuracy(Run(start, epochs, network, rate, "table", seed)) for seed in range(seeds)]
+        spread = statistics.stdev(runs) if len(runs) > 1 else 0.0
+        return f"{statistics.mean(runs):.1f} ± {spread:.1f} ({rate:g})"
+
+
 def main(
     cifar10: Annotated[str, typer.Option(help="Parquet file or Hub id of CIFAR-10; its training pictures are used.")],
     weights: Annotated[str, typer.Option(help="Folder or Hub id of google/mobilenet_v2_1.0_224.")],
     results: Annotated[Path, typer.Option(help="File that collects the runs; those in it are not repeated.")],
-    pictures: Annotated[int, typer.Option(help="Pictures to train on.")] = 5000,
-    held_out: Annotated[int, typer.Option(help="Pictures to validate on.")] = 2000,
-    seeds: Annotated[int, typer.Option(help="Runs of each network.")] = 3,
-    align_norms: Annotated[
-        bool, typer.Option(help="Align our batch norms; without, take another results file.")
-    ] = True,
+    pictures: Annotated[int, typer.Option(help="Pictures to train on.")] = 2000,
+    held_out: Annotated[int, typer.Option(help="Pictures to validate on.")] = 1000,
+    seeds: Annotated[int, typer.Option(help="Runs of each cell.")] = 3,
+    networks: Annotated[list[str] | None, typer.Option(help="Networks to train; by default all.")] = None,
 ) -> None:
     """Train what the results lack, and print a table of all."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # a new classifier is no news here
-    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    rows = load_splits(cifar10)["train"]
+    keep_memory()
+    columns = [(start, epochs) for start in STARTS for epochs in EPOCHS]
     with tempfile.TemporaryDirectory() as folder:
-        converted = Path(folder) / "converted"
-        convert(weights, converted, verify=False)
-        for start, options in RECIPES.items():
-            size = options.image_size
-            processor = MobileNetImageProcessor(size=size, crop_size=size)
-            storage = Storage(Path(folder))
-            training = decode(rows.select(range(pictures)), processor, storage, "train")
-            validation = decode(rows.select(range(pictures, pictures + held_out)), processor, storage, "validation")
-            for seed in range(seeds):
-                for name, build in NETWORKS.items():
-                    key = {"start": start, "network": name, "seed": seed}
-                    if any(key.items() <= run.items() for run in done):
-                        continue
-                    options.seed, options.align_norms = seed, align_norms
-                    set_seed(seed)
-                    network = build(size, converted if options.model is not None else None, weights)
-                    done.append({**key, **train(network, options, training, validation)})
-                    print(done[-1], flush=True)
-                    with results.open("a") as file:
-                        file.write(json.dumps(done[-1]) + "\n")
-    table = Table("", *RECIPES, title="validation accuracy, %: mean ± standard deviation (each seed)")
-    lines = []
-    for name in NETWORKS:
-        cells = []
-        for start in RECIPES:
-            runs = [100 * run["accuracy"] for run in done if (run["start"], run["network"]) == (start, name)]
-            spread = statistics.stdev(runs) if len(runs) > 1 else 0.0
-            cells.append(f"{statistics.mean(runs):.1f} ± {spread:.1f} ({', '.join(f'{run:.1f}' for run in runs)})")
-        table.add_row(name, *cells)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    Console().print(table)
-    print("\n".join(lines))
+        runs = Results(results, cifar10, weights, pictures, held_out, Path(folder))
+        rows = [[name, *(runs.cell(*column, name, seeds) for column in columns)] for name in networks or NETWORKS]
+    header = ["", *(f"{start}, {epochs} epochs" for start, epochs in columns)]
+    for row in [header, ["---"] * len(header), *rows]:
+        print(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

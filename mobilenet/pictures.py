@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from kornia.augmentation import RandomErasing
+from kornia.augmentation.auto import TrivialAugment
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -388,13 +392,14 @@ class Normalize(nn.Module):
 
     def __init__(self, processor: MobileNetImageProcessor) -> None:
         super().__init__()
-        self.factor = processor.rescale_factor if processor.do_rescale else 1.0
+        factor = processor.rescale_factor if processor.do_rescale else 1.0
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        mean, std = (torch.tensor(term).view(-1, 1, 1) for term in (mean, std))
+        self.register_buffer("scale", factor / std, persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return (pixels.float() * self.factor - self.mean) / self.std
+        return torch.addcmul(self.shift, pixels.float(), self.scale)
 
 
 class Augment(nn.Module):
@@ -420,24 +425,41 @@ class Augment(nn.Module):
         self, size: tuple[int, int], crop_scale: float, flip: bool, trivial_augment: bool, erasing: float
     ) -> None:
         super().__init__()
-        import kornia.augmentation as K
-        from kornia.augmentation.auto import TrivialAugment
-
-        self.geometry = nn.Sequential(
-            K.RandomResizedCrop(size, scale=(crop_scale, 1.0), cropping_mode="resample")
-            if crop_scale < 1
-            else K.Resize(size),
-            *([K.RandomHorizontalFlip()] if flip else []),
-        )
+        self.size, self.crop_scale, self.flip = size, crop_scale, flip
         self.policy = TrivialAugment() if trivial_augment else None
-        self.erase = K.RandomErasing(p=erasing, value=0.5) if erasing else nn.Identity()
+        self.erase = RandomErasing(p=erasing, value=0.5) if erasing else None
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor) -> Tensor:
-        x = self.geometry(pixels.float() / 255)
+    def forward(self, pixels: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Vary pictures; `size` is another height and width than the usual one."""
+        size = size or self.size
+        x = pixels.float()
+        if x.shape[-1] > 2 * max(size):  # a crop looks at no more than four pixels for each of its own
+            x = F.interpolate(x, (2 * max(size),) * 2, mode="bilinear", antialias=True)
+        x = self._crop(x, size)
+        if self.policy is None and self.erase is None:
+            return x
+        x = x / 255
         if self.policy is not None:
             x = torch.cat([self.policy(part) for part in x.chunk(self.PARTS)])
-        return self.erase(x).clamp(0, 1) * 255
+        if self.erase is not None:
+            x = self.erase(x)
+        return x.clamp(0, 1) * 255
+
+    def _crop(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Crop, mirror and resize in one pass. kornia does it in several, each over whole pictures of full size."""
+        count, like = len(x), {"device": x.device, "dtype": x.dtype}
+        area = torch.empty(count, **like).uniform_(self.crop_scale, 1)
+        ratio = torch.empty(count, **like).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+        if self.crop_scale == 1:
+            ratio.fill_(1)
+        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+        shift_x, shift_y = (torch.empty(count, **like).uniform_(-1, 1) * (1 - side) for side in (width, height))
+        mirror = 1 - 2.0 * torch.empty(count, **like).bernoulli_(0.5 if self.flip else 0)
+        zero = torch.zeros(count, **like)
+        boxes = torch.stack([width * mirror, zero, shift_x, zero, height, shift_y], -1).view(-1, 2, 3)
+        grid = F.affine_grid(boxes, [count, x.shape[1], *size], align_corners=False)
+        return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def mix(pixels: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

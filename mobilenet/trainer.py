@@ -90,9 +90,9 @@ def make_optimizer(groups: list[dict[str, Any]], options: Options, learning_rate
 
     Source: RMSprop: slim/train_image_classifier.py (decay 0.9, momentum 0.9, epsilon 1).
     """
-    if options.optimizer == "rmsprop":
+    if options.chosen_optimizer == "rmsprop":
         return torch.optim.RMSprop(groups, learning_rate, alpha=0.9, eps=1.0, momentum=options.momentum)
-    if options.optimizer == "adamw":
+    if options.chosen_optimizer == "adamw":
         return torch.optim.AdamW(groups, learning_rate)
     return torch.optim.SGD(groups, learning_rate, options.momentum, nesterov=options.momentum > 0)
 
@@ -158,11 +158,11 @@ class ClassifierTrainer(Trainer):
             for module in self.frozen:
                 module.eval()
             options = self.options
-            pixels = self.augment(pixels)
+            pixels = self.augment(pixels, self._size())
             targets = F.one_hot(labels, len(self.class_weights)).float()
             if options.mixup:
                 pixels, targets = mix(pixels, targets, options.mixup)
-            logits = model(pixel_values=self.normalize(self._shrink(pixels))).logits.float()
+            logits = model(pixel_values=self.normalize(pixels)).logits.float()
             weights = self.class_weights.to(logits.device) if options.balance == "weights" else None
             loss = F.cross_entropy(logits, targets, weight=weights, label_smoothing=options.label_smoothing)
         else:
@@ -170,17 +170,16 @@ class ClassifierTrainer(Trainer):
             loss = F.cross_entropy(logits, labels)
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _shrink(self, pixels: Tensor) -> Tensor:
-        """Pictures of this epoch's size: the side grows by 8 pixels at a time over the first 3/4 of the epochs.
+    def _size(self) -> tuple[int, int]:
+        """This epoch's height and width: they grow by 8 pixels at a time over the first 3/4 of the epochs.
 
         Source: progressive learning: EfficientNetV2, Section 4.1 (arXiv:2104.00298).
         """
-        first = self.options.first_size
+        first, size = self.options.first_size, self.augment.size
         if not first:
-            return pixels
+            return size
         progress = int(self.state.epoch or 0) / (0.75 * self.options.epochs)
-        sides = [min(full, first + int((full - first) * progress) // 8 * 8) for full in pixels.shape[-2:]]
-        return F.interpolate(pixels, sides, mode="bilinear", antialias=True)
+        return tuple(min(full, first + int((full - first) * progress) // 8 * 8) for full in size)
 
     def align_batch_norm(self) -> None:
         """Start from what the checkpoint computes: give its batch norms the statistics of the varied pictures."""
@@ -189,7 +188,7 @@ class ClassifierTrainer(Trainer):
         with self._random_numbers_kept():
             torch.manual_seed(self.options.seed)
             self.model.align_batch_norm(
-                self.normalize(self._shrink(self.augment(pictures.batch(part.numpy())["pixels"].to(self.args.device))))
+                self.normalize(self.augment(pictures.batch(part.numpy())["pixels"].to(self.args.device), self._size()))
                 for part in chosen.split(self.options.batch_size)
             )
 

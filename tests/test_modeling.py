@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from mobilenet.modeling_mobilenet import Conv2d, ConvNormAct, same_padding
 from oracles import copy_in_order, logits, native, ours_like, randomize_norms, timm_model
 from torch import nn
-from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoModel,
+    AutoModelForImageClassification,
+    MobileNetV1Config,
+    MobileNetV1ForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+)
 
 from mobilenet import (
     ARCHITECTURES,
@@ -385,6 +393,48 @@ def test_fresh_activations_keep_their_scale(architecture, use_batch_norm):
         output = model(torch.randn(8, 3, 96, 96), output_hidden_states=True)
     for state in (*output.hidden_states, output.pooler_output):
         assert 0.1 < state.pow(2).mean().sqrt() < 10
+
+
+NATIVE = {
+    "mobilenet_v1": (MobileNetV1Config, MobileNetV1ForImageClassification, 0.9997, 0.999),
+    "mobilenet_v2": (MobileNetV2Config, MobileNetV2ForImageClassification, 0.997, 0.8),
+}
+
+
+@pytest.mark.parametrize("architecture", NATIVE)
+def test_one_batch_replaces_the_running_statistics_of_transformers_own(architecture):
+    """Their momentum is TensorFlow's decay. Here a batch counts for a tenth."""
+    config_class, model_class, momentum, _ = NATIVE[architecture]
+    ours = MobileNetForImageClassification(MobileNetConfig(architecture=architecture))
+    for model, share in ((model_class(config_class()), momentum), (ours, 0.1)):
+        norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+        seen = []
+        norm.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        with torch.no_grad():
+            model.train()(torch.rand(4, 3, 64, 64))
+        torch.testing.assert_close(norm.running_mean, share * seen[0].mean((0, 2, 3)), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", NATIVE)
+def test_transformers_own_drop_what_they_should_keep(architecture):
+    """Their dropout is slim's probability of keeping a feature, which is what Google's configurations say too."""
+    config_class, model_class, _, keep = NATIVE[architecture]
+    assert model_class(config_class()).dropout.p == keep
+    ours = MobileNetForImageClassification(MobileNetConfig(architecture=architecture))
+    assert ours.dropout.p == pytest.approx(1 - keep)
+
+
+@pytest.mark.parametrize("architecture", NATIVE)
+def test_fresh_features_of_transformers_own_vanish(architecture):
+    """Every convolution of theirs starts with a standard deviation of 0.02, however many inputs a filter has."""
+    config_class, model_class, _, _ = NATIVE[architecture]
+    pictures = torch.randn(2, 3, 96, 96)
+    ours = MobileNetForImageClassification(MobileNetConfig(architecture=architecture))
+    with torch.no_grad():
+        theirs = model_class(config_class()).eval()(pictures, output_hidden_states=True).hidden_states[-1]
+        ours = ours.eval()(pictures, output_hidden_states=True).hidden_states[-1]
+    assert theirs.abs().max() < 1e-15
+    assert ours.std() > 1e-2
 
 
 def test_batch_norm_momentum_and_eps_are_the_configurations():

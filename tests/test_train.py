@@ -340,7 +340,7 @@ def test_training_starts_from_what_the_checkpoint_answers(tmp_path: Path, first_
     model = randomize_norms(trainer.model)
     pictures = trainer.train_dataset.pictures.batch(range(7))
     size = (32, 32) if first_size is None else (first_size, first_size)
-    resized = F.interpolate(pictures["pixels"].float(), size, mode="bilinear", antialias=True)
+    resized = F.interpolate(pictures["pixels"].float(), size, mode="bilinear")
     with torch.no_grad():
         expected = model.eval()(trainer.normalize(resized)).logits
         expected = F.cross_entropy(expected, pictures["labels"]).item()
@@ -506,13 +506,13 @@ def test_the_average_is_the_moving_average(tmp_path: Path) -> None:
 
 
 def test_pictures_grow(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, [0, 1, 2, 0], first_size=32, epochs=12)
+    trainer = trainer_of(tmp_path, [0, 1, 2, 0], first_size=8, epochs=12)
     sides = []
     for epoch in range(12):
         trainer.state.epoch = float(epoch)
-        sides.append(trainer._shrink(torch.zeros(1, 3, 64, 64)).shape[-1])
-    # 32 pixels in 9 epochs, 8 at a time
-    assert sides == [32, 32, 32, 40, 40, 48, 48, 56, 56, 64, 64, 64]
+        sides.append(trainer._size()[0])
+    # 24 pixels in 9 epochs, 8 at a time
+    assert sides == [8, 8, 8, 16, 16, 16, 24, 24, 24, 32, 32, 32]
 
 
 # Pictures
@@ -567,6 +567,35 @@ def test_variation() -> None:
     assert 0 <= varied.min() < varied.max() <= 255
     constant = torch.full((8, 3, 32, 32), 77, dtype=torch.uint8)
     torch.testing.assert_close(Augment((16, 16), 0.3, True, False, 0.0)(constant), torch.full((8, 3, 16, 16), 77.0))
+
+
+def test_crops_are_boxes_of_the_picture() -> None:
+    """Pixels that hold their own place tell which box a crop shows: its area, its shape, and that it is straight."""
+    place = torch.arange(64.0) + 0.5
+    pixels = torch.stack([place.expand(64, 64), place[:, None].expand(64, 64)]).expand(400, 2, 64, 64)
+    crops = Augment((32, 48), 0.3, True, False, 0.0)(pixels)
+    across, down = crops[:, 0], crops[:, 1]
+    torch.testing.assert_close(across, across[:, :1].expand_as(across), rtol=0, atol=1e-3)
+    torch.testing.assert_close(down, down[:, :, :1].expand_as(down), rtol=0, atol=1e-3)
+    # Between the middles of two pixels; those at the border repeat.
+    width = (across[:, 0, 30] - across[:, 0, 17]) / 13 * 48
+    height = (down[:, 20, 0] - down[:, 11, 0]) / 9 * 32
+    assert 0.4 < (width < 0).float().mean() < 0.6  # mirrored
+    area, ratio = width.abs() * height / 64**2, width.abs() / height
+    assert 0.2 < area.min() < 0.35
+    assert 0.95 < area.max() <= 1.001
+    assert 0.74 < ratio.min() < 0.8
+    assert 1.25 < ratio.max() < 1.34
+    middle = across[:, 0, 23:25].mean(-1)
+    assert middle.min() < 26
+    assert middle.max() > 38
+
+
+def test_small_sizes_are_averaged_not_sampled() -> None:
+    stripes = (torch.arange(64) % 2 * 255.0).expand(4, 3, 64, 64)
+    small = Augment((64, 64), 1.0, False, False, 0.0)(stripes, (16, 16))
+    assert small.shape == (4, 3, 16, 16)
+    assert (small - 127.5).abs().max() < 40
 
 
 def test_mixup_blends_pictures_and_targets_alike() -> None:

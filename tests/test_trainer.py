@@ -5,7 +5,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
@@ -145,3 +151,31 @@ def test_gradient_accumulation_reports_the_mean_loss(
     assert parts == pytest.approx(expected, abs=1e-4)
     assert whole_bias.abs().max() > 0
     torch.testing.assert_close(parts_bias, whole_bias, rtol=1e-4, atol=1e-6)
+
+
+def test_transformers_own_report_a_loss_that_grows_with_accumulation(
+    pictures: datasets.Dataset, processor: MobileNetImageProcessor, tmp_path: Path
+) -> None:
+    """Two batches in one step: theirs report the sum of two losses, ours report their mean."""
+    rows = as_batches(pictures.select(range(32)), processor)
+
+    def reported(model: torch.nn.Module, accumulation: int) -> float:
+        run = arguments(
+            tmp_path / f"{type(model).__name__}{accumulation}",
+            per_device_train_batch_size=32 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+        )
+        trainer = Trainer(model, run, train_dataset=rows)
+        trainer.train()
+        return losses(trainer)[0]
+
+    config = MobileNetV2Config(depth_multiplier=0.35, num_labels=2, classifier_dropout_prob=0.0)
+    ratios = {}
+    for name, build in (
+        ("theirs", lambda: MobileNetV2ForImageClassification(config)),
+        ("ours", lambda: small_model(classifier_dropout=0.0)),
+    ):
+        ratios[name] = reported(build(), 2) / reported(build(), 1)
+    assert ratios["theirs"] == pytest.approx(2, rel=0.3)
+    assert ratios["ours"] == pytest.approx(1, rel=0.3)
