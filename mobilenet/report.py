@@ -6,13 +6,17 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
 from .text import clean, markdown
+from .verify import sha256
 
 
 HELD_OUT = "held out"  # the split of pictures that were taken out of those to train on
@@ -116,19 +120,22 @@ def dataset_name(dataset: str) -> str:
     return Path(dataset).resolve().name if Path(dataset).exists() else dataset
 
 
+def read_card(model: str) -> ModelCardData | None:
+    """The metadata of the model card of a folder or Hub id; None where there is none that can be read."""
+    path = Path(model) / "README.md"
+    try:
+        return ModelCard.load(path if Path(model).exists() else model).data
+    except (FileNotFoundError, EntryNotFoundError, ValueError, yaml.YAMLError):
+        return None
+
+
 def accuracy_on_card(model: str, dataset: str, split: str, subset: str | None = None) -> float | None:
     """The accuracy on a split that the model card of a folder or Hub id gives; None where it gives none.
 
     A dataset may be at hand as a copy: what counts is its name without the owner's.
     """
-    import yaml
-    from huggingface_hub import ModelCard
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        path = Path(model) / "README.md"
-        data = ModelCard.load(path if Path(model).exists() else model).data
-    except (FileNotFoundError, EntryNotFoundError, ValueError, yaml.YAMLError):
+    data = read_card(model)
+    if data is None:
         return None
     wanted = (dataset_name(dataset).split("/")[-1], subset, split, "accuracy")
     for result in data.eval_results or []:
@@ -140,6 +147,31 @@ def accuracy_on_card(model: str, dataset: str, split: str, subset: str | None = 
         ) == wanted:
             return float(result.metric_value)
     return None
+
+
+class Start(NamedTuple):
+    """What a card says of the checkpoint that a run started from."""
+
+    name: str
+    sha256: str | None  # of its weights, where they are one file
+    license: str | None
+    base_model: str | None  # a Hub id
+
+    @classmethod
+    def of(cls, model: str) -> Start:
+        """Look at a folder, or at what was loaded from the Hub."""
+        folder = Path(model) if Path(model).exists() else None
+        card = read_card(model)
+        base = card.base_model if card and isinstance(card.base_model, str) else None
+        files = (
+            try_to_load_from_cache(model, name) if folder is None else folder / name
+            for name in ("model.safetensors", "pytorch_model.bin")
+        )
+        digest = next(
+            (sha256(Path(file)) for file in files if isinstance(file, (str, Path)) and Path(file).is_file()), None
+        )
+        name = model if folder is None else folder.resolve().name
+        return cls(name, digest, card.license if card else None, base if folder else model)
 
 
 def write_card(
@@ -161,8 +193,6 @@ def write_card(
         splits: What the dataset calls them; what is not in it was held out of the pictures to train on.
         command: That ran this.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
     measured = {splits.get(role, HELD_OUT): pair for role, pair in measured.items()}
     figures = {split: metrics(*pair) for split, pair in measured.items()}
     results = [
@@ -180,22 +210,29 @@ def write_card(
         for split, values in figures.items()
         for name, value in values.items()
     ]
+    start = Start.of(options.model) if options.model else None
     data = ModelCardData(
+        license=start and start.license,
         model_name=folder.name if not options.output else Path(options.output).name,
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["mobilenet", "vision"],
         datasets=None if Path(options.dataset).exists() else [options.dataset],
-        base_model=options.model if options.model and not Path(options.model).exists() else None,
+        base_model=start and start.base_model,
         metrics=["accuracy"] if results else None,
         eval_results=results or None,
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(options, model, figures, measured, command)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(options, model, figures, measured, command, start)}")
     card.save(folder / "README.md")
 
 
 def _text(
-    options: Any, model: Any, figures: dict[str, dict[str, float]], measured: dict[str, Any], command: str
+    options: Any,
+    model: Any,
+    figures: dict[str, dict[str, float]],
+    measured: dict[str, Any],
+    command: str,
+    start: Start | None,
 ) -> str:
     config = model.config
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -205,7 +242,7 @@ def _text(
         "",
         f"{config.architecture} at width {config.width_multiplier:g} for pictures of {config.image_size} pixels, "
         f"with {config.num_labels} classes and {count:,} parameters, "
-        + (f"fine-tuned from {markdown(options.model)}" if options.model else "trained from scratch")
+        + (f"fine-tuned from {markdown(start.name)}" if start else "trained from scratch")
         + f" on {markdown(dataset_name(options.dataset))}.",
         "",
     ]
@@ -243,6 +280,7 @@ def _text(
         "```",
         clean(command),
         "```",
+        *(["", f"It started from weights with the SHA-256 `{start.sha256}`."] if start and start.sha256 else []),
         "",
         "All options and versions are in [training.json](training.json), the log in [log.csv](log.csv) and, for "
         "TensorBoard, in `runs`. To train it again: `mobilenet train --config training.json --output again`.",

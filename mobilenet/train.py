@@ -86,6 +86,13 @@ class Options:
             "Share of a picture's shorter edge that the center crop keeps; by default the checkpoint's, or 0.875."
         ),
     ] = None
+    detail_size: Annotated[
+        int | None,
+        _option(
+            "Side of the pictures to train on, where it is far below the network's input: the finished repository "
+            "reduces larger pictures to it first, as they would look too sharp."
+        ),
+    ] = None
     last_stages: Annotated[
         int | None,
         _option(
@@ -115,7 +122,7 @@ class Options:
     optimizer: Annotated[
         str | None,
         _option(
-            "sgd (with Nesterov's momentum), rmsprop or adamw; by default sgd from scratch and adamw from a checkpoint."
+            "sgd (with Nesterov's momentum), rmsprop or adamw; by default sgd from scratch, adamw from a checkpoint."
         ),
     ] = None
     learning_rate: Annotated[
@@ -159,6 +166,7 @@ class Options:
             ("validation", "from 0 to below 1", 0 <= self.validation < 1),
             ("image_size", "at least 1", self.image_size is None or self.image_size >= 1),
             ("first_size", "at least 1", self.first_size is None or self.first_size >= 1),
+            ("detail_size", "at least 1", self.detail_size is None or self.detail_size >= 1),
             ("crop_fraction", "above 0 and at most 1", self.crop_fraction is None or 0 < self.crop_fraction <= 1),
             ("crop_scale", "above 0 and at most 1", 0 < self.crop_scale <= 1),
             ("erasing", "from 0 to 1", 0 <= self.erasing <= 1),
@@ -432,7 +440,9 @@ def _build(options: Options, names: list[str]) -> tuple[MobileNetForImageClassif
     if options.model is None:
         size = options.image_size or 224
         processor = MobileNetImageProcessor(
-            size={"shortest_edge": round(size / (options.crop_fraction or 0.875))}, crop_size=size
+            size={"shortest_edge": round(size / (options.crop_fraction or 0.875))},
+            crop_size=size,
+            detail_size=options.detail_size,
         )
         config = MobileNetConfig(
             architecture=options.architecture,
@@ -445,6 +455,8 @@ def _build(options: Options, names: list[str]) -> tuple[MobileNetForImageClassif
         )
         return MobileNetForImageClassification(config), processor
     model, processor = load_network(options.model, labels=names)
+    if options.detail_size:
+        processor.detail_size = options.detail_size
     if options.image_size or options.crop_fraction:
         current = _input_size(processor)[0]
         size = options.image_size or current

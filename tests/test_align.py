@@ -122,32 +122,24 @@ def test_bad_pictures_change_nothing(batches: object, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "published", "aligned"),
-    [("google_mobilenet_v1_0.25_128", 0.473, 0.407), ("google_mobilenet_v2_1.0_224", 0.860, 0.753)],
+    ("name", "evaluation", "training"),
+    [("google_mobilenet_v1_0.25_128", 0.473, 0.420), ("google_mobilenet_v2_1.0_224", 0.860, 0.813)],
 )
-def test_google_s_weights_survive_training_mode(
-    name: str, published: float, aligned: float, data: Path, photographs: list[Path], tmp_path: Path
+def test_google_s_weights_hold_in_training_mode(
+    name: str, evaluation: float, training: float, data: Path, photographs: list[Path], tmp_path: Path
 ) -> None:
-    """In training mode they answer by chance as they come, and nearly as well as in evaluation mode once aligned."""
+    """On photographs, the statistics of a batch serve nearly as well as the checkpoint's own."""
     convert(str(data / "checkpoints" / name), tmp_path / "model", verify=False)
     model = MobileNetForImageClassification.from_pretrained(tmp_path / "model")
     processor = MobileNetImageProcessor.from_pretrained(tmp_path / "model")
     with (photographs[0].parent / "labels.csv").open(encoding="utf-8") as file:
         labels = {row["file"]: int(row["index_1001"]) for row in csv.DictReader(file)}
     chosen = torch.randperm(len(photographs), generator=torch.Generator().manual_seed(0)).tolist()
-    files = [photographs[index] for index in chosen]
+    files = [photographs[index] for index in chosen[150:]]
     targets = torch.tensor([labels[file.name] for file in files])
-    images = [Image.open(file).convert("RGB") for file in files]
-    pictures = processor(images, return_tensors="pt").pixel_values
-    given, others = pictures[:150], pictures[150:]
-
-    def accuracy(training: bool) -> float:
-        batches = [answers(model, batch, training).view(len(batch), -1).argmax(-1) for batch in others.split(50)]
-        return (torch.cat(batches) == targets[150:]).float().mean().item()
-
+    pictures = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt").pixel_values
     model.dropout.p = 0.0
-    assert accuracy(training=False) == pytest.approx(published, abs=0.007)  # one of 150
-    assert accuracy(training=True) < 0.02
-    model.align_batch_norm(given.split(50))
-    assert accuracy(training=False) == pytest.approx(published, abs=0.007)
-    assert accuracy(training=True) == pytest.approx(aligned, abs=0.02)
+    for mode, expected in ((False, evaluation), (True, training)):
+        batches = [answers(model, batch, mode).view(len(batch), -1).argmax(-1) for batch in pictures.split(50)]
+        accuracy = (torch.cat(batches) == targets).float().mean().item()
+        assert accuracy == pytest.approx(expected, abs=0.0201 if mode else 0.007)  # three of 150; one

@@ -456,6 +456,20 @@ def test_a_photograph_of_grayscale_and_one_of_colour_make_a_batch(photographs):
     assert values.shape == (3, 3, 224, 224)
 
 
+def test_detail_can_be_reduced_first() -> None:
+    """For networks trained on small pictures: larger ones are reduced to their size first, smaller ones stay."""
+    options = {"size": 64, "crop_size": 56}
+    plain, reducing = MobileNetImageProcessor(**options), MobileNetImageProcessor(**options, detail_size=32)
+    large = picture(300, 200)
+    by_hand = plain(large.resize((48, 32), Image.Resampling.BILINEAR))["pixel_values"][0]
+    assert np.array_equal(reducing(large)["pixel_values"][0], by_hand)
+    assert not np.array_equal(plain(large)["pixel_values"][0], by_hand)
+    for same in (picture(48, 32), picture(20, 90)):
+        assert np.array_equal(reducing(same)["pixel_values"][0], plain(same)["pixel_values"][0])
+    in_a_call = plain(large, detail_size=32)["pixel_values"][0]
+    assert np.array_equal(in_a_call, by_hand)
+
+
 # What comes out
 
 
@@ -521,6 +535,7 @@ def test_recipes_scale_with_the_image_size(name, image_size, shortest_edge):
         ({"crop_size": {"shortest_edge": 3}}, "crop_size must be an integer"),
         ({"crop_size": 1 << 30}, "crop_size must be made of integers from 1 to 65536"),
         ({"resample": 17}, r"resample must be one of 0 \(nearest\), .*, got 17"),
+        ({"detail_size": 0}, "detail_size must be made of integers from 1 to 65536, got 0"),
         ({"do_resize": "yes"}, "do_resize must be true or false, got 'yes'"),
         ({"rescale_factor": 0}, "rescale_factor must be a number above 0, got 0"),
         ({"image_std": [0.5, 0, 0.5]}, "image_std must be above 0"),
