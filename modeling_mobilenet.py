@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -145,26 +144,6 @@ def fold(
     """
     scale = scale * torch.rsqrt(variance + eps)
     return weight * scale[:, None, None, None], torch.addcmul(shift, mean, scale, value=-1)
-
-
-class Moments:
-    """Mean and variance of each channel, over all batches of activations (B, C, H, W) that were added.
-
-    Source: Chan et al., Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (1979).
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.variance = torch.zeros((), dtype=torch.float64)
-
-    def add(self, x: Tensor) -> None:
-        variance, mean = (term.to("cpu", torch.float64) for term in torch.var_mean(x.float(), (0, 2, 3), correction=0))
-        added = x.numel() // x.shape[1]
-        self.count += added
-        share = added / self.count
-        delta = mean - self.mean
-        self.mean = self.mean + share * delta
-        self.variance = torch.lerp(self.variance, variance, share) + share * (1 - share) * delta**2
 
 
 class ConvNormAct(nn.Module):
@@ -343,62 +322,6 @@ class MobileNetPreTrainedModel(PreTrainedModel):
                 module.fuse()
             elif isinstance(module, MobileNetPreTrainedModel):
                 module.config = config
-        return self
-
-    @torch.no_grad()
-    def align_batch_norm(self, batches: Tensor | Iterable[Tensor]) -> MobileNetPreTrainedModel:
-        """Give every batch norm the statistics of these pictures, in place: the same answers, fit to be fine-tuned.
-
-        A batch norm normalizes by its running statistics in evaluation, and by those of the batch in training. In
-        Google's checkpoints the two are so different that in training the network answers by chance. Here the running
-        statistics become those of the pictures, weight and bias take up the difference, and training starts from what
-        was loaded.
-
-        Args:
-            batches: `pixel_values` of shape (B, C, H, W), or several of them; a hundred or more of the pictures to
-                train on, as they are varied then.
-
-        Returns:
-            The network itself. Norms whose weight does not require gradients stay as they are.
-
-        Raises:
-            ValueError: There are no pictures, or they give numbers that are not finite. The network stays as it was.
-        """
-        norms = [
-            module for module in self.modules() if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad
-        ]
-        if not norms:
-            return self
-        moments: dict[nn.BatchNorm2d, Moments] = {}
-
-        def see(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
-            moments.setdefault(norm, Moments()).add(inputs[0])
-
-        hooks = [norm.register_forward_pre_hook(see) for norm in norms]
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            for pixel_values in [batches] if isinstance(batches, Tensor) else batches:
-                if len(pixel_values):
-                    self(pixel_values.to(self.device))
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module in training:
-                module.training = True
-        if not moments:
-            raise ValueError("batches must hold pictures, got none.")
-        if not all(seen.mean.isfinite().all() and seen.variance.isfinite().all() for seen in moments.values()):
-            raise ValueError("batches must give finite numbers in every layer, got others.")
-        for norm, seen in moments.items():
-            weight, bias, mean, variance = (
-                term.to("cpu", torch.float64) for term in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-            )
-            scale = weight * torch.rsqrt(variance + norm.eps)
-            norm.weight.copy_(scale * torch.sqrt(seen.variance + norm.eps))
-            norm.bias.copy_(bias + scale * (seen.mean - mean))
-            norm.running_mean.copy_(seen.mean)
-            norm.running_var.copy_(seen.variance)
         return self
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from .batch_norm import align_batch_norm
 from .pictures import Batches, Order, Pictures, as_it_is, mix, progress_bar
 
 
@@ -187,10 +188,11 @@ class ClassifierTrainer(Trainer):
         chosen = torch.linspace(0, len(pictures) - 1, min(len(pictures), ALIGNED)).round().long()
         with self._random_numbers_kept():
             torch.manual_seed(self.options.seed)
-            self.model.align_batch_norm(
-                self.normalize(self.augment(pictures.batch(part.numpy())["pixels"].to(self.args.device), self._size()))
+            batches = (
+                self.augment(pictures.batch(part.numpy())["pixels"].to(self.args.device), self._size())
                 for part in chosen.split(self.options.batch_size)
             )
+            align_batch_norm(self.model, map(self.normalize, batches))
 
     def _random_numbers_kept(self) -> AbstractContextManager[None]:
         """Whatever is drawn within, training goes on with the random numbers it would have had."""

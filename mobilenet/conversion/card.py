@@ -72,10 +72,7 @@ needed."""
 
 _FINE_TUNE = """## Fine-tune
 
-`mobilenet train pictures --model path/to/this/repository --output fine-tuned` does all that is needed. Another
-training loop should call `model.align_batch_norm(pixel_values)` first, with a hundred or more of the pictures: the
-running statistics of a checkpoint may differ so much from those of a batch that in training mode nothing is left of
-what it has learned."""
+`mobilenet train pictures --model path/to/this/repository --output fine-tuned`, or any training loop for PyTorch."""
 
 
 def _source(origin: Origin, checkpoint: Checkpoint) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mobilenet.batch_norm import align_batch_norm
 from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.modeling_mobilenet import ConvNormAct, MobileNetForImageClassification
 
@@ -40,4 +41,4 @@ def unfold_batch_norm(
             target.conv.weight.copy_(unit.conv.weight)
             target.norm.weight.fill_((1 + target.norm.eps) ** 0.5)  # as the variance is 1
             target.norm.bias.copy_(unit.conv.bias)
-    return unfolded.align_batch_norm(batches)
+    return align_batch_norm(unfolded, batches)

@@ -17,6 +17,7 @@ from mobilenet import (
     MobileNetImageProcessor,
     MobileNetModel,
 )
+from mobilenet.batch_norm import align_batch_norm
 
 
 pytestmark = pytest.mark.any_version
@@ -55,7 +56,7 @@ def test_answers_stay_and_training_starts_from_them(architecture: str, model_cla
     pictures = torch.randn(24, 3, 65, 94, dtype=torch.float64)
     before, in_training = answers(model, pictures), answers(model, pictures, training=True)
     assert (in_training - before).abs().max() > 0.1 * before.abs().max()
-    assert model.align_batch_norm(pictures) is model
+    assert align_batch_norm(model, pictures) is model
     torch.testing.assert_close(answers(model, pictures), before, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(answers(model, pictures, training=True), before, rtol=1e-4, atol=1e-4)
 
@@ -72,7 +73,7 @@ def test_statistics_are_those_of_all_batches() -> None:
     answers(model, pictures)
     for hook in hooks:
         hook.remove()
-    model.align_batch_norm([*pictures.split([7, 10, 6]), pictures[:0]])
+    align_batch_norm(model, [*pictures.split([7, 10, 6]), pictures[:0]])
     assert len(seen) == len(norms(model)) == 52
     for norm, values in seen.items():
         torch.testing.assert_close(norm.running_mean.double(), values.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
@@ -88,7 +89,7 @@ def test_modes_and_frozen_norms_stay() -> None:
     model.backbone.stages[0].requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = {name: module.training for name, module in model.named_modules()}
-    model.align_batch_norm(torch.randn(8, 3, 64, 64))
+    align_batch_norm(model, torch.randn(8, 3, 64, 64))
     assert {name: module.training for name, module in model.named_modules()} == modes
     for name, tensor in model.state_dict().items():
         changes = ".norm." in name and not name.startswith("backbone.stages.0.") and "num_batches" not in name
@@ -98,7 +99,7 @@ def test_modes_and_frozen_norms_stay() -> None:
 def test_fused_networks_have_nothing_to_align() -> None:
     model = network().fuse()
     before = answers(model, torch.ones(1, 3, 64, 64))
-    assert model.align_batch_norm([]) is model
+    assert align_batch_norm(model, []) is model
     assert torch.equal(answers(model, torch.ones(1, 3, 64, 64)), before)
 
 
@@ -115,7 +116,7 @@ def test_bad_pictures_change_nothing(batches: object, message: str) -> None:
     model = network().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        model.align_batch_norm(batches)
+        align_batch_norm(model, batches)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert not any(norm._forward_pre_hooks for norm in norms(model))
