@@ -352,19 +352,22 @@ def _(setup: Setup) -> Prepare:
     return _training(_native(setup), channels_last=False)
 
 
-@subject("timm, channels last, training")
-def _(setup: Setup) -> Prepare:
-    return _training(_timm().to(memory_format=torch.channels_last), channels_last=True)
+for _autocast, _suffix in ((False, ""), (True, ", bfloat16 autocast")):
 
+    @subject(f"timm, channels last, training{_suffix}")
+    def _(setup: Setup, autocast: bool = _autocast) -> Prepare:
+        return _training(_timm().to(memory_format=torch.channels_last), True, autocast)
 
-@subject("ours, training")
-def _(setup: Setup) -> Prepare:
-    return _training(_ours(setup), channels_last=False)
+    @subject(f"ours, training{_suffix}")
+    def _(setup: Setup, autocast: bool = _autocast) -> Prepare:
+        return _training(_ours(setup), False, autocast)
 
+    @subject(f"ours, training as mobilenet train does{_suffix}")
+    def _(setup: Setup, autocast: bool = _autocast) -> Prepare:
+        from mobilenet.train import keep_memory
 
-@subject("ours, training, bfloat16 autocast")
-def _(setup: Setup) -> Prepare:
-    return _training(_ours(setup), channels_last=False, autocast=True)
+        keep_memory()
+        return _training(_ours(setup).to(memory_format=torch.channels_last), True, autocast)
 
 
 # --- A GPU -------------------------------------------------------------------------------------------------------

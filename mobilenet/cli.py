@@ -6,6 +6,7 @@ import signal
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,9 @@ from typer.core import TyperGroup
 from .classify import Engine, Layout, default_model, load, run
 from .text import clean
 
+
+# Chelsea, by Stéfan van der Walt, who put the photograph into the public domain (CC0); scikit-image has it too.
+EXAMPLE = Path(__file__).with_name("example.jpg")
 
 # Subcommands that bring their own options: module and function.
 MODULES = {
@@ -81,13 +85,16 @@ def main(
 @app.command()
 def classify(
     pictures: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Files, folders (with all below them), quoted patterns such as 'trips/**/*.jpg', URLs, or - to read "
             "such names from stdin, one a line.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    example: Annotated[
+        bool, typer.Option("--example", help="Classify the photograph of a cat that comes with the package.")
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(
@@ -119,6 +126,9 @@ def classify(
     --json prints an object a line, with file, and predictions (of label, index and score) or error. --csv prints the
     columns file, rank, index, label and score.
     """
+    pictures = [*(pictures or []), *([str(EXAMPLE)] if example else [])]
+    if not pictures:
+        raise typer.BadParameter("name pictures, or take --example.", param_hint="PICTURES")
     if as_json and as_csv:
         raise typer.BadParameter("--json and --csv exclude each other.")
     model = model or default_model()

@@ -70,6 +70,13 @@ class Options:
     model: Annotated[
         str | None, _option("Folder or Hub id of a MobileNet to start from; by default from scratch.", "--model", "-m")
     ] = None
+    start_labels: Annotated[
+        str | None,
+        _option(
+            "JSON file that names, for each new label, the classes of the checkpoint that it covers, by their indices: "
+            '{"dog": [152, 153]}. The classifier starts from the mean of their weights instead of anew.'
+        ),
+    ] = None
     architecture: Annotated[str, _option("From scratch: mobilenet_v1 or mobilenet_v2.")] = "mobilenet_v2"
     width: Annotated[float, _option("From scratch: width multiplier.")] = 1.0
     output_stride: Annotated[int, _option("From scratch: 32, 16 or 8.")] = 32
@@ -187,6 +194,8 @@ class Options:
         ):
             if not holds:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}.")
+        if self.start_labels is not None and self.model is None:
+            raise ValueError("start_labels must be left out from scratch: it is for a checkpoint's classifier.")
         for field in dataclasses.fields(self) if self.model is not None else ():
             if field.name in FROM_SCRATCH and getattr(self, field.name) != field.default:
                 raise ValueError(f"{field.name} must be left out where model is given, as the checkpoint has its own.")
@@ -455,6 +464,8 @@ def _build(options: Options, names: list[str]) -> tuple[MobileNetForImageClassif
         )
         return MobileNetForImageClassification(config), processor
     model, processor = load_network(options.model, labels=names)
+    if options.start_labels is not None:
+        start_classifier(model, load_network(options.model)[0].classifier, Path(options.start_labels))
     if options.detail_size:
         processor.detail_size = options.detail_size
     if options.image_size or options.crop_fraction:
@@ -470,6 +481,34 @@ def _build(options: Options, names: list[str]) -> tuple[MobileNetForImageClassif
         processor.crop_size = square
         model.config.image_size = size
     return model, processor
+
+
+@torch.no_grad()
+def start_classifier(model: MobileNetForImageClassification, source: torch.nn.Linear, path: Path) -> None:
+    """Give each label the mean weights of the classes of another classifier that it covers.
+
+    Args:
+        model: The network whose classifier starts.
+        source: The other classifier, on the same features.
+        path: JSON file: for each label of the network a list of indices of the other's classes.
+
+    Raises:
+        ValueError: The file does not name the network's labels, or no classes of the other one.
+    """
+    try:
+        classes = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"start_labels must be a JSON file, got {path}: {error}") from error
+    labels = model.config.label2id
+    if not isinstance(classes, dict) or classes.keys() != labels.keys():
+        raise ValueError(f"start_labels must name each of the labels {', '.join(labels)} and no other, got {path}.")
+    for label, indices in classes.items():
+        valid = isinstance(indices, list) and indices and all(type(index) is int for index in indices)
+        if not valid or not 0 <= min(indices) <= max(indices) < source.out_features:
+            allowed = f"a list of classes from 0 to {source.out_features - 1}"
+            raise ValueError(f"start_labels must give {label} {allowed}, got {indices!r}.")
+        model.classifier.weight[labels[label]] = source.weight[indices].mean(0)
+        model.classifier.bias[labels[label]] = source.bias[indices].mean()
 
 
 def _input_size(processor: MobileNetImageProcessor) -> tuple[int, int]:

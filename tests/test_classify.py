@@ -444,7 +444,7 @@ def test_torch_runs_weights_beside_an_export(tmp_path, pictures):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "Missing argument"),
+        ((), "name pictures, or take --example"),
         (("x.jpg", "--model", "m", "--json", "--csv"), "exclude each other"),
         (("x.jpg", "--model", "m", "--top-k", 0), "--top-k"),
         (("x.jpg", "--model", "m", "--batch-size", "many"), "--batch-size"),

@@ -1,5 +1,6 @@
 """The command itself: its help, its version, and how errors end."""
 
+import json
 import re
 
 import pytest
@@ -56,3 +57,11 @@ def test_a_fault_of_the_program_itself_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr("mobilenet.cli.load", fail)
     assert isinstance(run("classify", "x.jpg", "--model", "m").exception, ZeroDivisionError)
+
+
+def test_the_example_comes_with_the_package():
+    result = run("classify", "--example", "--json")
+    assert result.exit_code == 0, result.stderr
+    (best, *_) = json.loads(result.stdout)["predictions"]
+    assert best["label"] == "cat"
+    assert best["score"] > 0.9

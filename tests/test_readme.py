@@ -1,4 +1,4 @@
-"""The README's snippets run as they stand."""
+"""The snippets of the README and of the pages in docs run as they stand."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,15 @@ from mobilenet.convert_checkpoint import convert
 from PIL import Image
 
 
-README = Path(__file__).parents[1] / "README.md"
-SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = [
+    pytest.param(snippet, id=f"{page.stem}-{index}")
+    for page in PAGES
+    for index, snippet in enumerate(
+        re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    )
+]
 
 try:
     NAMES_PROCESSOR = callable(transformers.AutoImageProcessor.from_pretrained)
@@ -29,18 +36,24 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) >= 4
+    assert len(SNIPPETS) >= 5
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "SECURITY.md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # the Trainer's default, without a GPU
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+@pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippets_run(snippet, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     with Image.open("photo.jpg") as image:
         names = {"dataset": [{"image": image.copy(), "label": label} for label in range(4)]}
     if "AutoImageProcessor" in snippet and not NAMES_PROCESSOR:
         pytest.skip("this transformers offers AutoImageProcessor at its top only beside torchvision")
-    exec(compile(snippet, "README.md", "exec"), names)
+    exec(compile(snippet, "snippet", "exec"), names)
     if "print(" in snippet:
         assert "tabby" in capsys.readouterr().out
     if "maps" in names:
