@@ -73,7 +73,7 @@ class Options:
     start_labels: Annotated[
         str | None,
         _option(
-            "JSON file that names, for each new label, the classes of the checkpoint that it covers, by their indices: "
+            "JSON file with the classes of the checkpoint that each new label covers, by their indices: "
             '{"dog": [152, 153]}. The classifier starts from the mean of their weights instead of anew.'
         ),
     ] = None
