@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, ClassVar, NamedTuple
 
 from transformers import PretrainedConfig
@@ -174,6 +176,16 @@ def _check(name: str, value: Any) -> None:
             raise ValueError(f"{name} must be {allowed}, got {value!r}.")
 
 
+def _is_fixed(cls: type, name: str) -> bool:
+    """Whether a name is that of a method or of a value that follows from fields, which no field may hide."""
+    found = inspect.getattr_static(cls, name, None)
+    return (
+        name.startswith("__")
+        or isinstance(found, (FunctionType, classmethod, staticmethod))
+        or (isinstance(found, property) and found.fset is None)
+    )
+
+
 def make_divisible(channels: float, divisor: int) -> int:
     """Round channels to the nearest multiple of a divisor, at least 8 and never more than 10 % down.
 
@@ -186,6 +198,11 @@ def make_divisible(channels: float, divisor: int) -> int:
         return max(minimum, int(channels))
     rounded = max(minimum, int(channels + divisor / 2) // divisor * divisor)
     return rounded if rounded >= 0.9 * channels else rounded + divisor
+
+
+def _scale(config: MobileNetConfig, channels: int) -> int:
+    """Channels under the width multiplier."""
+    return make_divisible(channels * config.width_multiplier, config.channel_divisor)
 
 
 class Block(NamedTuple):
@@ -225,8 +242,11 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         shrink_head: Whether a width multiplier below 1 shrinks the last 1x1 convolution of V2 too; in no published
             checkpoint it does.
         out_features: Stages whose feature maps MobileNetBackbone returns, of "stem" and "stage1" to "stage5".
-        out_indices: The same, as indices into `stage_names`.
+        out_indices: The same, as indices into `stage_names`; where both are given, they must agree.
         **kwargs: Common fields of a transformers configuration, such as num_labels and id2label.
+
+    A subclass without `__init__` takes the same arguments; what it annotates and sets, as in
+    `architecture: str = "mobilenet_v1"`, are defaults of its own.
 
     Raises:
         ValueError: A field is not what it allows; the message names field, allowed values and value.
@@ -236,6 +256,19 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
 
     model_type: ClassVar[str] = "mobilenet"
     attribute_map: ClassVar[dict[str, str]] = {"depth_multiplier": "width_multiplier"}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Hand this class's `__init__` on: transformers 5 would make a dataclass, which never calls it."""
+        if "__init__" not in vars(cls):
+            annotations = inspect.get_annotations(cls).items()
+            names = [name for name, kind in annotations if name in vars(cls) and "ClassVar" not in str(kind)]
+            defaults = {name: vars(cls)[name] for name in names}
+
+            def init(self: MobileNetConfig, *args: Any, **fields: Any) -> None:
+                super(cls, self).__init__(*args, **{**defaults, **fields})
+
+            cls.__init__ = init
+        super().__init_subclass__(**kwargs)
 
     def __init__(
         self,
@@ -277,10 +310,14 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.classifier_dropout = table.classifier_dropout if classifier_dropout is None else classifier_dropout
         self.channel_divisor = table.channel_divisor if channel_divisor is None else channel_divisor
         self.shrink_head = shrink_head
-        if out_features is None and out_indices is not None:
-            self.out_indices = list(out_indices) if isinstance(out_indices, tuple) else out_indices
-        else:
-            self.out_features = out_features
+        # transformers takes no tuples.
+        out_features, out_indices = (list(v) if isinstance(v, tuple) else v for v in (out_features, out_indices))
+        self.out_features = out_features
+        if out_indices is not None:
+            self.out_indices = out_indices
+            if out_features is not None and self.out_features != out_features:
+                expected = f"{self.out_features}, which out_indices mean"
+                raise ValueError(f"out_features must be {expected}, got {out_features!r}.")
 
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> MobileNetConfig:
@@ -297,16 +334,14 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         """Set a field if its value is allowed: in __init__, by an argument of from_pretrained, or later."""
         name = self.attribute_map.get(name, name)
         _check(name, value)
+        if _is_fixed(type(self), name):
+            raise ValueError(f"{name} must be left as {type(self).__name__} defines it, got {value!r}.")
         super().__setattr__(name, value)
-
-    def scale(self, channels: int) -> int:
-        """Channels under the width multiplier."""
-        return make_divisible(channels * self.width_multiplier, self.channel_divisor)
 
     @property
     def stem_channels(self) -> int:
         """Channels of the first convolution."""
-        return self.scale(ARCHITECTURES[self.architecture].stem)
+        return _scale(self, ARCHITECTURES[self.architecture].stem)
 
     @property
     def head_channels(self) -> int | None:
@@ -314,7 +349,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         head = ARCHITECTURES[self.architecture].head
         if head is None or (self.width_multiplier < 1 and not self.shrink_head):
             return head
-        return self.scale(head)
+        return _scale(self, head)
 
     @property
     def stages(self) -> list[list[Block]]:
@@ -325,7 +360,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         for row in ARCHITECTURES[self.architecture].rows:
             if row.stride > 1 or not stages:
                 stages.append([])
-            out_channels = self.scale(row.channels)
+            out_channels = _scale(self, row.channels)
             for index in range(row.repeats):
                 wanted = row.stride if index == 0 else 1
                 # Past the output stride a stride becomes dilation, which starts in the next block: the convolution
@@ -340,6 +375,16 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
                     dilation *= wanted
                 channels = out_channels
         return stages
+
+    @property
+    def depths(self) -> list[int]:
+        """Number of blocks in each stage."""
+        return [len(stage) for stage in self.stages]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of blocks; hidden_states holds one feature map more, which is the stem's."""
+        return sum(self.depths)
 
     @property
     def feature_channels(self) -> int:

@@ -202,7 +202,7 @@ def _as_byte_range(values: np.ndarray, name: str) -> np.ndarray:
 
 
 class _Planes(NamedTuple):
-    """A picture in a form that Pillow resizes: one image of 8 bits, or one of mode F for each channel."""
+    """A picture in a form that Pillow resizes: one image of 8 bits, or one of mode L or F for each channel."""
 
     images: tuple[Image.Image, ...]
     scale: float  # what 255 stands for in the values that came: 255, or 1 for floats in 0 to 1
@@ -234,6 +234,11 @@ def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarr
     return np.moveaxis(array, 0, -1) if input_data_format == "channels_first" else array
 
 
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, ...]:
+    """Four channels one by one: as mode RGBA, Pillow would resize the colors weighted by the fourth."""
+    return image.split() if image.mode == "RGBA" else (image,)
+
+
 def _from_array(array: np.ndarray, input_data_format: str | None, as_rgb: bool) -> _Planes:
     array = _channels_last(array, input_data_format)
     if array.size == 0:
@@ -248,12 +253,12 @@ def _from_array(array: np.ndarray, input_data_format: str | None, as_rgb: bool) 
     if array.dtype == np.uint8:
         array = np.ascontiguousarray(array if array.shape[-1] > 1 else array[..., 0])
         image = Image.fromarray(array)
-        return _Planes((to_rgb(image) if as_rgb or image.mode == "RGBA" else image,), 255)
+        return _Planes((to_rgb(image),) if as_rgb else _split_alpha(image), 255)
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"an array must be of integers or floats, got {array.dtype}.")
     scale = 255 if float(array.max()) > 1 else 1
     array = _as_byte_range(array, f"an array of {array.dtype}")
-    if array.shape[-1] == 4:
+    if array.shape[-1] == 4 and as_rgb:
         alpha = array[..., 3:] / 255
         array = array[..., :3] * alpha + 255 * (1 - alpha)
     channels = [Image.fromarray(np.ascontiguousarray(array[..., c])) for c in range(array.shape[-1])]
@@ -266,8 +271,10 @@ def _to_planes(image: Any, input_data_format: str | None, as_rgb: bool) -> _Plan
     if isinstance(image, Image.Image):
         if not image.width or not image.height:
             raise ValueError(f"a picture must not be empty, got {image.width}x{image.height}.")
-        if as_rgb or (image.mode not in ("1", "L", "F") and not image.mode.startswith("I")):
+        if as_rgb:
             return _Planes((to_rgb(image),), 255)
+        if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
+            return _Planes(_split_alpha(image.convert("RGBA")) if _has_alpha(image) else (to_rgb(image),), 255)
         return _Planes((image.convert("L") if image.mode in ("1", "L") else _to_eight_bits(image),), 255)
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
@@ -406,7 +413,8 @@ class MobileNetImageProcessor(BaseImageProcessor):
         image_mean: A number for each channel; 0.5 by default.
         image_std: A number for each channel; 0.5 by default.
         do_convert_rgb: Whether to convert to three channels, on a white ground where the picture is transparent.
-            Without it, grayscale stays grayscale.
+            Without it, pictures keep their channels: grayscale stays one, and what has transparency stays four, for
+            networks that take as many; each channel is then resized by itself.
         do_grayscale: Whether to convert to one channel in the end, for networks that take one.
         detail_size: Shortest edge in pixels to which a larger picture is reduced before it is resized, so that it
             shows no more detail than the pictures that a checkpoint was trained on; 32 for those of CIFAR-10.
@@ -557,7 +565,7 @@ class MobileNetImageProcessor(BaseImageProcessor):
             planes = _to_gray(planes)
         arrays = [np.asarray(_resize_and_crop(plane, options)) for plane in planes.images]
         if planes.images[0].mode != "F":
-            array = arrays[0] if arrays[0].ndim == 3 else arrays[0][..., None]
+            array = arrays[0] if arrays[0].ndim == 3 else np.stack(arrays, axis=-1)
             # 8 bits have 256 values: what becomes of each is computed once, exactly as transformers does.
             values = _to_floats(np.arange(256).repeat(array.shape[-1]).reshape(256, -1), 255, options)
             return _look_up(np.ascontiguousarray(values.T), array)

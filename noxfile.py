@@ -34,6 +34,7 @@ def tests(session: nox.Session, transformers: str) -> None:
     """Run the tests: all on the newest transformers, those that transformers can change on the others."""
     install(session, transformers)
     marks = [] if transformers == TRANSFORMERS[-1] else ["-m", "not any_version"]
+    session.run("python", "tests/transformers_suite.py")
     session.run("pytest", *marks, *session.posargs)
 
 
@@ -167,4 +168,5 @@ def newest(session: nox.Session) -> None:
     """Run the tests on the newest releases of everything."""
     session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]")
     session.install("--upgrade", "--no-deps", "timm")
+    session.run("python", "tests/transformers_suite.py")
     session.run("pytest", *session.posargs)

@@ -8,6 +8,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
 )
+from transformers.models.auto import modeling_auto
 
 # What transformers 5.10 offers by this name at its top needs torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -31,6 +32,12 @@ AutoConfig.register(MobileNetConfig.model_type, MobileNetConfig, exist_ok=True)
 AutoModel.register(MobileNetConfig, MobileNetModel, exist_ok=True)
 AutoModelForImageClassification.register(MobileNetConfig, MobileNetForImageClassification, exist_ok=True)
 AutoBackbone.register(MobileNetConfig, MobileNetBackbone, exist_ok=True)
+# Pipelines, model cards and transformers' own tests go by the names of classes.
+modeling_auto.MODEL_MAPPING_NAMES[MobileNetConfig.model_type] = MobileNetModel.__name__
+modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[MobileNetConfig.model_type] = (
+    MobileNetForImageClassification.__name__
+)
+modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES[MobileNetConfig.model_type] = MobileNetBackbone.__name__
 AutoImageProcessor.register(MobileNetConfig, slow_image_processor_class=MobileNetImageProcessor, exist_ok=True)
 
 __all__ = [

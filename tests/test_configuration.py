@@ -1,4 +1,5 @@
 import json
+from typing import ClassVar
 
 import pytest
 from mobilenet.configuration_mobilenet import make_divisible
@@ -156,6 +157,86 @@ def test_output_features_and_indices_agree():
     assert MobileNetConfig(out_features=["stem", "stage2"]).out_indices == [0, 2]
     with pytest.raises(ValueError, match="stage9"):
         MobileNetConfig(out_features=["stage9"])
+
+
+def test_output_features_and_indices_must_not_contradict_each_other(tmp_path):
+    assert MobileNetConfig(out_features=("stem", "stage5"), out_indices=(0, -1)).out_features == ["stem", "stage5"]
+    expected = r"^out_features must be \['stem', 'stage2'\], which out_indices mean, got \['stage1', 'stage2'\]\.$"
+    with pytest.raises(ValueError, match=expected):
+        MobileNetConfig(out_features=["stage1", "stage2"], out_indices=[0, 2])
+    with pytest.raises(ValueError, match="out_features must be a list of stages, got 'stem'"):
+        MobileNetConfig(out_features="stem", out_indices=[0])
+    # Files hold both; each alone, as an argument of loading, replaces both.
+    MobileNetConfig(out_features=["stage1", "stage2"]).save_pretrained(tmp_path)
+    assert MobileNetConfig.from_pretrained(tmp_path).out_indices == [1, 2]
+    assert MobileNetConfig.from_pretrained(tmp_path, out_features=["stage3"]).out_indices == [3]
+    assert MobileNetConfig.from_pretrained(tmp_path, out_indices=[4]).out_features == ["stage4"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["to_dict", "save_pretrained", "from_preset", "stages", "stage_names", "depths", "num_hidden_layers", "__class__"],
+)
+def test_no_key_hides_what_the_configuration_defines(name, tmp_path):
+    message = f"^{name} must be left as MobileNetConfig defines it, got 3\\.$"
+    with pytest.raises(ValueError, match=message):
+        MobileNetConfig(**{name: 3})
+    with pytest.raises(ValueError, match=message):
+        setattr(MobileNetConfig(), name, 3)
+    (tmp_path / "config.json").write_text(json.dumps(MobileNetConfig().to_dict() | {name: 3}))
+    with pytest.raises(ValueError, match=message):
+        MobileNetConfig.from_pretrained(tmp_path)
+
+
+def test_keys_of_other_people_are_kept(tmp_path):
+    config = MobileNetConfig(scale=0, my_note="kept")
+    assert config.stages == MobileNetConfig().stages
+    config.save_pretrained(tmp_path)
+    loaded = MobileNetConfig.from_pretrained(tmp_path)
+    assert (loaded.scale, loaded.my_note) == (0, "kept")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "depths"), [("mobilenet_v1", [1, 2, 2, 6, 2]), ("mobilenet_v2", [1, 2, 3, 7, 4])]
+)
+def test_depths_count_the_blocks_of_the_stages(architecture, depths):
+    config = MobileNetConfig(architecture=architecture)
+    assert config.depths == depths
+    assert config.num_hidden_layers == sum(depths)
+    assert "depths" not in config.to_dict()
+
+
+class Plain(MobileNetConfig):
+    """As short as a subclass can be."""
+
+
+class Declared(MobileNetConfig):
+    """Defaults of its own, one for a new field."""
+
+    model_type: ClassVar[str] = "declared"
+    architecture: str = "mobilenet_v1"
+    note: str = "none"
+
+
+class Deeper(Declared):
+    width_multiplier: float = 0.5
+
+
+def test_subclasses_without_init_keep_the_defaults(tmp_path):
+    fields = set(MobileNetConfig().to_dict())
+    assert Plain().to_dict() == MobileNetConfig().to_dict()
+    assert Plain("mobilenet_v1", 0.5).stages == MobileNetConfig("mobilenet_v1", 0.5).stages
+    assert Plain(num_labels=3, depth_multiplier=0.5).width_multiplier == 0.5
+    with pytest.raises(ValueError, match="output_stride must be 8, 16 or 32, got 7"):
+        Plain(output_stride=7)
+    declared = Declared(image_size=96)
+    assert (declared.architecture, declared.image_size, declared.note) == ("mobilenet_v1", 96, "none")
+    assert set(declared.to_dict()) == fields | {"note"}
+    deeper = Deeper(note="some")
+    assert (deeper.architecture, deeper.width_multiplier, deeper.note) == ("mobilenet_v1", 0.5, "some")
+    assert Deeper(architecture="mobilenet_v2").architecture == "mobilenet_v2"
+    deeper.save_pretrained(tmp_path)
+    assert Deeper.from_pretrained(tmp_path).to_dict() == deeper.to_dict()
 
 
 def test_survives_saving(tmp_path):

@@ -213,6 +213,44 @@ def test_grayscale_can_stay_grayscale():
     assert model(pixels(picture(mode="L"), processor)).logits.shape == (1, 2)
 
 
+FOUR = {"do_convert_rgb": False, "image_mean": [0.1, 0.2, 0.3, 0.4], "image_std": [0.5, 0.6, 0.7, 0.8]}
+
+
+def test_networks_of_four_channels_are_given_four():
+    """Of each channel, what its own picture in grayscale would be."""
+    array = np.random.default_rng(0).integers(0, 256, (60, 80, 4), np.uint8)
+    processor = MobileNetImageProcessor(size=32, crop_size=32, **FOUR)
+    expected = []
+    for channel, (mean, std) in enumerate(zip(FOUR["image_mean"], FOUR["image_std"], strict=True)):
+        alone = {"image_mean": mean, "image_std": std, "do_convert_rgb": False}
+        expected.append(pixels(array[..., channel], size=32, crop_size=32, **alone))
+    expected = torch.cat(expected, dim=1)
+    first = array.transpose(2, 0, 1)
+    for image in (array, first, torch.from_numpy(array), torch.from_numpy(first.copy()), Image.fromarray(array)):
+        assert torch.equal(pixels(image, processor), expected)
+    in_floats = pixels(array / 255, processor)
+    torch.testing.assert_close(in_floats, expected, rtol=0, atol=2 / 255)  # 8 bits round twice
+    model = MobileNetForImageClassification(MobileNetConfig(num_channels=4, width_multiplier=0.25)).eval()
+    assert model(expected).logits.shape == (1, 2)
+
+
+def test_pictures_of_every_mode_with_transparency_keep_it():
+    options = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
+    palette = Image.new("P", (2, 2))
+    palette.putpalette([10, 20, 30])
+    palette.info["transparency"] = 0
+    for image, expected in (
+        (Image.new("RGBA", (2, 2), (1, 2, 3, 4)), [1, 2, 3, 4]),
+        (Image.new("LA", (2, 2), (7, 9)), [7, 7, 7, 9]),
+        (palette, [10, 20, 30, 0]),
+        (Image.new("RGB", (2, 2), (1, 2, 3)), [1, 2, 3]),
+        (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), [255, 0, 0]),
+    ):
+        assert pixels(image, do_convert_rgb=False, **options)[0, :, 0, 0].tolist() == expected
+    with pytest.raises(ValueError, match="image_mean must have one number, or one for each of 3 channels"):
+        MobileNetImageProcessor(**FOUR)(picture())
+
+
 def test_networks_of_one_channel_are_given_luma():
     """A picture of colours is what Pillow makes of it in mode L, from any source; one of grays stays as it is."""
     processor = MobileNetImageProcessor(do_grayscale=True, image_mean=0.5, image_std=0.5)

@@ -15,6 +15,7 @@ from transformers import (
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
 )
+from transformers.models.auto import modeling_auto
 
 from mobilenet import (
     ARCHITECTURES,
@@ -379,6 +380,24 @@ def test_auto_classes_know_the_models(tmp_path):
         assert_same(features(pictures).pooler_output, model.backbone(pictures).pooler_output)
     backbone = AutoBackbone.from_config(MobileNetConfig(out_indices=[2, 4]), trust_remote_code=False)
     assert [m.shape[1] for m in backbone(pictures).feature_maps] == [24, 96]
+
+
+@pytest.mark.parametrize(
+    ("table", "mapping", "model_class"),
+    [
+        ("MODEL_MAPPING_NAMES", "MODEL_MAPPING", MobileNetModel),
+        (
+            "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+            "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+            MobileNetForImageClassification,
+        ),
+        ("MODEL_FOR_BACKBONE_MAPPING_NAMES", "MODEL_FOR_BACKBONE_MAPPING", MobileNetBackbone),
+    ],
+)
+def test_tables_of_transformers_name_the_models(table, mapping, model_class):
+    assert getattr(modeling_auto, table)["mobilenet"] == model_class.__name__
+    # The mapping reads the same table, and looks for what it names in transformers.
+    assert getattr(modeling_auto, mapping)[MobileNetConfig] is model_class
 
 
 # Training
