@@ -2,7 +2,7 @@ import json
 from typing import ClassVar
 
 import pytest
-from mobilenet.configuration_mobilenet import make_divisible
+from mobilenet.architectures_mobilenet import make_divisible
 from transformers import AutoConfig
 
 from mobilenet import ARCHITECTURES, PRESETS, MobileNetConfig

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from mobilenet.modeling_mobilenet import Conv2d, ConvNormAct, same_padding
+from mobilenet.layers_mobilenet import Conv2d, ConvNormAct, same_padding
 from oracles import copy_in_order, logits, native, ours_like, randomize_norms, timm_model
 from torch import nn
 from transformers import (
