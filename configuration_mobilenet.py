@@ -1,4 +1,4 @@
-"""MobileNet configuration: the papers' tables, the published variants, and the fields that a checkpoint may set."""
+"""MobileNet configuration: the fields that a checkpoint may set, and the variants that were published."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import inspect
 import math
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
+
+from .architectures_mobilenet import ARCHITECTURES, Block, Width
 
 
 try:
@@ -17,93 +19,16 @@ except ImportError:  # transformers before 5.2
     from transformers.utils.backbone_utils import BackboneConfigMixin
 
 
-class SeparableRow(NamedTuple):
-    """Depthwise separable convolutions: a 3x3 depthwise one, then a 1x1 one."""
-
-    channels: int  # of the 1x1 convolution, before the width multiplier
-    repeats: int
-    stride: int  # of the first block; the others have stride 1
-
-
-class InvertedResidualRow(NamedTuple):
-    """Inverted residuals with linear bottlenecks; columns keep the paper's letters."""
-
-    expansion: int  # t: hidden channels = t * input channels
-    channels: int  # c: output channels, before the width multiplier
-    repeats: int  # n: blocks in the row
-    stride: int  # s: of the first block; the others have stride 1
-
-
-Row = SeparableRow | InvertedResidualRow
-
-
-class Architecture(NamedTuple):
-    """A network as its paper prints it, with what its reference implementation adds."""
-
-    stem: int  # channels of the 3x3 convolution with stride 2 that comes first
-    rows: tuple[Row, ...]
-    head: int | None  # channels of the 1x1 convolution that comes last
-    channel_divisor: int
-    classifier_dropout: float
-
-
-ARCHITECTURES = {
-    # MobileNetV1, Table 1 (arXiv:1704.04861), a row for each pair of "Conv dw" and "Conv 1x1". The paper prints
-    # stride 2 for the last depthwise convolution; its output size and slim/nets/mobilenet_v1.py say 1.
-    # Dropout and divisor: slim/nets/mobilenet_v1.py, which keeps 0.999 and truncates scaled channels.
-    "mobilenet_v1": Architecture(
-        stem=32,
-        rows=(
-            #              c  n  s
-            SeparableRow(64, 1, 1),
-            SeparableRow(128, 1, 2),
-            SeparableRow(128, 1, 1),
-            SeparableRow(256, 1, 2),
-            SeparableRow(256, 1, 1),
-            SeparableRow(512, 1, 2),
-            SeparableRow(512, 5, 1),
-            SeparableRow(1024, 1, 2),
-            SeparableRow(1024, 1, 1),
-        ),
-        head=None,
-        channel_divisor=1,
-        classifier_dropout=0.001,
-    ),
-    # MobileNetV2, Table 2 (arXiv:1801.04381). Dropout and divisor: slim/nets/mobilenet/mobilenet.py keeps 0.8.
-    "mobilenet_v2": Architecture(
-        stem=32,
-        rows=(
-            #                  t    c  n  s
-            InvertedResidualRow(1, 16, 1, 1),
-            InvertedResidualRow(6, 24, 2, 2),
-            InvertedResidualRow(6, 32, 3, 2),
-            InvertedResidualRow(6, 64, 4, 2),
-            InvertedResidualRow(6, 96, 3, 1),
-            InvertedResidualRow(6, 160, 3, 2),
-            InvertedResidualRow(6, 320, 1, 1),
-        ),
-        head=1280,
-        channel_divisor=8,
-        classifier_dropout=0.2,
-    ),
-}
-
-# The variants that Google published: width multipliers, and the resolutions of each.
-# Sources: slim/nets/mobilenet_v1.md and slim/nets/mobilenet/README.md.
-PUBLISHED = {
-    "mobilenet_v1": dict.fromkeys((1.0, 0.75, 0.5, 0.25), (224, 192, 160, 128)),
-    "mobilenet_v2": {1.4: (224,), 1.3: (224,)} | dict.fromkeys((1.0, 0.75, 0.5, 0.35), (224, 192, 160, 128, 96)),
-}
-
 PRESETS: dict[str, dict[str, Any]] = {
     f"{architecture}_{width}_{size}": {
         "architecture": architecture,
         "width_multiplier": width,
         "image_size": size,
     }
-    for architecture, widths in PUBLISHED.items()
-    for width, sizes in widths.items()
-    for size in sizes
+    for architecture, table in ARCHITECTURES.items()
+    for published in table.published
+    for width in published.widths
+    for size in published.resolutions
 } | {
     # The depthwise separable network that courses teach: Table 1 of MobileNetV1 without batch norm, with a bias in
     # every convolution, and no activation between the two convolutions of a block.
@@ -186,35 +111,6 @@ def _is_fixed(cls: type, name: str) -> bool:
     )
 
 
-def make_divisible(channels: float, divisor: int) -> int:
-    """Round channels to the nearest multiple of a divisor, at least 8 and never more than 10 % down.
-
-    With divisor 1 the whole part is kept, as MobileNetV1 does.
-
-    Source: _make_divisible of slim/nets/mobilenet/conv_blocks.py; depth of slim/nets/mobilenet_v1.py.
-    """
-    minimum = max(divisor, 8)
-    if divisor == 1:
-        return max(minimum, int(channels))
-    rounded = max(minimum, int(channels + divisor / 2) // divisor * divisor)
-    return rounded if rounded >= 0.9 * channels else rounded + divisor
-
-
-def _scale(config: MobileNetConfig, channels: int) -> int:
-    """Channels under the width multiplier."""
-    return make_divisible(channels * config.width_multiplier, config.channel_divisor)
-
-
-class Block(NamedTuple):
-    """One block of a configured network: its row of the table, and what the configuration makes of it."""
-
-    row: Row
-    in_channels: int
-    out_channels: int
-    stride: int
-    dilation: int
-
-
 class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     """Configuration of a MobileNet.
 
@@ -226,12 +122,13 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         image_size: Side in pixels of the pictures that the checkpoint was trained on. The network takes any size.
         output_stride: Input size over the size of the last feature map: 32, 16 or 8. Below 32, the later strides
             turn into dilation, as DeepLab does.
-        hidden_act: Activation: "relu", "relu6", "hardswish", "silu" or "gelu".
+        hidden_act: Activation: "relu", "relu6", "hardswish", "silu" or "gelu". Default: by the table, "relu6".
         depthwise_activation: Whether the depthwise convolution of a depthwise separable block has an activation.
         padding: "same" pads as TensorFlow does, by the size of the input; "symmetric" as PyTorch does.
-        use_batch_norm: Whether batch norm follows each convolution. Without it, every convolution has a bias.
-        fused: Whether the weights come from a network whose batch norms were folded into its convolutions, as
-            `MobileNetPreTrainedModel.fuse` does; `use_batch_norm` is false then, and training warns.
+        use_batch_norm: Whether the network is made with a batch norm after each convolution. Without it, every
+            convolution has a bias.
+        fused: Whether batch norms have been folded into the convolutions, as `MobileNetPreTrainedModel.fuse` does:
+            there are none then, whatever `use_batch_norm` says, and training warns.
         batch_norm_eps: Added to the variance.
         batch_norm_momentum: Share of a new batch in the running statistics, which is PyTorch's convention: one
             minus TensorFlow's decay. Google trained V1 with 0.0003 and V2 with 0.003 over millions of steps; the
@@ -277,7 +174,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         num_channels: int = 3,
         image_size: int = 224,
         output_stride: int = 32,
-        hidden_act: str = "relu6",
+        hidden_act: str | None = None,
         depthwise_activation: bool = True,
         padding: str = "same",
         use_batch_norm: bool = True,
@@ -299,14 +196,14 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.num_channels = num_channels
         self.image_size = image_size
         self.output_stride = output_stride
-        self.hidden_act = hidden_act
+        table = ARCHITECTURES[architecture]
+        self.hidden_act = table.hidden_act if hidden_act is None else hidden_act
         self.depthwise_activation = depthwise_activation
         self.padding = padding
         self.use_batch_norm = use_batch_norm
         self.fused = fused
         self.batch_norm_eps = batch_norm_eps
         self.batch_norm_momentum = batch_norm_momentum
-        table = ARCHITECTURES[architecture]
         self.classifier_dropout = table.classifier_dropout if classifier_dropout is None else classifier_dropout
         self.channel_divisor = table.channel_divisor if channel_divisor is None else channel_divisor
         self.shrink_head = shrink_head
@@ -339,42 +236,44 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         super().__setattr__(name, value)
 
     @property
-    def stem_channels(self) -> int:
-        """Channels of the first convolution."""
-        return _scale(self, ARCHITECTURES[self.architecture].stem)
+    def has_batch_norm(self) -> bool:
+        """Whether a batch norm follows each convolution: the network is made with them, and they are not folded."""
+        return self.use_batch_norm and not self.fused
 
     @property
-    def head_channels(self) -> int | None:
-        """Channels of the last 1x1 convolution; None for V1, which has none."""
-        head = ARCHITECTURES[self.architecture].head
-        if head is None or (self.width_multiplier < 1 and not self.shrink_head):
-            return head
-        return _scale(self, head)
+    def _width(self) -> Width:
+        return Width(self.width_multiplier, self.channel_divisor)
+
+    @property
+    def stem_block(self) -> Block:
+        """The first convolution."""
+        (block,) = ARCHITECTURES[self.architecture].stem.blocks(self.num_channels, self._width, self.hidden_act)
+        return block
 
     @property
     def stages(self) -> list[list[Block]]:
         """Blocks by stage: a stage is a run of blocks that shares a resolution when the output stride is 32."""
-        stages: list[list[Block]] = []
-        channels = self.stem_channels
-        current_stride, dilation = 2, 1
-        for row in ARCHITECTURES[self.architecture].rows:
-            if row.stride > 1 or not stages:
-                stages.append([])
-            out_channels = _scale(self, row.channels)
-            for index in range(row.repeats):
-                wanted = row.stride if index == 0 else 1
-                # Past the output stride a stride becomes dilation, which starts in the next block: the convolution
-                # that would have strided still looks at its neighbours.
-                strides = current_stride < self.output_stride
-                stages[-1].append(
-                    Block(row, channels, out_channels, wanted if strides else 1, 1 if strides else dilation)
-                )
-                if strides:
-                    current_stride *= wanted
-                else:
-                    dilation *= wanted
-                channels = out_channels
-        return stages
+        return ARCHITECTURES[self.architecture].lower(self._width, self.hidden_act, self.output_stride)
+
+    @property
+    def head_block(self) -> Block | None:
+        """The last 1x1 convolution; None for V1, which has none."""
+        head = ARCHITECTURES[self.architecture].head
+        if head is None:
+            return None
+        width = Width() if self.width_multiplier < 1 and not self.shrink_head else self._width
+        (block,) = head.blocks(self.stages[-1][-1].out_channels, width, self.hidden_act)
+        return block
+
+    @property
+    def stem_channels(self) -> int:
+        """Channels of the first convolution."""
+        return self.stem_block.out_channels
+
+    @property
+    def head_channels(self) -> int | None:
+        """Channels of the last 1x1 convolution; None for V1, which has none."""
+        return self.head_block.out_channels if self.head_block else None
 
     @property
     def depths(self) -> list[int]:
@@ -394,7 +293,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     @property
     def stage_names(self) -> list[str]:
         """Names of the feature maps that MobileNetBackbone can return, by growing stride."""
-        return ["stem", *(f"stage{i}" for i in range(1, len(self.stages) + 1))]
+        return list(ARCHITECTURES[self.architecture].strides)
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise; auto_map names the classes beside the file, so that what is saved loads wherever it goes."""
@@ -411,4 +310,4 @@ AUTO_MAP = {
 
 MobileNetConfig.register_for_auto_class()
 
-__all__ = ["ARCHITECTURES", "PRESETS", "MobileNetConfig"]
+__all__ = ["PRESETS", "MobileNetConfig"]

@@ -122,9 +122,13 @@ def exchange(session: nox.Session) -> None:
     session.log("logits by version of transformers:\n" + "\n".join(rows))
 
 
-# What needs transformers, but no torch: the configuration, by itself as the Hub copies it.
+# What needs transformers, but no torch: the tables and the configuration, as modules of a folder, as the Hub has them.
 CONFIGURE = """
-from configuration_mobilenet import PRESETS, MobileNetConfig
+import sys
+from types import ModuleType
+sys.modules["repository"] = ModuleType("repository")
+sys.modules["repository"].__path__ = ["."]
+from repository.configuration_mobilenet import PRESETS, MobileNetConfig
 for name in PRESETS:
     config = MobileNetConfig.from_preset(name)
     assert MobileNetConfig.from_dict(config.to_dict()).to_dict() == config.to_dict(), name

@@ -18,7 +18,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 if not os.path.exists(os.path.join(os.path.dirname(__file__), "modeling_mobilenet.py")):
     __path__.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from .configuration_mobilenet import ARCHITECTURES, PRESETS, MobileNetConfig
+from .architectures_mobilenet import ARCHITECTURES
+from .configuration_mobilenet import PRESETS, MobileNetConfig
 from .image_processing_mobilenet import RECIPES, MobileNetImageProcessor
 from .modeling_mobilenet import (
     MobileNetBackbone,

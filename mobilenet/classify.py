@@ -35,7 +35,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file, logging
 
-from .configuration_mobilenet import ARCHITECTURES, MobileNetConfig
+from .architectures_mobilenet import ARCHITECTURES
+from .configuration_mobilenet import MobileNetConfig
 from .image_processing_mobilenet import is_url
 from .text import clean
 

@@ -32,6 +32,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from .architectures_mobilenet import ARCHITECTURES
 from .classify import find, load_network
 from .conversion.progress import status, track
 from .conversion.proof import draw_pictures
@@ -69,13 +70,6 @@ MIN_AGREEMENT = 0.9
 MAX_PICTURES = 150
 # ExecuTorch plans its memory for the largest batch.
 _EXECUTORCH_BATCH = 32
-
-# What transformers calls the processor and the network of an architecture; transformers.js goes by these names.
-_NATIVE_PROCESSORS = {"mobilenet_v1": "MobileNetV1ImageProcessor", "mobilenet_v2": "MobileNetV2ImageProcessor"}
-_NATIVE_CLASSES = {
-    "mobilenet_v1": "MobileNetV1ForImageClassification",
-    "mobilenet_v2": "MobileNetV2ForImageClassification",
-}
 
 
 class Engine(NamedTuple):
@@ -392,16 +386,17 @@ def _write_transformers_js(exporter: _Exporter, folder: Path) -> list[Engine]:
     from onnxruntime import InferenceSession
 
     config = exporter.config
+    name = ARCHITECTURES[config.architecture].native
     native = AutoConfig.for_model(
         config.architecture,
-        architectures=[_NATIVE_CLASSES[config.architecture]],
+        architectures=[f"{name}ForImageClassification"],
         **{name: getattr(config, name) for name in ("image_size", "num_channels", "id2label", "label2id")},
         depth_multiplier=config.width_multiplier,
     )
     native.save_pretrained(folder)
     options = exporter.processor.to_dict()
     options.pop("auto_map", None)
-    options["image_processor_type"] = _NATIVE_PROCESSORS[config.architecture]
+    options["image_processor_type"] = f"{name}ImageProcessor"
     (folder / "preprocessor_config.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
     (folder / "onnx").mkdir()
 
@@ -486,7 +481,7 @@ def _card(source: str, target: Target, exporter: _Exporter, comparisons: Sequenc
     height, width = exporter.size
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
-        f"# {_NAMES[config.architecture]} for {target.value}\n\n"
+        f"# {ARCHITECTURES[config.architecture].title} for {target.value}\n\n"
         f"Width {config.width_multiplier:g}, {config.num_labels} classes, batch norm folded, exported at "
         f"{height}x{width} pixels from {markdown(Path(source).name if os.path.isdir(source) else source)}.\n\n"
         + (_USE_JS if is_js else _USE)
@@ -495,8 +490,6 @@ def _card(source: str, target: Target, exporter: _Exporter, comparisons: Sequenc
         + "\n"
     )
 
-
-_NAMES = {"mobilenet_v1": "MobileNet V1", "mobilenet_v2": "MobileNet V2"}
 
 _USE = """```python
 import mobilenet  # the installed package: knows the configuration and the image processor

@@ -24,7 +24,13 @@ from .configuration_mobilenet import AUTO_MAP
 from .text import clean
 
 
-CODE = ("configuration_mobilenet.py", "image_processing_mobilenet.py", "modeling_mobilenet.py")
+CODE = (
+    "architectures_mobilenet.py",
+    "configuration_mobilenet.py",
+    "image_processing_mobilenet.py",
+    "layers_mobilenet.py",
+    "modeling_mobilenet.py",
+)
 CLASSES = AUTO_MAP | {"AutoImageProcessor": "image_processing_mobilenet.MobileNetImageProcessor"}
 WEIGHTS = (".gguf", ".h5", ".onnx", ".pte", ".safetensors", ".tflite", ".xml")
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")

@@ -19,9 +19,11 @@ import torch
 
 PACKAGE = (
     "mobilenet",
+    "architectures_mobilenet",
     "configuration_mobilenet",
     "convert_checkpoint",
     "image_processing_mobilenet",
+    "layers_mobilenet",
     "modeling_mobilenet",
 )
 

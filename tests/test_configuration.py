@@ -2,10 +2,9 @@ import json
 from typing import ClassVar
 
 import pytest
-from mobilenet.configuration_mobilenet import make_divisible
 from transformers import AutoConfig
 
-from mobilenet import ARCHITECTURES, PRESETS, MobileNetConfig
+from mobilenet import PRESETS, MobileNetConfig
 
 
 # slim/nets/mobilenet_v1.md and slim/nets/mobilenet/README.md list 16 and 22 checkpoints.
@@ -29,70 +28,6 @@ def test_unknown_preset_lists_those_that_exist():
 
 
 @pytest.mark.parametrize(
-    ("channels", "divisor", "expected"),
-    [
-        # By hand from slim's rule: nearest multiple, ties up, at least 8, at most 10 % down.
-        (32 * 0.35, 8, 16),  # 11.2 -> 8 would lose 29 %
-        (24 * 0.35, 8, 8),
-        (96 * 0.35, 8, 32),  # 33.6
-        (160 * 1.3, 8, 208),
-        (24 * 1.3, 8, 32),
-        (1280 * 1.4, 8, 1792),
-        (12, 8, 16),
-        (3, 8, 8),
-        (3, 16, 16),
-        # V1 keeps the whole part.
-        (1024 * 0.3, 1, 307),
-        (3.2, 1, 8),
-    ],
-)
-def test_make_divisible(channels, divisor, expected):
-    assert make_divisible(channels, divisor) == expected
-
-
-def test_tables_are_the_papers():
-    # Table 1 of arXiv:1704.04861: strides of the depthwise convolutions and filters of the 1x1 convolutions.
-    blocks = [block for stage in MobileNetConfig(architecture="mobilenet_v1").stages for block in stage]
-    assert [block.stride for block in blocks] == [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]
-    assert [block.out_channels for block in blocks] == [64, 128, 128, 256, 256] + 6 * [512] + 2 * [1024]
-    # Table 2 of arXiv:1801.04381.
-    table = [tuple(row) for row in ARCHITECTURES["mobilenet_v2"].rows]
-    assert table == [
-        (1, 16, 1, 1),
-        (6, 24, 2, 2),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 2),
-        (6, 320, 1, 1),
-    ]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_blocks_chain(architecture):
-    config = MobileNetConfig(architecture=architecture, width_multiplier=0.75)
-    channels = config.stem_channels
-    for block in (block for stage in config.stages for block in stage):
-        assert block.in_channels == channels
-        channels = block.out_channels
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(
-    ("output_stride", "strides", "dilations"),
-    [
-        (32, [1, 2, 2, 2, 2], [[1], [1], [1], [1], [1]]),
-        (16, [1, 2, 2, 2, 1], [[1], [1], [1], [1], [1, 2]]),
-        (8, [1, 2, 2, 1, 1], [[1], [1], [1], [1, 2], [2, 4]]),
-    ],
-)
-def test_output_stride_turns_strides_into_dilation(architecture, output_stride, strides, dilations):
-    stages = MobileNetConfig(architecture=architecture, output_stride=output_stride).stages
-    assert [stage[0].stride for stage in stages] == strides
-    assert [sorted({block.dilation for block in stage}) for stage in stages] == dilations
-
-
-@pytest.mark.parametrize(
     ("architecture", "width", "shrink", "expected"),
     [
         ("mobilenet_v1", 0.5, False, 512),
@@ -110,6 +45,33 @@ def test_dropout_defaults_to_the_papers_drop_probability():
     assert MobileNetConfig(architecture="mobilenet_v1").classifier_dropout == 0.001
     assert MobileNetConfig(architecture="mobilenet_v2").classifier_dropout == 0.2
     assert MobileNetConfig(classifier_dropout=0.0).classifier_dropout == 0
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v1", "mobilenet_v2"])
+def test_the_activation_is_by_the_table_unless_it_is_given(architecture, tmp_path):
+    assert MobileNetConfig(architecture).hidden_act == "relu6"
+    config = MobileNetConfig(architecture, hidden_act="relu")
+    assert {block.act for stage in config.stages for block in stage} == {config.stem_block.act} == {"relu"}
+    config.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["hidden_act"] == "relu"
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"hidden_act": None}))
+    loaded = MobileNetConfig.from_pretrained(tmp_path)
+    assert loaded.hidden_act == loaded.to_dict()["hidden_act"] == "relu6"
+
+
+@pytest.mark.parametrize(
+    ("made_with", "fused", "has"),
+    [
+        (True, False, True),
+        (True, True, False),
+        (False, True, False),  # how fused networks were saved at first
+        (False, False, False),
+    ],
+)
+def test_fused_alone_says_that_batch_norms_are_gone(made_with, fused, has):
+    config = MobileNetConfig(use_batch_norm=made_with, fused=fused)
+    assert (config.use_batch_norm, config.fused, config.has_batch_norm) == (made_with, fused, has)
 
 
 @pytest.mark.parametrize(

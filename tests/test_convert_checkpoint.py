@@ -66,14 +66,16 @@ def test_pipeline_names_the_cats(converted: Path, cats: Path) -> None:
 def test_repository_is_complete(converted: Path) -> None:
     assert {path.name for path in converted.iterdir()} == {
         "README.md",
+        "architectures_mobilenet.py",
         "config.json",
         "configuration_mobilenet.py",
         "image_processing_mobilenet.py",
+        "layers_mobilenet.py",
         "model.safetensors",
         "modeling_mobilenet.py",
         "preprocessor_config.json",
     }
-    for name in ("configuration", "image_processing", "modeling"):
+    for name in ("architectures", "configuration", "image_processing", "layers", "modeling"):
         source = SCRIPT.with_name(f"{name}_mobilenet.py")
         assert (converted / source.name).read_bytes() == source.read_bytes()
     config = json.loads((converted / "config.json").read_text())

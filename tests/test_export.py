@@ -40,6 +40,7 @@ FILES = {
 }
 BESIDE = {
     "README.md",
+    "architectures_mobilenet.py",
     "config.json",
     "configuration_mobilenet.py",
     "export.json",
@@ -110,7 +111,7 @@ def test_folder_is_complete(exported):
     assert {path.name for path in exported.iterdir()} == BESIDE | FILES[exported.name]
     config = MobileNetConfig.from_pretrained(exported)
     assert config.id2label == LABELS
-    assert (config.use_batch_norm, config.fused) == (False, True)
+    assert (config.use_batch_norm, config.fused, config.has_batch_norm) == (True, True, False)
     card = ModelCard.load(exported / "README.md")
     assert card.data.library_name == "transformers"
     assert re.search(r"\| 8 \| \d\.\de-\d\d \| 100 % \|", card.text)

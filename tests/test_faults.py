@@ -149,8 +149,9 @@ def source(tmp_path: Path) -> Path:
 
 
 COMPLETE = {
-    *("README.md", "config.json", "configuration_mobilenet.py", "image_processing_mobilenet.py", "model.safetensors"),
-    *("modeling_mobilenet.py", "preprocessor_config.json"),
+    *("README.md", "architectures_mobilenet.py", "config.json", "configuration_mobilenet.py"),
+    *("image_processing_mobilenet.py", "layers_mobilenet.py", "model.safetensors", "modeling_mobilenet.py"),
+    "preprocessor_config.json",
 }
 
 

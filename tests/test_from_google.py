@@ -131,6 +131,7 @@ def edit_config(folder: Path, **changes: object) -> None:
         ({"min_depth": 16}, ("min_depth must be 8, got 16",)),
         ({"architectures": ["MobileNetV1Model"]}, ("must hold a MobileNetV1ForImageClassification",)),
         ({"hidden_act": "tanh"}, ("hidden_act must be", "tanh")),
+        ({"hidden_act": None}, ("hidden_act", "None")),
         ({"model_type": "resnet"}, ("no known source",)),
         ({"model_type": "mobilenet_v2"}, ("does not hold a mobilenet_v2",)),
     ],

@@ -165,9 +165,9 @@ def test_network_without_batch_norm_stays() -> None:
 def test_other_networks_of_the_configuration_stay() -> None:
     config = MobileNetConfig()
     model, other = MobileNetForImageClassification(config).fuse(), MobileNetForImageClassification(config)
-    assert (model.config.use_batch_norm, model.config.fused) == (False, True)
+    assert (model.config.fused, model.config.has_batch_norm) == (True, False)
     assert model.backbone.config is model.config
-    assert (other.config.use_batch_norm, other.config.fused) == (True, False)
+    assert (other.config.fused, other.config.has_batch_norm) == (False, True)
 
 
 def test_saves_and_loads(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_saves_and_loads(tmp_path: Path) -> None:
     loaded, report = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     assert len(loaded.state_dict()) <= unfused / 2
-    assert (loaded.config.use_batch_norm, loaded.config.fused) == (False, True)
+    assert (loaded.config.fused, loaded.config.has_batch_norm) == (True, False)
     pictures = torch.randn(2, 3, 96, 96)
     torch.testing.assert_close(loaded(pictures).logits, model(pictures).logits, rtol=0, atol=0)
 

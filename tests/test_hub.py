@@ -28,7 +28,13 @@ from mobilenet.conversion import ConversionError, checkpoint
 
 ROOT = Path(__file__).parents[1]
 CLIENT = Path(__file__).parent / "client.py"
-CODE = ("configuration_mobilenet.py", "image_processing_mobilenet.py", "modeling_mobilenet.py")
+CODE = (
+    "architectures_mobilenet.py",
+    "configuration_mobilenet.py",
+    "image_processing_mobilenet.py",
+    "layers_mobilenet.py",
+    "modeling_mobilenet.py",
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_mobilenet.MobileNetConfig",
     "AutoModel": "modeling_mobilenet.MobileNetModel",

@@ -1,9 +1,8 @@
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
-from mobilenet.modeling_mobilenet import Conv2d, ConvNormAct, same_padding
+from mobilenet.layers_mobilenet import ConvNormAct
+from mobilenet.modeling_mobilenet import LAYERS
 from oracles import copy_in_order, logits, native, ours_like, randomize_norms, timm_model
 from torch import nn
 from transformers import (
@@ -201,57 +200,6 @@ def test_multiply_accumulates_are_those_published(preset, expected):
 # Padding
 
 
-@pytest.mark.parametrize(
-    ("size", "kernel_size", "stride", "dilation", "expected"),
-    # tf.nn's notes on padding, by hand.
-    [(224, 3, 2, 1, 1), (225, 3, 2, 1, 2), (5, 3, 1, 1, 2), (5, 3, 1, 4, 8), (7, 1, 1, 1, 0), (1, 3, 2, 1, 2)],
-)
-def test_same_padding(size, kernel_size, stride, dilation, expected):
-    assert same_padding(size, kernel_size, stride, dilation) == expected
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (6, 6), (6, 7), (7, 6), (7, 7)])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize(("channels", "groups"), [((4, 4), 4), ((3, 16), 1)])
-def test_same_convolution_equals_padding_first(size, stride, dilation, channels, groups):
-    conv = Conv2d(*channels, 3, stride, dilation=dilation, groups=groups, pads_same=True, activated=True)
-    x = torch.randn(2, channels[0], *size).to(memory_format=torch.channels_last)
-    (top, bottom), (left, right) = (
-        (total // 2, total - total // 2)
-        for total in (max((-(-n // stride) - 1) * stride + 2 * dilation + 1 - n, 0) for n in size)
-    )
-    padded = F.pad(x, (left, right, top, bottom))
-    expected = F.conv2d(padded, conv.weight, conv.bias, stride, dilation=dilation, groups=groups)
-    assert expected.shape[-2:] == tuple(-(-n // stride) for n in size)
-    result = conv(x)
-    torch.testing.assert_close(result, expected)
-    assert result.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_autocast_leaves_float32_where_it_is_faster():
-    conv = Conv2d(8, 8, 3, 2, groups=8, pads_same=True, activated=True)
-    weight, convolve, seen = torch.randn(2, 8, 8, 8), conv.convolve, []
-    results = []
-    for module in (conv, partial(convolve, weight=conv.weight, bias=conv.bias)):
-        conv.zero_grad()
-        torch.manual_seed(0)
-        x = torch.randn(2, 8, 16, 16).bfloat16().requires_grad_()
-        conv.convolve = lambda x, *args: seen.append(x.dtype) or convolve(x, *args)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = module(x)
-            assert y.dtype == torch.bfloat16
-            with torch.no_grad():
-                conv(x)
-        (y.float() * weight).sum().backward()
-        results.append((y.float(), x.grad.float(), conv.weight.grad))
-    assert seen == [torch.float32, torch.bfloat16, torch.bfloat16]
-    for ours, expected in zip(*results, strict=True):
-        assert ours.abs().max() > 0.1
-        # bfloat16 has 8 bits.
-        torch.testing.assert_close(ours, expected, rtol=0, atol=expected.abs().max().item() / 64)
-
-
 def test_eager_network_copies_nothing_larger_than_the_pictures_to_pad(monkeypatch):
     model, pad, padded = small(), F.pad, []
     monkeypatch.setattr(F, "pad", lambda x, *args: padded.append(x.shape[1]) or pad(x, *args))
@@ -266,6 +214,16 @@ def test_symmetric_padding_differs_from_same_at_even_sizes_alone():
     odd, even = torch.randn(1, 3, 33, 33), torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(logits(same, odd), logits(symmetric, odd))
     assert (logits(same, even) - logits(symmetric, even)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kind_of_block_has_a_layer(architecture):
+    config = MobileNetConfig(architecture)
+    model = MobileNetModel(config)
+    for layers, blocks in zip(model.stages, config.stages, strict=True):
+        assert [type(layer) for layer in layers] == [LAYERS[block.kind] for block in blocks]
+    assert config.stem_block.kind == "conv"
+    assert type(model.stem) is ConvNormAct
 
 
 # Graphs
@@ -463,8 +421,9 @@ def test_batch_norm_momentum_and_eps_are_the_configurations():
     assert {(norm.momentum, norm.eps) for norm in norms} == {(0.03, 1e-4)}
 
 
-def test_no_batch_norm_means_biases_everywhere():
-    model = MobileNetModel(MobileNetConfig(use_batch_norm=False))
+@pytest.mark.parametrize("config", [{"use_batch_norm": False}, {"fused": True}])
+def test_no_batch_norm_means_biases_everywhere(config):
+    model = MobileNetModel(MobileNetConfig(**config))
     units = [module for module in model.modules() if isinstance(module, ConvNormAct)]
     assert len(units) == 52
     assert all(isinstance(unit.norm, nn.Identity) and unit.conv.bias is not None for unit in units)

@@ -22,7 +22,14 @@ from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNe
 
 
 ROOT = Path(__file__).parents[1]
-CODE = ("configuration_mobilenet", "convert_checkpoint", "image_processing_mobilenet", "modeling_mobilenet")
+CODE = (
+    "architectures_mobilenet",
+    "configuration_mobilenet",
+    "convert_checkpoint",
+    "image_processing_mobilenet",
+    "layers_mobilenet",
+    "modeling_mobilenet",
+)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.onnx", "mobilenet/model.safetensors", "tests/model.bin")
 
 # What `import mobilenet` gives: every Auto class knows the configuration.

@@ -20,7 +20,13 @@ from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNe
 from mobilenet.cli import app
 
 
-CODE = ("configuration_mobilenet.py", "image_processing_mobilenet.py", "modeling_mobilenet.py")
+CODE = (
+    "architectures_mobilenet.py",
+    "configuration_mobilenet.py",
+    "image_processing_mobilenet.py",
+    "layers_mobilenet.py",
+    "modeling_mobilenet.py",
+)
 FILES = (*CODE, "config.json", "preprocessor_config.json", "model.safetensors")
 
 

@@ -11,15 +11,12 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
+from mobilenet.architectures_mobilenet import ARCHITECTURES
 from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.text import markdown
 
 from .checkpoint import Checkpoint, Origin, sha256
 from .proof import Comparison
-
-
-_NAMES = {"mobilenet_v1": "MobileNet V1", "mobilenet_v2": "MobileNet V2"}
-_PAPERS = {"mobilenet_v1": "1704.04861", "mobilenet_v2": "1801.04381"}
 
 
 def write_card(
@@ -30,22 +27,23 @@ def write_card(
     caveats: Sequence[str],
 ) -> ModelCard:
     """Describe a converted network."""
+    architecture = ARCHITECTURES[config.architecture]
     data = ModelCardData(
         license=checkpoint.license,
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["vision", "mobilenet", f"arxiv:{_PAPERS[config.architecture]}"],
+        tags=["vision", "mobilenet", f"arxiv:{architecture.paper}"],
         datasets=["imagenet-1k"] if config.num_labels in (1000, 1001) else None,
         metrics=["accuracy"],
         base_model=origin.given if origin.revision else None,
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {_NAMES[config.architecture]}, width {config.width_multiplier:g}, {config.image_size} pixels",
+        f"# {architecture.title}, width {config.width_multiplier:g}, {config.image_size} pixels",
         f"Converted from {checkpoint.kind}. {config.num_labels} classes. "
-        f"Paper: [arXiv:{_PAPERS[config.architecture]}](https://arxiv.org/abs/{_PAPERS[config.architecture]}).",
+        f"Paper: [arXiv:{architecture.paper}](https://arxiv.org/abs/{architecture.paper}).",
         _USE,
-        *([_FINE_TUNE] if config.use_batch_norm else []),
+        *([_FINE_TUNE] if config.has_batch_norm else []),
         "## Source",
         _source(origin, checkpoint),
         "## Verification",
@@ -66,9 +64,9 @@ classify = pipeline("image-classification", model="path/to/this/repository", tru
 classify("photo.jpg")
 ```
 
-`trust_remote_code` runs the three Python files of this repository: `configuration_mobilenet.py`,
-`modeling_mobilenet.py` and `image_processing_mobilenet.py`. After `import mobilenet`, the installed package, it is not
-needed."""
+`trust_remote_code` runs the five Python files of this repository: `architectures_mobilenet.py`,
+`configuration_mobilenet.py`, `image_processing_mobilenet.py`, `layers_mobilenet.py` and `modeling_mobilenet.py`. After
+`import mobilenet`, the installed package, it is not needed."""
 
 _FINE_TUNE = """## Fine-tune
 

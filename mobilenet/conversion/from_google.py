@@ -8,13 +8,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import (
-    MobileNetV1Config,
-    MobileNetV1ForImageClassification,
-    MobileNetV2Config,
-    MobileNetV2ForImageClassification,
-)
 
+from mobilenet.architectures_mobilenet import ARCHITECTURES
 from mobilenet.configuration_mobilenet import MAX_LABELS
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 
@@ -54,12 +49,15 @@ TABLES = {
     ),
 }
 
-_CONFIGS = {"mobilenet_v1": MobileNetV1Config, "mobilenet_v2": MobileNetV2Config}
-_CLASSES = {"mobilenet_v1": MobileNetV1ForImageClassification, "mobilenet_v2": MobileNetV2ForImageClassification}
 # Written into every configuration as the probability of dropping, but taken from where it was that of keeping.
 _KEEP = {"mobilenet_v1": 0.999, "mobilenet_v2": 0.8}
 # What the tables of the papers say; no published checkpoint says otherwise.
 _FIXED = {"min_depth": 8, "expand_ratio": 6, "first_layer_is_expansion": True}
+
+
+def _native(architecture: str, kind: str) -> Any:
+    """A class of transformers' own, such as MobileNetV1Config."""
+    return getattr(transformers, ARCHITECTURES[architecture].native + kind)
 
 
 def detect(origin: Origin) -> bool:
@@ -80,10 +78,10 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     if count is not None and not (isinstance(count, int) and count <= MAX_LABELS):  # transformers would name them all
         raise ConversionError(f"{folder / 'config.json'}: num_labels must be at most {MAX_LABELS}, got {count!r}.")
     try:
-        theirs = _CONFIGS[model_type].from_pretrained(folder)
+        theirs = _native(model_type, "Config").from_pretrained(folder)
     except Exception as error:  # each version of transformers raises something else
         raise ConversionError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
-    expected = _CLASSES[model_type].__name__
+    expected = _native(model_type, "ForImageClassification").__name__
     files = [folder / "config.json", weights_file(folder)]
     with understanding(files[0]):
         if theirs.architectures and expected not in theirs.architectures:
@@ -91,6 +89,8 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         for name, value in _FIXED.items():
             if getattr(theirs, name, value) != value:
                 raise ConversionError(f"{files[0]}: {name} must be {value}, got {getattr(theirs, name)}.")
+        if theirs.hidden_act is None:  # none at all, where ours would be that of the table
+            raise ConversionError(f"{files[0]}: hidden_act must be the name of an activation, got None.")
         config = _translate(theirs) | {"image_size": options.size(theirs.image_size)}
         processor = options.processor("google", theirs.image_size)
         labels = check([theirs.id2label[i] for i in range(theirs.num_labels)], theirs.num_labels, files[0])
@@ -145,7 +145,7 @@ def _processor(recorded: dict[str, Any], default: MobileNetImageProcessor) -> Mo
 
 
 def _oracle(model_type: str, folder: Path) -> Oracle:
-    model = _CLASSES[model_type].from_pretrained(folder, dtype=torch.float32).eval()
+    model = _native(model_type, "ForImageClassification").from_pretrained(folder, dtype=torch.float32).eval()
 
     def logits(pixel_values: Tensor) -> Tensor:
         return model(pixel_values).logits

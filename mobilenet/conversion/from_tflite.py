@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mobilenet.modeling_mobilenet import same_padding
+from mobilenet.layers_mobilenet import same_padding
 
 from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, first_line, understanding
 from .names import Convention, ConversionError, Part, Row, Table, measure, skeleton

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mobilenet.configuration_mobilenet import ARCHITECTURES, PUBLISHED, MobileNetConfig
+from mobilenet.architectures_mobilenet import ARCHITECTURES
+from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.modeling_mobilenet import MobileNetForImageClassification
 
 
@@ -215,7 +216,8 @@ def measure(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Any]:
 
 def _candidates(ratio: float) -> list[float]:
     """Width multipliers that may have given a ratio of rounded channels: published ones, then short ones."""
-    published = {width for widths in PUBLISHED.values() for width in widths}
+    tables = ARCHITECTURES.values()
+    published = {width for table in tables for variants in table.published for width in variants.widths}
     hundredths = {(round(100 * ratio) + step) / 100 for step in range(-4, 5)} - {0}
     near = sorted(hundredths, key=lambda width: (width not in published, abs(width - ratio)))
     return [width for width in (*near, ratio) if 0 < width <= 8]

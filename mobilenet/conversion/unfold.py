@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mobilenet.batch_norm import align_batch_norm
 from mobilenet.configuration_mobilenet import MobileNetConfig
-from mobilenet.modeling_mobilenet import ConvNormAct, MobileNetForImageClassification
+from mobilenet.layers_mobilenet import ConvNormAct
+from mobilenet.modeling_mobilenet import MobileNetForImageClassification
 
 from .names import ConversionError
 
@@ -30,9 +31,9 @@ def unfold_batch_norm(
     Raises:
         ConversionError: The network has batch norms.
     """
-    if model.config.use_batch_norm:
+    if model.config.has_batch_norm:
         raise ConversionError("--unfold-batch-norm is for networks whose batch norms are folded; these are not.")
-    config = MobileNetConfig(**{**model.config.to_dict(), "use_batch_norm": True})
+    config = MobileNetConfig(**{**model.config.to_dict(), "use_batch_norm": True, "fused": False})
     unfolded = MobileNetForImageClassification(config).eval()
     unfolded.classifier.load_state_dict(model.classifier.state_dict())
     for name, unit in model.named_modules():

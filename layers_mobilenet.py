@@ -1,0 +1,295 @@
+"""The layers of MobileNet: a convolution with TensorFlow's padding, Conv-Norm-Act, and the blocks of the papers.
+
+They are complete without what makes them fast on a CPU, which stands apart, at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .architectures_mobilenet import Block
+from .configuration_mobilenet import MobileNetConfig
+
+
+def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> int:
+    """Rows (or columns) that TensorFlow's SAME adds in all, half of them rounded down at the start.
+
+    The kernel must reach as far as the stride, or the result would be negative where TensorFlow's is 0; a maximum
+    with 0 would make the symbolic sizes of an exported graph grow with every layer.
+
+    Source: "Notes on padding" of tf.nn.
+    """
+    outputs = (size + stride - 1) // stride
+    return (outputs - 1) * stride + (kernel_size - 1) * dilation + 1 - size
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution with a square odd kernel, padded so that its output has ceil(input / stride) rows and columns.
+
+    Shape: (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))
+    """
+
+    def __init__(self, *args: Any, pads_same: bool, activated: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # SAME can only be lopsided where the kernel skips pixels.
+        self.pads_same = pads_same and self.stride[0] > 1
+        self.activated = activated  # what follows decides the scale of initial weights
+        self.padding = (self.dilation[0] * (self.kernel_size[0] // 2),) * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        if trains_faster_in_float32(self, x):
+            return convolve_in_float32(self, x)
+        return self.convolve(x, self.weight, self.bias)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve with other weights than its own."""
+        stride, dilation = self.stride[0], self.dilation[0]
+        if not self.pads_same:
+            return F.conv2d(x, weight, bias, stride, self.padding, dilation, self.groups)
+        pads = [same_padding(size, self.kernel_size[0], stride, dilation) for size in x.shape[-2:]]
+        if is_cheaper_to_shift(self):
+            return convolve_shifted(self, x, weight, bias, pads)
+        (top, bottom), (left, right) = ((pad // 2, pad - pad // 2) for pad in pads)
+        return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, dilation, self.groups)
+
+
+class ReLU6(nn.ReLU6):
+    """ReLU6, in place where nobody differentiates it: for that, torch's own copies what it overwrites."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x, inplace=not x.requires_grad)
+
+
+ACTIVATION_LAYERS = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "relu6": ReLU6,
+    "hardswish": lambda: nn.Hardswish(inplace=True),
+    "silu": lambda: nn.SiLU(inplace=True),
+    "gelu": nn.GELU,
+}
+
+
+def fold(
+    weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does the work of a convolution and of the batch norm after it.
+
+    Source: Jacob et al., Section 3.2 (arXiv:1712.05877).
+    """
+    scale = scale * torch.rsqrt(variance + eps)
+    return weight * scale[:, None, None, None], torch.addcmul(shift, mean, scale, value=-1)
+
+
+class ConvNormAct(nn.Module):
+    """Convolution, batch norm, activation. Without batch norm the convolution has a bias.
+
+    Shape: (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))
+    """
+
+    def __init__(
+        self,
+        config: MobileNetConfig,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        act: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            dilation=dilation,
+            groups=groups,
+            bias=not config.has_batch_norm,
+            pads_same=config.padding == "same",
+            activated=act is not None,
+        )
+        if config.has_batch_norm:
+            self.norm = nn.BatchNorm2d(out_channels, config.batch_norm_eps, config.batch_norm_momentum)
+        else:
+            self.norm = nn.Identity()
+        self.act = nn.Identity() if act is None else ACTIVATION_LAYERS[act]()
+
+    @classmethod
+    def of(cls, config: MobileNetConfig, block: Block) -> ConvNormAct:
+        """The convolution that a block consists of."""
+        channels = block.in_channels, block.out_channels
+        return cls(config, *channels, block.kernel_size, block.stride, block.dilation, act=block.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_cheaper_to_fold(self, x):
+            return self.act(convolve_folded(self, x))
+        return self.act(self.norm(self.conv(x)))
+
+    def terms(self) -> tuple[Tensor, ...]:
+        """What `fold` takes, but for the batch norm's epsilon."""
+        norm = self.norm
+        return self.conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+    def fuse(self) -> None:
+        """Fold the batch norm's running statistics into the convolution's weight and bias, in double precision."""
+        if isinstance(self.norm, nn.Identity):
+            return
+        conv = self.conv
+        # Not every device has double precision, the CPU does.
+        weight, bias = fold(*(term.to("cpu", torch.float64) for term in self.terms()), self.norm.eps)
+        conv.weight.copy_(weight)
+        conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=conv.weight.requires_grad)
+        self.norm = nn.Identity()
+
+
+class DepthwiseSeparable(GradientCheckpointingLayer):
+    """Filter each channel 3x3 (depthwise), then combine channels 1x1 (pointwise).
+
+    Shape: (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))
+    Source: MobileNetV1, Section 3.1 and Figure 3 (arXiv:1704.04861)
+    """
+
+    def __init__(self, config: MobileNetConfig, block: Block) -> None:
+        super().__init__()
+        channels = block.in_channels
+        kernel = block.kernel_size, block.stride, block.dilation
+        act = block.act if config.depthwise_activation else None
+        self.depthwise = ConvNormAct(config, channels, channels, *kernel, groups=channels, act=act)
+        self.pointwise = ConvNormAct(config, channels, block.out_channels, act=block.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(x))
+
+
+class InvertedResidual(GradientCheckpointingLayer):
+    """Expand 1x1, filter 3x3 depthwise, project 1x1 without activation (linear bottleneck).
+
+    Shape: (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))
+    Source: MobileNetV2, Section 3.3 and Table 1 (arXiv:1801.04381)
+    """
+
+    def __init__(self, config: MobileNetConfig, block: Block) -> None:
+        super().__init__()
+        hidden = block.hidden_channels
+        kernel = block.kernel_size, block.stride, block.dilation
+        # The first block does not expand, and has no convolution for it either.
+        expands = hidden != block.in_channels
+        self.expand = ConvNormAct(config, block.in_channels, hidden, act=block.act) if expands else nn.Identity()
+        self.depthwise = ConvNormAct(config, hidden, hidden, *kernel, groups=hidden, act=block.act)
+        self.project = ConvNormAct(config, hidden, block.out_channels)
+        self.has_shortcut = block.stride == 1 and block.in_channels == block.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.depthwise(self.expand(x)))
+        return x + y if self.has_shortcut else y
+
+
+# --- Fast on a CPU -----------------------------------------------------------------------------------------------
+#
+# Three detours to what the layers compute anyway, up to rounding: for each, whether it pays, and the detour. Best
+# times of one thread:
+#                                                        batch 16         batch 1
+#   convolve_shifted, in a fused network             297 -> 176 ms    10.4 ->  9.9 ms
+#   convolve_folded, in a network as it loads        445 -> 231 ms    12.6 -> 11.7 ms
+#   convolve_in_float32, in a training step of 32 under bfloat16 autocast: 750 -> 473 ms
+
+
+def makes_graph() -> bool:
+    """Whether torch records calls, to run or export them later."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_cheaper_to_shift(conv: Conv2d) -> bool:
+    """Whether to pad a SAME convolution without a copy of its input: where that is no smaller than the output."""
+    # Without a branch on the size, one graph serves every size.
+    return not makes_graph() and conv.in_channels * conv.stride[0] ** 2 >= conv.out_channels
+
+
+def convolve_shifted(conv: Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, pads: list[int]) -> Tensor:
+    """Convolve with SAME padding by padding alike on both sides, which torch does without a copy.
+
+    A lopsided pad differs from a symmetric one by a shift of the sampling grid. Padding one stride more on both sides
+    and leaving out the first output makes that shift on the small output.
+
+    Args:
+        conv: Convolution with a stride.
+        x: Its input, of shape (B, in, H, W).
+        weight: The weight to use.
+        bias: The bias to use.
+        pads: Rows and columns that SAME adds in all.
+    """
+    stride = conv.stride[0]
+    skips = [pad % 2 for pad in pads]
+    padding = [pad // 2 + skip * stride for pad, skip in zip(pads, skips, strict=True)]
+    y = F.conv2d(x, weight, bias, stride, padding, conv.dilation, conv.groups)
+    if not any(skips):
+        return y
+    height, width = (-(-size // stride) for size in x.shape[-2:])
+    y = y[:, :, skips[0] : skips[0] + height, skips[1] : skips[1] + width]
+    return y.contiguous(memory_format=torch.channels_last)  # a view would slow down all that follows
+
+
+def is_cheaper_to_fold(unit: ConvNormAct, x: Tensor) -> bool:
+    """Whether to fold the batch norm for this call alone: a pass over activations takes longer than one over weights.
+
+    The layers must be called where anything but the result depends on them: gradients, statistics, hooks, exported
+    graphs.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype.itemsize >= 4  # with fewer bits, a weight would be rounded twice
+        and not makes_graph()
+        and is_untouched(unit.norm, nn.BatchNorm2d)
+        and is_untouched(unit.conv, Conv2d)
+        and type(unit.conv.weight) is nn.Parameter
+        and not (unit.norm.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+    )
+
+
+def convolve_folded(unit: ConvNormAct, x: Tensor) -> Tensor:
+    """Convolve and normalize at once; weights and statistics stay as they are."""
+    return unit.conv.convolve(x, *fold(*unit.terms(), unit.norm.eps))
+
+
+def is_untouched(module: nn.Module, cls: type) -> bool:
+    """Whether a module is one of a class as it was written: no hook, wrapper or subclass has a say in its call."""
+    everywhere = nn.modules.module
+    return type(module) is cls and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def trains_faster_in_float32(conv: Conv2d, x: Tensor) -> bool:
+    """Whether autocast on a CPU should let a convolution be.
+
+    Where a depthwise kernel strides or a map has no more than 2x2 pixels, oneDNN has no fast bfloat16 gradients: on a
+    processor with AVX512-BF16 they take six times as long as in float32, and a training step twice as long.
+    """
+    return (
+        conv.groups > 1
+        and (conv.stride[0] > 1 or x.shape[-1] <= 2)
+        and x.device.type == "cpu"
+        and conv.weight.dtype == torch.float32
+        and torch.is_autocast_enabled("cpu")
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def convolve_in_float32(conv: Conv2d, x: Tensor) -> Tensor:
+    """Convolve without autocast; the result has the type of the input."""
+    with torch.autocast("cpu", enabled=False):
+        return conv.convolve(x.float(), conv.weight, conv.bias).to(x.dtype)
+
+
+__all__ = ["Conv2d", "ConvNormAct", "DepthwiseSeparable", "InvertedResidual"]
