@@ -7,7 +7,7 @@ import io
 import ipaddress
 import math
 import os
-import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -76,24 +75,63 @@ def _is_public(address: str) -> bool:
     return (ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else address).is_global
 
 
-def _where(url: str) -> set[bool]:
-    """Whether the addresses of a URL are public; nothing for a name that only a proxy may know."""
-    try:
-        return {_is_public(address[0]) for *_, address in socket.getaddrinfo(urlsplit(url).hostname, None)}
-    except socket.gaierror:
-        return set()
+class _Journey:
+    """Where a download leads: once on public ground, it must not come to this machine or the networks around it.
+
+    What counts is the address that is connected to: no name is looked up twice, nor any escape read in two ways.
+    """
+
+    def __init__(self) -> None:
+        self.was_public = False
+
+    def through(self, connection_class: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
+        """A kind of connection that is checked before a request is sent."""
+        journey = self
+
+        class Connection(connection_class):
+            def connect(self) -> None:
+                super().connect()
+                address = self.sock.getpeername()[0]
+                if journey.was_public and not _is_public(address):
+                    self.close()
+                    raise OSError(f"{self.host} is redirected to from a public address, and is a private one")
+                journey.was_public |= _is_public(address)
+
+        return Connection
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, journey: _Journey) -> None:
+        super().__init__()
+        self.connection_class = journey.through(http.client.HTTPConnection)
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self.connection_class, request)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, journey: _Journey) -> None:
+        super().__init__(context=ssl.create_default_context())
+        self.connection_class = journey.through(http.client.HTTPSConnection)
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self.connection_class, request, context=self._context)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow a server to where its user may have wanted to go: to HTTP and HTTPS, and never from outside to inside."""
+    """Follow a server to HTTP and HTTPS alone."""
 
     def redirect_request(self, request: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
         response, *_, url = args
         response.close()  # or its body, of whatever length, would be read
-        leaves_public_ground = False in _where(url) and _where(request.full_url) != {False}
-        if not url.startswith(("http://", "https://")) or leaves_public_ground:
+        if not is_url(url):
             raise urllib.error.URLError(f"redirects to {url}")
         return super().redirect_request(request, *args)
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is a URL that is fetched: of HTTP or HTTPS."""
+    return name.lower().startswith(("http://", "https://"))
 
 
 def fetch(url: str, timeout: float = 30.0) -> bytes:
@@ -106,7 +144,8 @@ def fetch(url: str, timeout: float = 30.0) -> bytes:
     data, end = bytearray(), time.monotonic() + MAX_SECONDS
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "mobilenet"})
-        with urllib.request.build_opener(_Redirects).open(request, timeout=timeout) as response:
+        opener = urllib.request.build_opener(_Redirects, _Http(journey := _Journey()), _Https(journey))
+        with opener.open(request, timeout=timeout) as response:
             while len(data) <= MAX_BYTES and (chunk := response.read1(1 << 16)):
                 data += chunk
                 if time.monotonic() > end:
@@ -132,7 +171,7 @@ def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0
         UnreadableImageError: There is no such file, it is no picture, it is cut off, or it is too large.
     """
     name = "bytes" if isinstance(source, bytes) else os.fspath(source)
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
+    if isinstance(source, str) and is_url(source):
         source = fetch(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:

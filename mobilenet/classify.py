@@ -37,6 +37,7 @@ from transformers.utils import cached_file, logging
 
 from .architectures_mobilenet import ARCHITECTURES
 from .configuration_mobilenet import MobileNetConfig
+from .image_processing_mobilenet import is_url
 from .text import clean
 
 
@@ -330,7 +331,7 @@ def find(names: Iterable[str]) -> Iterator[Picture]:
             yield from find(line for line in lines if line not in ("", "-"))
         elif os.path.isdir(name):
             yield from _search(name)
-        elif os.path.exists(name) or name.startswith(("http://", "https://")):
+        elif os.path.exists(name) or is_url(name):
             yield Picture(name)
         elif "://" in name:
             yield Picture(name, error="a URL must begin with http:// or https://")

@@ -192,7 +192,7 @@ def use_array(data: bytes) -> None:
     assert result.dtype == np.float32
     assert np.isfinite(result).all()
     channels = result.shape[1 if options["data_format"] == "channels_first" else -1]
-    assert channels == 3 if options["do_convert_rgb"] else channels in (1, 3)
+    assert channels == 3 if options["do_convert_rgb"] else channels in (1, 3, 4)
     limit = 1 if options["do_rescale"] else 510
     assert abs(result).max() <= limit + 1e-5
 

@@ -394,11 +394,11 @@ def redirect():
     """A function that starts a server on the loopback, which redirects to a URL, and gives its own."""
     with ExitStack() as stack:
 
-        def start(url: str) -> str:
-            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), redirect_to(url)))
+        def start(url: str, address: str = "127.0.0.1") -> str:
+            server = stack.enter_context(ThreadingHTTPServer((address, 0), redirect_to(url)))
             Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             stack.callback(server.shutdown)
-            return f"http://127.0.0.1:{server.server_port}/picture.png"
+            return f"http://{address}:{server.server_port}/picture.png"
 
         yield start
 
@@ -415,22 +415,45 @@ def test_redirects_do_not_lead_to_local_files(tmp_path, redirect, scheme):
         pixels(redirect(f"{scheme}://{tmp_path}/secret.png"))
 
 
-def test_redirects_do_not_lead_inside(tmp_path, serve, redirect, monkeypatch):
-    """A name of a public address, whose server redirects to this machine."""
+@pytest.mark.parametrize("host", ["127.0.0.1", "%31%32%37.0.0.1", "127%2e0.0.1", "localhos%74", "localhost"])
+def test_redirects_do_not_lead_inside(tmp_path, serve, redirect, monkeypatch, host):
+    """A public address, which the loopback's second one stands for here, redirects to this machine."""
     picture().save(tmp_path / "secret.png")
-    inside = f"{serve(tmp_path)}/secret.png"
-    outside = redirect(inside).replace("127.0.0.1", "public.example")
-    real = socket.getaddrinfo
+    inside = f"{serve(tmp_path)}/secret.png".replace("127.0.0.1", host)
+    assert torch.equal(pixels(redirect(inside)), pixels(picture()))  # from inside it may
+    is_public = image_processing_mobilenet._is_public
+    monkeypatch.setattr(
+        image_processing_mobilenet, "_is_public", lambda address: address == "127.0.0.2" or is_public(address)
+    )
+    with pytest.raises(UnreadableImageError, match=r"picture\.png: cannot be downloaded: .* from a public address"):
+        pixels(redirect(inside, "127.0.0.2"))
+
+
+def test_names_that_change_their_address_do_not_lead_inside(tmp_path, serve, redirect, monkeypatch):
+    """A name server that tells a public address first, and a private one to whoever asks again."""
+    picture().save(tmp_path / "secret.png")
+    inside = f"{serve(tmp_path)}/secret.png".replace("127.0.0.1", "rebinding.example")
+    real, asked = socket.getaddrinfo, []
 
     def look_up(host, port, *args, **kwargs):
-        if host != "public.example":
-            return real(host, port, *args, **kwargs)
-        # With a port, it is looked up to be connected to: by the server of this test.
-        return real("127.0.0.1" if port else "8.8.8.8", port, *args, **kwargs)
+        if host == "rebinding.example":
+            asked.append(host)
+            host = "127.0.0.1"
+        return real(host, port, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    with pytest.raises(UnreadableImageError, match=rf"redirects to {inside}"):
-        pixels(outside)
+    is_public = image_processing_mobilenet._is_public
+    monkeypatch.setattr(
+        image_processing_mobilenet, "_is_public", lambda address: address == "127.0.0.2" or is_public(address)
+    )
+    with pytest.raises(UnreadableImageError, match="from a public address"):
+        pixels(redirect(inside, "127.0.0.2"))
+    assert asked == ["rebinding.example"]  # once, to be connected to
+
+
+def test_schemes_may_be_written_in_capitals(tmp_path, serve):
+    picture().save(tmp_path / "noise.png")
+    assert torch.equal(pixels(f"{serve(tmp_path)}/noise.png".replace("http", "HTTP")), pixels(picture()))
 
 
 def test_what_a_redirect_says_itself_is_not_read(tmp_path, serve):
