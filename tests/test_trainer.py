@@ -154,7 +154,7 @@ def test_gradient_accumulation_reports_the_mean_loss(
     torch.testing.assert_close(parts_bias, whole_bias, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="before transformers 5 the Trainer reports a mean")
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="it is 5 that reports the sum")
 def test_transformers_own_report_a_loss_that_grows_with_accumulation(
     pictures: datasets.Dataset, processor: MobileNetImageProcessor, tmp_path: Path
 ) -> None:
