@@ -499,7 +499,7 @@ def start_classifier(model: MobileNetForImageClassification, source: torch.nn.Li
         classes = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"start_labels must be a JSON file, got {path}: {error}") from error
-    labels = model.config.label2id
+    labels = {label: index for index, label in model.config.id2label.items()}
     if not isinstance(classes, dict) or classes.keys() != labels.keys():
         raise ValueError(f"start_labels must name each of the labels {', '.join(labels)} and no other, got {path}.")
     for label, indices in classes.items():

@@ -1,6 +1,7 @@
 """Training from the command: what it learns, what it leaves, what it survives, what it refuses."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -41,8 +42,8 @@ from mobilenet.pictures import (
     load_splits,
     mix,
 )
-from mobilenet.report import class_accuracies, metrics
-from mobilenet.train import Options, evaluate_checkpoint, run
+from mobilenet.report import Start, class_accuracies, metrics
+from mobilenet.train import Options, evaluate_checkpoint, run, start_classifier
 from mobilenet.trainer import (
     ClassifierTrainer,
     checkpoints,
@@ -330,6 +331,61 @@ def test_two_processes_are_one_with_twice_the_batch(colours: Path, tmp_path: Pat
 
 
 # What it starts from
+
+
+def test_a_classifier_starts_from_the_classes_that_its_labels_cover(tmp_path: Path) -> None:
+    model = MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.35, id2label={0: "cat", 1: "dog"}))
+    source = nn.Linear(model.classifier.in_features, 5)
+    file = tmp_path / "kinds.json"
+    file.write_text('{"dog": [4], "cat": [0, 3]}')
+    start_classifier(model, source, file)
+    expected = torch.stack([(source.weight[0] + source.weight[3]) / 2, source.weight[4]])
+    torch.testing.assert_close(model.classifier.weight, expected)
+    torch.testing.assert_close(model.classifier.bias[1], source.bias[4])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "start_labels must be a JSON file"),
+        ('{"cat": [0]}', "start_labels must name each of the labels cat, dog and no other"),
+        ('{"cat": [0], "dog": [5]}', r"start_labels must give dog a list of classes from 0 to 4, got \[5\]"),
+        ('{"cat": [], "dog": [1]}', r"start_labels must give cat a list of classes from 0 to 4, got \[\]"),
+    ],
+)
+def test_start_labels_that_do_not_fit_are_named(content: str, message: str, tmp_path: Path) -> None:
+    model = MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.35, id2label={0: "cat", 1: "dog"}))
+    (tmp_path / "kinds.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        start_classifier(model, nn.Linear(model.classifier.in_features, 5), tmp_path / "kinds.json")
+
+
+def test_optimizer_and_rate_by_default() -> None:
+    """SGD from scratch, AdamW from a checkpoint, each at its own rate; what is given goes first."""
+    given = {"dataset": "", "output": ""}
+    scratch, checkpoint = Options(**given), Options(**given, model="m")
+    assert (scratch.chosen_optimizer, scratch.peak_learning_rate) == ("sgd", 0.1)
+    assert (checkpoint.chosen_optimizer, checkpoint.peak_learning_rate) == ("adamw", 0.003)
+    assert Options(**given, model="m", optimizer="sgd").peak_learning_rate == 0.02
+    assert Options(**given, model="m", learning_rate=0.5).peak_learning_rate == 0.5
+
+
+def test_a_checkpoint_s_preprocessing_can_be_changed(tmp_path: Path) -> None:
+    MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.35, num_labels=2)).save_pretrained(tmp_path)
+    MobileNetImageProcessor().save_pretrained(tmp_path)  # 256, cropped to 224
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: someone/else\n---\n")
+
+    def built(**kwargs: object) -> tuple[int, int, int | None, int]:
+        model, processor = training._build(Options(dataset="", output="", model=str(tmp_path), **kwargs), ["a", "b"])
+        size = processor.size["shortest_edge"], processor.crop_size["height"]
+        return *size, processor.detail_size, model.config.image_size
+
+    assert built() == (256, 224, None, 224)
+    assert built(image_size=112) == (128, 112, None, 112)
+    assert built(image_size=64, crop_fraction=1.0, detail_size=32) == (64, 64, 32, 64)
+    start = Start.of(str(tmp_path))
+    digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    assert start == (tmp_path.name, digest, "mit", "someone/else")
 
 
 @pytest.mark.parametrize("first_size", [None, 16])
