@@ -206,9 +206,17 @@ def makes_graph() -> bool:
 
 
 def is_cheaper_to_shift(conv: Conv2d) -> bool:
-    """Whether to pad a SAME convolution without a copy of its input: where that is no smaller than the output."""
+    """Whether to pad a SAME convolution without a copy of its input: where that is no smaller than the output.
+
+    Gradients cost more than the copy: oneDNN's kernels for those of a depthwise convolution want no more padding than
+    its kernel reaches.
+    """
     # Without a branch on the size, one graph serves every size.
-    return not makes_graph() and conv.in_channels * conv.stride[0] ** 2 >= conv.out_channels
+    return (
+        not makes_graph()
+        and not torch.is_grad_enabled()
+        and conv.in_channels * conv.stride[0] ** 2 >= conv.out_channels
+    )
 
 
 def convolve_shifted(conv: Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, pads: list[int]) -> Tensor:

@@ -35,7 +35,7 @@ from mobilenet.convert_checkpoint import convert
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.pictures import Augment, Normalize, Pictures, Storage, decode, load_splits
 from mobilenet.train import Options, keep_memory, training_arguments
-from mobilenet.trainer import ClassifierTrainer
+from mobilenet.trainer import ClassifierTrainer, freeze
 
 
 # The average of the weights is off: it would average batch norm's statistics too, and so hide what differs.
@@ -120,10 +120,11 @@ def train(network: nn.Module, options: Options, pictures: Pictures, validation: 
             validation,
             augment,
             Normalize(processor),
+            frozen=[] if options.last_stages is None else freeze(network, options.last_stages),
             compute_metrics=accuracy,
         )
         trainer._save_checkpoint = lambda *_, **__: None
-        if options.model is not None and isinstance(network, MobileNetForImageClassification):
+        if options.model is not None and options.align_norms and isinstance(network, MobileNetForImageClassification):
             trainer.align_batch_norm()
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
