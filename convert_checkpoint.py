@@ -30,8 +30,10 @@ from mobilenet.conversion import Checkpoint, ConversionError, Options, read_sour
 from mobilenet.conversion.card import write_card
 from mobilenet.conversion.labels import known, read_labels
 from mobilenet.conversion.names import rename
-from mobilenet.conversion.proof import BATCH, Comparison, draw_pictures, find_pictures, prove
+from mobilenet.conversion.proof import BATCH, Comparison, find_pictures, prove
 from mobilenet.conversion.unfold import unfold_batch_norm
+from mobilenet.draw import draw_images
+from mobilenet.repository import staged
 from mobilenet.text import clean
 
 
@@ -94,7 +96,7 @@ def convert(
         if checkpoint.config["num_channels"] == 1:
             keep_gray(checkpoint.processor)
         if not pictures and (verify or unfold):
-            pictures = draw_pictures(Path(scratch))
+            pictures = draw_images(Path(scratch))
         model = build(checkpoint, origin.given)
         if unfold:
             starts = range(0, min(len(pictures), MAX_STATISTICS), BATCH)
@@ -202,60 +204,6 @@ def leave_out_background(model: MobileNetForImageClassification, quantization: d
     for field, values in kept.items():
         if isinstance(values, list) and len(values) > 1:  # one for each class
             kept[field] = values[1:]
-
-
-@contextlib.contextmanager
-def staged(output: Path, overwrite: bool, source: str | os.PathLike = "") -> Iterator[Path]:
-    """Give a folder to build in, which takes the output's place at the end; after an error, nothing of it is left.
-
-    Raises:
-        ConversionError: The output exists, and is not to be replaced.
-    """
-    output = output.expanduser().absolute()
-    check_output(output, overwrite, source)
-    existing = next(parent for parent in output.parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing) as scratch:
-        folder, old = Path(scratch, output.name), Path(scratch, "old")
-        folder.mkdir()
-        yield folder
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if output.exists():
-                os.replace(output, old)
-            os.replace(folder, output)
-        except BaseException:
-            if old.exists() and not output.exists():
-                os.replace(old, output)
-            raise
-
-
-def check_output(output: Path, overwrite: bool, source: str | os.PathLike) -> None:
-    """Raise ConversionError unless there is no such folder, or one that may be replaced: a typing error costs nothing.
-
-    Args:
-        output: The folder.
-        overwrite: Whether to replace a repository that exists.
-        source: What is read meanwhile: a path, or something else.
-    """
-    if not os.path.lexists(output):
-        return
-    if not overwrite:
-        raise ConversionError(f"{output} exists; --overwrite replaces it.")
-    if output.is_symlink() or not output.is_dir() or not (is_repository(output) or not any(output.iterdir())):
-        raise ConversionError(f"{output} is no model repository, and is not replaced.")
-    output = output.resolve()
-    if Path.cwd().is_relative_to(output) or (output / ".git").exists():
-        raise ConversionError(f"{output} is a clone or the folder you are in, and is not replaced.")
-    if os.path.exists(source) and Path(source).resolve().is_relative_to(output):
-        raise ConversionError(f"{output} holds the source, and is not replaced.")
-
-
-def is_repository(folder: Path) -> bool:
-    """Whether a folder holds a model."""
-    try:
-        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _stop(*_: object) -> None:

@@ -1,6 +1,6 @@
-"""The layers of MobileNet: a convolution with TensorFlow's padding, Conv-Norm-Act, and the blocks of the papers.
+"""The layers of MobileNet: a convolution with TensorFlow's padding, Conv-Norm-Act, the blocks of the papers, features.
 
-They are complete without what makes them fast on a CPU, which stands apart, at the end.
+They need torch alone, and are complete without what makes them fast on a CPU, which stands apart, at the end.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .architectures_mobilenet import Block
 from .configuration_mobilenet import MobileNetConfig
@@ -148,7 +147,7 @@ class ConvNormAct(nn.Module):
         self.norm = nn.Identity()
 
 
-class DepthwiseSeparable(GradientCheckpointingLayer):
+class DepthwiseSeparable(nn.Module):
     """Filter each channel 3x3 (depthwise), then combine channels 1x1 (pointwise).
 
     Shape: (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))
@@ -167,7 +166,7 @@ class DepthwiseSeparable(GradientCheckpointingLayer):
         return self.pointwise(self.depthwise(x))
 
 
-class InvertedResidual(GradientCheckpointingLayer):
+class InvertedResidual(nn.Module):
     """Expand 1x1, filter 3x3 depthwise, project 1x1 without activation (linear bottleneck).
 
     Shape: (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))
@@ -188,6 +187,48 @@ class InvertedResidual(GradientCheckpointingLayer):
     def forward(self, x: Tensor) -> Tensor:
         y = self.project(self.depthwise(self.expand(x)))
         return x + y if self.has_shortcut else y
+
+
+# By the kind of block, which is a word: transformers may import a file twice, and then there are two of a class.
+LAYERS = {"conv": ConvNormAct.of, "separable": DepthwiseSeparable, "inverted": InvertedResidual}
+
+
+class Features:
+    """What computes features, for a module to inherit: stem, stages of blocks, and a head before the pooling."""
+
+    layers = LAYERS
+
+    def add_layers(self, config: MobileNetConfig, with_head: bool = True) -> None:
+        """Add the layers of a configured network to this module."""
+
+        def build(block: Block) -> nn.Module:
+            return self.layers[block.kind](config, block)
+
+        self.stem = build(config.stem_block)
+        self.stages = nn.ModuleList(nn.ModuleList(map(build, stage)) for stage in config.stages)
+        if with_head:
+            self.head = build(config.head_block) if config.head_block else nn.Identity()
+
+    def features(self, x: Tensor, hidden_states: list[Tensor] | None = None) -> Tensor:
+        """The feature map of the last block, of shape (B, C, H / 32, W / 32) at output stride 32.
+
+        Args:
+            x: Images, of shape (B, num_channels, H, W).
+            hidden_states: Collects the feature maps of the stem and of every block.
+        """
+        x = self.stem(x)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+                if hidden_states is not None:
+                    hidden_states.append(x)
+        return x
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Pooled features of a feature map, of shape (B, config.feature_channels)."""
+        return self.head(x).mean((-2, -1))
 
 
 # --- Fast on a CPU -----------------------------------------------------------------------------------------------
@@ -300,4 +341,4 @@ def convolve_in_float32(conv: Conv2d, x: Tensor) -> Tensor:
         return conv.convolve(x.float(), conv.weight, conv.bias).to(x.dtype)
 
 
-__all__ = ["Conv2d", "ConvNormAct", "DepthwiseSeparable", "InvertedResidual"]
+__all__ = ["Conv2d", "ConvNormAct", "DepthwiseSeparable", "Features", "InvertedResidual"]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutputWithPoolingAndNoAttention,
@@ -16,9 +17,8 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import logging
 
-from .architectures_mobilenet import Block
 from .configuration_mobilenet import MobileNetConfig
-from .layers_mobilenet import Conv2d, ConvNormAct, DepthwiseSeparable, InvertedResidual
+from .layers_mobilenet import LAYERS, Conv2d, ConvNormAct, DepthwiseSeparable, Features, InvertedResidual
 
 
 try:
@@ -37,13 +37,12 @@ logger = logging.get_logger(__name__)
 MAX_CLASSIFIER_WEIGHTS = 1 << 28
 
 
-# By the kind of block, which is a word: transformers may import a file twice, and then there are two of a class.
-LAYERS = {"conv": ConvNormAct.of, "separable": DepthwiseSeparable, "inverted": InvertedResidual}
+class CheckpointedSeparable(GradientCheckpointingLayer, DepthwiseSeparable):
+    """One that gradient checkpointing computes twice."""
 
 
-def build(config: MobileNetConfig, block: Block) -> nn.Module:
-    """The layer of a block."""
-    return LAYERS[block.kind](config, block)
+class CheckpointedResidual(GradientCheckpointingLayer, InvertedResidual):
+    """One that gradient checkpointing computes twice."""
 
 
 class MobileNetPreTrainedModel(PreTrainedModel):
@@ -55,7 +54,7 @@ class MobileNetPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides by accumulation steps
-    _no_split_modules: ClassVar[list[str]] = ["DepthwiseSeparable", "InvertedResidual"]
+    _no_split_modules: ClassVar[list[str]] = ["CheckpointedSeparable", "CheckpointedResidual"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -135,7 +134,7 @@ class MobileNetPreTrainedModel(PreTrainedModel):
         return [getattr(self.config, name) if value is None else value for name, value in given.items()]
 
 
-class MobileNetModel(MobileNetPreTrainedModel):
+class MobileNetModel(Features, MobileNetPreTrainedModel):
     """Features of a MobileNet: stem, stages of blocks, and a head that leads to pooled features.
 
     Args:
@@ -143,13 +142,12 @@ class MobileNetModel(MobileNetPreTrainedModel):
         add_pooling_layer: Whether to run the head and pool; without, `pooler_output` is None.
     """
 
+    layers = LAYERS | {"separable": CheckpointedSeparable, "inverted": CheckpointedResidual}
+
     def __init__(self, config: MobileNetConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        self.stem = build(config, config.stem_block)
-        self.stages = nn.ModuleList(nn.ModuleList(build(config, block) for block in stage) for stage in config.stages)
         self.pools = add_pooling_layer
-        if add_pooling_layer:
-            self.head = build(config, config.head_block) if config.head_block else nn.Identity()
+        self.add_layers(config, with_head=add_pooling_layer)
         self.post_init()
 
     def forward(
@@ -177,17 +175,11 @@ class MobileNetModel(MobileNetPreTrainedModel):
         output_hidden_states, return_dict = self._want(
             output_hidden_states=output_hidden_states, return_dict=return_dict
         )
-        x = self.stem(self._prepare(pixel_values, self.stem.conv.weight))
-        hidden_states = [x]
-        for stage in self.stages:
-            for block in stage:
-                x = block(x)
-                if output_hidden_states:
-                    hidden_states.append(x)
-        pooled = self.head(x).mean((-2, -1)) if self.pools else None
+        hidden_states = [] if output_hidden_states else None
+        x = self.features(self._prepare(pixel_values, self.stem.conv.weight), hidden_states)
         output = BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=x,
-            pooler_output=pooled,
+            pooler_output=self.pool(x) if self.pools else None,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()

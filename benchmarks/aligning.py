@@ -23,8 +23,9 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
-from mobilenet.pictures import Pictures, Storage, decode, load_splits
-from mobilenet.train import Options, keep_memory
+from mobilenet.training.data import Pictures, Storage, decode, load_splits
+from mobilenet.training.options import Options
+from mobilenet.training.run import keep_memory
 from training import convert, train
 
 

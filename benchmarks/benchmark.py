@@ -331,7 +331,7 @@ def answers(setup: Setup, count: int) -> str:
             truth = {row["file"]: row["label"] for row in csv.DictReader(file)}
 
     def top_1(classifier: classify.Classifier, pixels: Iterable[Tensor]) -> list[str]:
-        return [classifier.labels[int(classifier.network(picture).argmax())] for picture in pixels]
+        return [classifier.label(int(classifier.network(picture).argmax())) for picture in pixels]
 
     exact = classify.load(setup.model, engine="torch")
     pixels = [exact.read(str(path)) for path in files]
@@ -414,7 +414,7 @@ def prepared(
     model: str, native: str, pictures: Path, tflite: Path | None, threads: int, exports_too: bool
 ) -> Iterator[Setup]:
     """Export the network where that is measured, and enlarge some photographs to 12 megapixels."""
-    from mobilenet.export import export
+    from mobilenet.export.export import export
 
     with tempfile.TemporaryDirectory() as folder:
         exports, large = Path(folder, "exports"), Path(folder, "large")

@@ -364,7 +364,7 @@ for _autocast, _suffix in ((False, ""), (True, ", bfloat16 autocast")):
 
     @subject(f"ours, training as mobilenet train does{_suffix}")
     def _(setup: Setup, autocast: bool = _autocast) -> Prepare:
-        from mobilenet.train import keep_memory
+        from mobilenet.training.run import keep_memory
 
         keep_memory()
         return _training(_ours(setup).to(memory_format=torch.channels_last), True, autocast)

@@ -33,9 +33,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from mobilenet.convert_checkpoint import convert
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
-from mobilenet.pictures import Augment, Normalize, Pictures, Storage, decode, load_splits
-from mobilenet.train import Options, keep_memory, training_arguments
-from mobilenet.trainer import ClassifierTrainer, freeze
+from mobilenet.training.augment import Augment, Normalize
+from mobilenet.training.data import Pictures, Storage, decode, load_splits
+from mobilenet.training.options import Options
+from mobilenet.training.run import keep_memory, training_arguments
+from mobilenet.training.trainer import ClassifierTrainer, freeze
 
 
 # The average of the weights is off: it would average batch norm's statistics too, and so hide what differs.

@@ -1,45 +1,14 @@
 """MobileNets for transformers: importing this package registers them with the Auto classes."""
 
 import os
-
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-)
-from transformers.models.auto import modeling_auto
-
-# What transformers 5.10 offers by this name at its top needs torchvision.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+import sys
+from importlib import import_module
+from typing import Any
 
 
 # A wheel holds the root files inside this package; a clone and an editable install hold them one folder up.
 if not os.path.exists(os.path.join(os.path.dirname(__file__), "modeling_mobilenet.py")):
     __path__.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from .architectures_mobilenet import ARCHITECTURES
-from .configuration_mobilenet import PRESETS, MobileNetConfig
-from .image_processing_mobilenet import RECIPES, MobileNetImageProcessor
-from .modeling_mobilenet import (
-    MobileNetBackbone,
-    MobileNetForImageClassification,
-    MobileNetModel,
-    MobileNetPreTrainedModel,
-)
-
-
-AutoConfig.register(MobileNetConfig.model_type, MobileNetConfig, exist_ok=True)
-AutoModel.register(MobileNetConfig, MobileNetModel, exist_ok=True)
-AutoModelForImageClassification.register(MobileNetConfig, MobileNetForImageClassification, exist_ok=True)
-AutoBackbone.register(MobileNetConfig, MobileNetBackbone, exist_ok=True)
-# Pipelines, model cards and transformers' own tests go by the names of classes.
-modeling_auto.MODEL_MAPPING_NAMES[MobileNetConfig.model_type] = MobileNetModel.__name__
-modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[MobileNetConfig.model_type] = (
-    MobileNetForImageClassification.__name__
-)
-modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES[MobileNetConfig.model_type] = MobileNetBackbone.__name__
-AutoImageProcessor.register(MobileNetConfig, slow_image_processor_class=MobileNetImageProcessor, exist_ok=True)
 
 __all__ = [
     "ARCHITECTURES",
@@ -52,3 +21,15 @@ __all__ = [
     "MobileNetModel",
     "MobileNetPreTrainedModel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(".registration", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# The `mobilenet` command registers when it needs to: transformers takes seconds to import, which its help and exported
+# networks do without.
+if os.path.basename(sys.argv[0]) not in ("mobilenet", "mobilenet.exe"):
+    globals().update({name: __getattr__(name) for name in __all__})

@@ -11,3 +11,8 @@ def clean(text: str) -> str:
 def markdown(text: str) -> str:
     """Escape what Markdown would obey instead of show, HTML included; fit for a line and for a cell of a table."""
     return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", clean(text))
+
+
+def percent(share: float | None) -> str:
+    """A share for people."""
+    return "none" if share is None else f"{100 * share:.2f} %"

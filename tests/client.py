@@ -25,6 +25,7 @@ PACKAGE = (
     "image_processing_mobilenet",
     "layers_mobilenet",
     "modeling_mobilenet",
+    "preprocessing_mobilenet",
 )
 
 

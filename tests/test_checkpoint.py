@@ -14,7 +14,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from typer.testing import CliRunner
 
 from mobilenet.cli import app
-from mobilenet.train import Options, evaluate_checkpoint
+from mobilenet.training.evaluate import evaluate_checkpoint
+from mobilenet.training.options import Options
 
 
 ROOT = Path(__file__).parents[1]

@@ -44,7 +44,7 @@ def test_an_expected_error_is_one_line_on_stderr(monkeypatch, error, line):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("mobilenet.cli.load", fail)
+    monkeypatch.setattr("mobilenet.cli.classify.load", fail)
     result = run("classify", "x.jpg", "--model", "m")
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -55,7 +55,7 @@ def test_a_fault_of_the_program_itself_keeps_its_traceback(monkeypatch):
     def fail(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("mobilenet.cli.load", fail)
+    monkeypatch.setattr("mobilenet.cli.classify.load", fail)
     assert isinstance(run("classify", "x.jpg", "--model", "m").exception, ZeroDivisionError)
 
 

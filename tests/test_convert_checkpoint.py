@@ -73,6 +73,7 @@ def test_repository_is_complete(converted: Path) -> None:
         "layers_mobilenet.py",
         "model.safetensors",
         "modeling_mobilenet.py",
+        "preprocessing_mobilenet.py",
         "preprocessor_config.json",
     }
     for name in ("architectures", "configuration", "image_processing", "layers", "modeling"):

@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import pipeline
 from typer.testing import CliRunner, Result
 
-from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor, export
+from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.cli import app
-from mobilenet.export import Engine, ExportError
+from mobilenet.export import export
+from mobilenet.export.compare import Engine, ExportError
 
 
 pytestmark = pytest.mark.any_version
@@ -45,6 +46,7 @@ BESIDE = {
     "configuration_mobilenet.py",
     "export.json",
     "image_processing_mobilenet.py",
+    "preprocessing_mobilenet.py",
     "preprocessor_config.json",
 }
 LABELS = {0: "stone", 1: "scissors", 2: "paper", 3: "lizard", 4: "spock"}
@@ -290,9 +292,17 @@ def test_what_it_needs_is_named(monkeypatch, model, tmp_path):
 @pytest.mark.parametrize(
     ("missing", "arguments", "message"),
     [
-        ("onnxscript", (), "Error: onnx needs onnxscript: pip install 'mobilenet[onnx]'"),
-        ("nncf", ("-t", "openvino", "--int8", "--pictures", "."), "Error: openvino needs nncf: pip install"),
-        ("executorch", ("-t", "executorch"), "executorch: pip install 'mobilenet[executorch]'"),
+        (
+            "onnxscript",
+            (),
+            'Error: onnx needs onnxscript: in a clone of this project, pip install -c constraints.txt -e ".[onnx]"',
+        ),
+        ("nncf", ("-t", "openvino", "--int8", "--pictures", "."), "Error: openvino needs nncf: in a clone"),
+        (
+            "executorch",
+            ("-t", "executorch"),
+            'executorch: in a clone of this project, pip install -c constraints.txt -e ".[executorch]"',
+        ),
     ],
 )
 def test_a_missing_package_is_named(monkeypatch, model, tmp_path, missing, arguments, message):

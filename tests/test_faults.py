@@ -151,7 +151,7 @@ def source(tmp_path: Path) -> Path:
 COMPLETE = {
     *("README.md", "architectures_mobilenet.py", "config.json", "configuration_mobilenet.py"),
     *("image_processing_mobilenet.py", "layers_mobilenet.py", "model.safetensors", "modeling_mobilenet.py"),
-    "preprocessor_config.json",
+    *("preprocessing_mobilenet.py", "preprocessor_config.json"),
 }
 
 
@@ -197,8 +197,8 @@ def test_an_interrupted_overwrite_keeps_what_was_there(run: Run, source: Path, t
 
 # export
 
-EXPORT = "mobilenet.export."
-EXPORT_STAGES = [EXPORT + name for name in ("load_network", "_write", "_card")]
+EXPORT = "mobilenet.export.export."
+EXPORT_STAGES = [EXPORT + name for name in ("load_network", "_write", "export_card")]
 EXPORT_STAGES += ["os.replace"]
 
 
@@ -231,13 +231,13 @@ def test_export_survives(run: Run, model: Path, tmp_path: Path, stage: str, faul
 # train
 
 TRAIN_STAGES = [
-    "mobilenet.pictures.load_splits",
-    "mobilenet.pictures.decode",
-    "mobilenet.trainer.ClassifierTrainer.compute_loss",
-    "mobilenet.trainer.ClassifierTrainer._save_checkpoint",
-    "mobilenet.trainer.ClassifierTrainer.evaluate",
-    "mobilenet.train._finish",
-    "mobilenet.report.write_card",
+    "mobilenet.training.run.load_splits",
+    "mobilenet.training.run.decode",
+    "mobilenet.training.trainer.ClassifierTrainer.compute_loss",
+    "mobilenet.training.trainer.ClassifierTrainer._save_checkpoint",
+    "mobilenet.training.trainer.ClassifierTrainer.evaluate",
+    "mobilenet.training.run._finish",
+    "mobilenet.training.run.write_card",
 ]
 
 
@@ -262,9 +262,9 @@ def training(colours: Path, output: Path) -> list[object]:
     ("stage", "fault"),
     [
         *everywhere(TRAIN_STAGES, SIGNALS),
-        ("mobilenet.trainer.ClassifierTrainer._save_checkpoint", "full disk"),
-        ("mobilenet.train._finish", "full disk"),
-        ("mobilenet.train._prepare_work", "read-only"),
+        ("mobilenet.training.trainer.ClassifierTrainer._save_checkpoint", "full disk"),
+        ("mobilenet.training.run._finish", "full disk"),
+        ("mobilenet.training.run._prepare_work", "read-only"),
     ],
 )
 @pytest.mark.skipif(not is_accelerate_available(), reason="accelerate is not installed")

@@ -34,6 +34,7 @@ CODE = (
     "image_processing_mobilenet.py",
     "layers_mobilenet.py",
     "modeling_mobilenet.py",
+    "preprocessing_mobilenet.py",
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_mobilenet.MobileNetConfig",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from mobilenet.image_processing_mobilenet import UnreadableImageError, open_image
+from mobilenet.preprocessing_mobilenet import UnreadableImageError, open_image
 from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -21,7 +21,7 @@ from mobilenet import (
     MobileNetConfig,
     MobileNetForImageClassification,
     MobileNetImageProcessor,
-    image_processing_mobilenet,
+    preprocessing_mobilenet,
 )
 
 
@@ -302,9 +302,9 @@ def smooth(width: int, height: int) -> Image.Image:
 def test_fast_decode_leaves_twice_what_is_needed(size, edge, decoded, tmp_path, monkeypatch):
     smooth(*size).save(tmp_path / "large.jpg", quality=95)
     seen = []
-    resize = image_processing_mobilenet._resize_and_crop
+    resize = preprocessing_mobilenet._resize_and_crop
     monkeypatch.setattr(
-        image_processing_mobilenet, "_resize_and_crop", lambda image, o: seen.append(image.size) or resize(image, o)
+        preprocessing_mobilenet, "_resize_and_crop", lambda image, o: seen.append(image.size) or resize(image, o)
     )
     processor = MobileNetImageProcessor(size=edge, crop_size=edge, fast_decode=True)
     found = pixels(tmp_path / "large.jpg", processor)
@@ -421,9 +421,9 @@ def test_redirects_do_not_lead_inside(tmp_path, serve, redirect, monkeypatch, ho
     picture().save(tmp_path / "secret.png")
     inside = f"{serve(tmp_path)}/secret.png".replace("127.0.0.1", host)
     assert torch.equal(pixels(redirect(inside)), pixels(picture()))  # from inside it may
-    is_public = image_processing_mobilenet._is_public
+    is_public = preprocessing_mobilenet._is_public
     monkeypatch.setattr(
-        image_processing_mobilenet, "_is_public", lambda address: address == "127.0.0.2" or is_public(address)
+        preprocessing_mobilenet, "_is_public", lambda address: address == "127.0.0.2" or is_public(address)
     )
     with pytest.raises(UnreadableImageError, match=r"picture\.png: cannot be downloaded: .* from a public address"):
         pixels(redirect(inside, "127.0.0.2"))
@@ -442,9 +442,9 @@ def test_names_that_change_their_address_do_not_lead_inside(tmp_path, serve, red
         return real(host, port, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    is_public = image_processing_mobilenet._is_public
+    is_public = preprocessing_mobilenet._is_public
     monkeypatch.setattr(
-        image_processing_mobilenet, "_is_public", lambda address: address == "127.0.0.2" or is_public(address)
+        preprocessing_mobilenet, "_is_public", lambda address: address == "127.0.0.2" or is_public(address)
     )
     with pytest.raises(UnreadableImageError, match="from a public address"):
         pixels(redirect(inside, "127.0.0.2"))
@@ -488,7 +488,7 @@ def test_what_a_redirect_says_itself_is_not_read(tmp_path, serve):
     ],
 )
 def test_addresses_inside_and_outside(address, public):
-    assert image_processing_mobilenet._is_public(address) == public
+    assert preprocessing_mobilenet._is_public(address) == public
 
 
 def test_a_server_without_an_end_is_left(serve, monkeypatch):
@@ -503,7 +503,7 @@ def test_a_server_without_an_end_is_left(serve, monkeypatch):
 
         def log_message(self, *_): ...
 
-    monkeypatch.setattr(image_processing_mobilenet, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(preprocessing_mobilenet, "MAX_SECONDS", 0.3)
     with ThreadingHTTPServer(("127.0.0.1", 0), Trickle) as server:
         Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         with pytest.raises(UnreadableImageError, match=r"cannot be downloaded: no end after 0\.3 seconds"):

@@ -2,7 +2,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mobilenet.layers_mobilenet import ConvNormAct
-from mobilenet.modeling_mobilenet import LAYERS
 from oracles import copy_in_order, logits, native, ours_like, randomize_norms, timm_model
 from torch import nn
 from transformers import (
@@ -221,7 +220,7 @@ def test_every_kind_of_block_has_a_layer(architecture):
     config = MobileNetConfig(architecture)
     model = MobileNetModel(config)
     for layers, blocks in zip(model.stages, config.stages, strict=True):
-        assert [type(layer) for layer in layers] == [LAYERS[block.kind] for block in blocks]
+        assert [type(layer) for layer in layers] == [MobileNetModel.layers[block.kind] for block in blocks]
     assert config.stem_block.kind == "conv"
     assert type(model.stem) is ConvNormAct
 

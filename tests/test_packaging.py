@@ -29,6 +29,7 @@ CODE = (
     "image_processing_mobilenet",
     "layers_mobilenet",
     "modeling_mobilenet",
+    "preprocessing_mobilenet",
 )
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.onnx", "mobilenet/model.safetensors", "tests/model.bin")
 

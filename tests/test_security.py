@@ -18,9 +18,11 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from convert_checkpoint import convert
-from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor, export, report
-from mobilenet.classify import load
+from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet.cards import Measured, export_card, write_card
 from mobilenet.conversion import ConversionError
+from mobilenet.export.compare import Comparison
+from mobilenet.loading import load
 
 
 class Payload:
@@ -172,23 +174,16 @@ def test_labels_cannot_write_into_the_card_of_a_training(tmp_path: Path) -> None
         skip_unreadable=False,
     )
     config = MobileNetConfig(width_multiplier=0.35, id2label={0: HOSTILE, 1: "cat"})
-    measured = {"test": (torch.eye(2), torch.arange(2))}
-    report.write_card(
-        tmp_path,
-        options,
-        MobileNetForImageClassification(config),
-        measured,
-        {"test": HOSTILE},
-        f"mobilenet train {HOSTILE}",
-    )
+    measured = {HOSTILE: Measured(2, {"accuracy": 1.0}, [1.0, 1.0])}
+    write_card(tmp_path, options, MobileNetForImageClassification(config), measured, f"mobilenet train {HOSTILE}")
     assert "license" not in check_card(tmp_path / "README.md").data.to_dict()
 
 
 def test_names_cannot_write_into_the_card_of_an_export(tmp_path: Path) -> None:
     source = tmp_path / HOSTILE.replace("/", "")
     source.mkdir()
-    exporter = SimpleNamespace(config=MobileNetConfig(), size=(224, 224))
-    rows = [export.Comparison("ONNX", 8, 0.0, 1.0, 1.0, 1.0)]
-    for target in (export.Target.ONNX, export.Target.TRANSFORMERS_JS):
-        export._card(str(source), target, exporter, rows).save(tmp_path / "README.md")
+    rows = [Comparison("ONNX", 8, 0.0, 1.0, 1.0, 1.0)]
+    for target in ("onnx", "transformers.js"):
+        card = export_card(str(source), target, MobileNetConfig(), (224, 224), Comparison.COLUMNS, rows)
+        card.save(tmp_path / "README.md")
         assert "license" not in check_card(tmp_path / "README.md").data.to_dict()

@@ -27,12 +27,15 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
-from mobilenet import train as training
-from mobilenet.pictures import (
+from mobilenet.cards import Start
+from mobilenet.cli import app
+from mobilenet.cli.evaluate import evaluate
+from mobilenet.cli.train import train
+from mobilenet.training import run as training
+from mobilenet.training.augment import Augment, Normalize, mix
+from mobilenet.training.data import (
     IMAGE,
     LABEL,
-    Augment,
-    Normalize,
     Order,
     Pictures,
     Storage,
@@ -40,11 +43,12 @@ from mobilenet.pictures import (
     decode,
     hold_out,
     load_splits,
-    mix,
 )
-from mobilenet.report import Start, class_accuracies, metrics
-from mobilenet.train import Options, evaluate_checkpoint, run, start_classifier
-from mobilenet.trainer import (
+from mobilenet.training.evaluate import evaluate_checkpoint
+from mobilenet.training.options import Options
+from mobilenet.training.report import class_accuracies, metrics
+from mobilenet.training.run import run, start_classifier
+from mobilenet.training.trainer import (
     ClassifierTrainer,
     checkpoints,
     freeze,
@@ -159,8 +163,8 @@ def test_the_record_repeats_the_run(colours: Path, tmp_path: Path, monkeypatch: 
     seen = []
     monkeypatch.setattr(training, "run", lambda options: seen.append(options) or True)
     app = Typer()
-    app.command("train")(training.train)
-    app.command("evaluate")(training.evaluate)
+    app.command("train")(train)
+    app.command("evaluate")(evaluate)
     config = ["--config", str(tmp_path / "out" / "training.json")]
     for arguments in (
         ["train", *config],
@@ -183,7 +187,8 @@ SCRIPT = """
 import sys, datasets, torch
 torch.set_num_threads(1)
 datasets.config.HF_DATASETS_CACHE = sys.argv[1]
-from mobilenet.train import Options, run
+from mobilenet.training.options import Options
+from mobilenet.training.run import run
 run(Options(dataset=sys.argv[2], output=sys.argv[3], **eval(sys.argv[4])))
 """
 
@@ -908,5 +913,6 @@ def test_an_existing_folder_stays(colours: Path, tmp_path: Path) -> None:
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "kornia" else name)
-    with pytest.raises(ImportError, match=r'training needs kornia: pip install "mobilenet\[train\]"'):
-        run(Options(dataset="a", output="b"))
+    result = CliRunner().invoke(app, ["train", "a", "--output", "b"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: training needs kornia: in a clone of this project, pip install")

@@ -16,7 +16,7 @@ from hub import Hub
 from huggingface_hub import HfApi, snapshot_download
 from typer.testing import CliRunner
 
-from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor, verify
+from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor, integrity
 from mobilenet.cli import app
 
 
@@ -26,6 +26,7 @@ CODE = (
     "image_processing_mobilenet.py",
     "layers_mobilenet.py",
     "modeling_mobilenet.py",
+    "preprocessing_mobilenet.py",
 )
 FILES = (*CODE, "config.json", "preprocessor_config.json", "model.safetensors")
 
@@ -49,7 +50,7 @@ def folder(released: Path, tmp_path: Path) -> Path:
 def hub(released: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub that this process asks, with the release at the tag v1."""
     with Hub(lfs=True) as hub:
-        monkeypatch.setattr(verify, "HfApi", partial(HfApi, endpoint=hub.url))
+        monkeypatch.setattr(integrity, "HfApi", partial(HfApi, endpoint=hub.url))
         hub.publish("someone/released", released)
         hub.tag("someone/released", "v1")
         yield hub
@@ -127,7 +128,7 @@ def test_nothing_to_compare_with(hub: Hub, folder: Path, arguments: tuple, messa
 
 
 def test_a_hub_that_does_not_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:1"))
+    monkeypatch.setattr(integrity, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:1"))
     result = CliRunner().invoke(app, ["verify", str(folder), "--against", "someone/released"])
     assert result.exit_code == 1
     assert "someone/released: the Hub does not answer" in result.stderr

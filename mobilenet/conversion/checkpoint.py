@@ -28,10 +28,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
-from mobilenet.verify import is_as_announced
+from mobilenet.integrity import is_as_announced
+from mobilenet.progress import open_file
 
 from .names import ConversionError, Table
-from .progress import open_file
 
 
 class Origin(NamedTuple):

@@ -16,10 +16,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from mobilenet.progress import open_file, track
+
 from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line, understanding
 from .from_tflite import Graph, interpreter
 from .names import Convention, ConversionError, Part, Row, Table, closest, measure
-from .progress import open_file, track
 
 
 SLIM = Convention(

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Resampling
 from torch import Tensor
 
-from mobilenet.image_processing_mobilenet import MobileNetImageProcessor, Resampling
+from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 
 from .checkpoint import (
     Checkpoint,

@@ -12,17 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mobilenet.classify import EXTENSIONS
+from mobilenet.find_images import EXTENSIONS
+from mobilenet.progress import status, track
 
 from .checkpoint import Checkpoint, NoOracleError, Oracle
 from .names import ConversionError
-from .progress import status, track
 
 
 BATCH = 16
@@ -211,16 +209,3 @@ def find_pictures(folder: Path) -> list[str]:
     if not found:
         raise ConversionError(f"--verify-on must be a folder of pictures, got {folder}, which holds none.")
     return found
-
-
-def draw_pictures(folder: Path, count: int = 8) -> list[str]:
-    """Write synthetic pictures, always the same: coarse colours under fine noise, upright and lying."""
-    random = np.random.default_rng(0)
-    paths = []
-    for index in range(count):
-        size = (333, 250) if index % 2 else (240, 320)
-        coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
-        fine = Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), np.uint8))
-        paths.append(str(folder / f"{index}.png"))
-        Image.blend(coarse, fine, 0.1).save(paths[-1])
-    return paths

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .batch_norm import align_batch_norm
-from .pictures import Batches, Order, Pictures, as_it_is, mix, progress_bar
+from mobilenet.batch_norm import align_batch_norm
+from mobilenet.progress import progress_bar
 
+from .augment import mix
+from .data import Batches, Order, Pictures, identity_collate
+from .options import Options
 
-if TYPE_CHECKING:
-    from .train import Options
 
 AVERAGE = "average.safetensors"
 STAGING = "incomplete"
@@ -133,7 +134,7 @@ class ClassifierTrainer(Trainer):
             args,
             train_dataset=Batches(train),
             eval_dataset=None if validation is None else Batches(validation),
-            data_collator=as_it_is,
+            data_collator=identity_collate,
             **kwargs,
         )
         self.augment = augment.to(args.device)
@@ -146,7 +147,7 @@ class ClassifierTrainer(Trainer):
             self.average = AveragedModel(self.model, multi_avg_fn=self._blend, use_buffers=True)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(Course(self, minutes))
+        self.add_callback(TrainingCallback(self, minutes))
 
     # What differs from the Trainer's own training step
 
@@ -286,7 +287,7 @@ class ClassifierTrainer(Trainer):
             self.average.n_averaged.fill_(1)  # not the first time: the first one copies
 
 
-class Course(TrainerCallback):
+class TrainingCallback(TrainerCallback):
     """What happens along the way: averaging, checkpoints, the time limit, progress, the log as CSV.
 
     Args:

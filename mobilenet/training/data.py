@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import glob
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
+import psutil
 import torch
-import torch.nn.functional as F
-from kornia.augmentation import RandomErasing
-from kornia.augmentation.auto import TrivialAugment
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
-from .image_processing_mobilenet import MobileNetImageProcessor, UnreadableImageError, open_image
-
-
-if TYPE_CHECKING:
-    import datasets
+from mobilenet.image_processing_mobilenet import MobileNetImageProcessor, UnreadableImageError, open_image
+from mobilenet.progress import progress_bar
 
 
 # Folders of these names hold splits; folders of other names hold classes.
@@ -67,8 +60,6 @@ def load_splits(
         ValueError: The dataset cannot be read, has no column of pictures or labels, or its splits do not share their
             labels.
     """
-    import datasets as hf
-
     path = Path(dataset)
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"dataset must be a folder, a .parquet file or a Hub id, got {dataset!r}.")
@@ -81,24 +72,24 @@ def load_splits(
     else:
         source = {"path": dataset, "name": subset, "revision": revision}
     try:
-        splits = hf.load_dataset(**source)
+        splits = datasets.load_dataset(**source)
     except FileNotFoundError:
         raise
-    except (hf.exceptions.DatasetsError, RuntimeError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, RuntimeError, ValueError) as error:
         raise ValueError(f"dataset {dataset!r} cannot be read: {error}") from error
     features = next(iter(splits.values())).features
-    image = _column("image", image_column, features, lambda name: isinstance(features[name], hf.Image))
+    image = _column("image", image_column, features, lambda name: isinstance(features[name], datasets.Image))
     label = _column(
         "label",
         label_column,
         features,
-        lambda name: isinstance(features[name], hf.ClassLabel) or name in LABEL_COLUMNS,
+        lambda name: isinstance(features[name], datasets.ClassLabel) or name in LABEL_COLUMNS,
     )
     splits = splits.select_columns([image, label])
     for old, new in ((image, IMAGE), (label, LABEL)):
         if old != new:
             splits = splits.rename_column(old, new)
-    splits = splits.cast_column(IMAGE, hf.Image(decode=False))
+    splits = splits.cast_column(IMAGE, datasets.Image(decode=False))
     return _with_class_names(splits)
 
 
@@ -154,12 +145,10 @@ def _column(what: str, chosen: str | None, features: Any, fits: Any) -> str:
 
 def _with_class_names(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     """Make every label column one of classes, with the names that the first split has."""
-    import datasets as hf
-
     first, *others = splits
     kind = splits[first].features[LABEL]
-    if not isinstance(kind, hf.ClassLabel):
-        if not isinstance(kind, hf.Value):
+    if not isinstance(kind, datasets.ClassLabel):
+        if not isinstance(kind, datasets.Value):
             raise ValueError(f"every picture must have one label, a name or an integer, got {kind}.")
         values = sorted({value for split in splits.values() for value in split[LABEL][:]}, key=str)
         if not all(isinstance(value, (str, int)) for value in values):
@@ -169,10 +158,10 @@ def _with_class_names(splits: datasets.DatasetDict) -> datasets.DatasetDict:
             if values[0] < 0:
                 raise ValueError(f"labels must count from 0, got {listed([str(v) for v in values])}.")
             values = list(range(values[-1] + 1))
-        kind = hf.ClassLabel(names=[str(value) for value in values])
+        kind = datasets.ClassLabel(names=[str(value) for value in values])
     for name in others:
         theirs = splits[name].features[LABEL]
-        if isinstance(theirs, hf.ClassLabel) and theirs.names != kind.names:
+        if isinstance(theirs, datasets.ClassLabel) and theirs.names != kind.names:
             missing, extra = set(kind.names) - set(theirs.names), set(theirs.names) - set(kind.names)
             raise ValueError(
                 f"splits must have the same labels; {name} lacks {listed(sorted(missing)) or 'none'} and has "
@@ -187,7 +176,7 @@ def _with_class_names(splits: datasets.DatasetDict) -> datasets.DatasetDict:
             raise ValueError(f"every picture must have a label; in {name}, {missing} have none.")
         if not missing:  # the Hub's test splits often come without labels: nothing can be measured on them
             labelled[name] = split
-    return hf.DatasetDict(labelled)
+    return datasets.DatasetDict(labelled)
 
 
 def hold_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -259,7 +248,7 @@ class Batches(torch.utils.data.Dataset):
         return self.pictures.batch(indices)
 
 
-def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def identity_collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Collate function of a dataset that gives whole batches."""
     return batch
 
@@ -279,8 +268,6 @@ class Storage(NamedTuple):
         Raises:
             OSError: Neither memory nor disk has the space.
         """
-        import psutil
-
         size = int(np.prod(shape))
         if not self.shared and size < psutil.virtual_memory().available / 2:
             return np.empty(shape, np.uint8)
@@ -375,103 +362,6 @@ def decode(
     pictures = Pictures(pixels[: len(labels)], np.asarray(labels, np.int64))
     storage.keep(name, pictures)
     return pictures
-
-
-def progress_bar(text: str, quiet: bool = False) -> Progress:
-    """A progress bar that leaves no trace, and none at all where no one would see it."""
-    console = Console()
-    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
-
-
-class Normalize(nn.Module):
-    """Bytes to what the network takes: the processor's rescaling and normalisation.
-
-    Shape: (B, C, H, W) in 0 to 255 -> (B, C, H, W)
-    """
-
-    def __init__(self, processor: MobileNetImageProcessor) -> None:
-        super().__init__()
-        factor = processor.rescale_factor if processor.do_rescale else 1.0
-        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
-        mean, std = (torch.tensor(term).view(-1, 1, 1) for term in (mean, std))
-        self.register_buffer("scale", factor / std, persistent=False)
-        self.register_buffer("shift", -mean / std, persistent=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, pixels.float(), self.scale)
-
-
-class Augment(nn.Module):
-    """Vary a batch of pictures, on the device where it is.
-
-    Shape: (B, C, S, S) in 0 to 255 -> (B, C, *size) in 0 to 255
-
-    Args:
-        size: Height and width that the network trains on.
-        crop_scale: Least share of the picture's area that a crop keeps; 1 for no crops.
-        flip: Whether to mirror half of the pictures.
-        trivial_augment: Whether to apply one random operation of random strength.
-        erasing: Probability of painting a random box over with the mean colour.
-
-    Source: random resized crops: Szegedy et al., Section 6 (arXiv:1409.4842); TrivialAugment: arXiv:2103.10158;
-        random erasing: arXiv:1708.04896.
-    """
-
-    # TrivialAugment draws one operation for all that it is given, so a batch is given in so many parts.
-    PARTS = 8
-
-    def __init__(
-        self, size: tuple[int, int], crop_scale: float, flip: bool, trivial_augment: bool, erasing: float
-    ) -> None:
-        super().__init__()
-        self.size, self.crop_scale, self.flip = size, crop_scale, flip
-        self.policy = TrivialAugment() if trivial_augment else None
-        self.erase = RandomErasing(p=erasing, value=0.5) if erasing else None
-
-    @torch.no_grad()
-    def forward(self, pixels: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Vary pictures; `size` is another height and width than the usual one."""
-        size = size or self.size
-        x = pixels.float()
-        if x.shape[-1] > 2 * max(size):  # a crop looks at no more than four pixels for each of its own
-            x = F.interpolate(x, (2 * max(size),) * 2, mode="bilinear", antialias=True)
-        x = self._crop(x, size)
-        if self.policy is None and self.erase is None:
-            return x
-        x = x / 255
-        if self.policy is not None:
-            x = torch.cat([self.policy(part) for part in x.chunk(self.PARTS)])
-        if self.erase is not None:
-            x = self.erase(x)
-        return x.clamp(0, 1) * 255
-
-    def _crop(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Crop, mirror and resize in one pass. kornia does it in several, each over whole pictures of full size."""
-        count, like = len(x), {"device": x.device, "dtype": x.dtype}
-        area = torch.empty(count, **like).uniform_(self.crop_scale, 1)
-        ratio = torch.empty(count, **like).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
-        if self.crop_scale == 1:
-            ratio.fill_(1)
-        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-        shift_x, shift_y = (torch.empty(count, **like).uniform_(-1, 1) * (1 - side) for side in (width, height))
-        mirror = 1 - 2.0 * torch.empty(count, **like).bernoulli_(0.5 if self.flip else 0)
-        zero = torch.zeros(count, **like)
-        boxes = torch.stack([width * mirror, zero, shift_x, zero, height, shift_y], -1).view(-1, 2, 3)
-        grid = F.affine_grid(boxes, [count, x.shape[1], *size], align_corners=False)
-        return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-
-
-def mix(pixels: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Blend each picture and its target with those of another one, all by one share drawn from Beta(alpha, alpha).
-
-    Shape: (B, C, H, W), (B, classes) -> the same
-
-    Source: mixup, Section 2 (arXiv:1710.09412).
-    """
-    share = float(torch.distributions.Beta(alpha, alpha).sample())
-    order = torch.randperm(len(pixels)).to(pixels.device)
-    return torch.lerp(pixels[order], pixels, share), torch.lerp(targets[order], targets, share)
 
 
 class Order(torch.utils.data.Sampler[int]):

@@ -1,118 +1,23 @@
-"""What a training run leaves for people: metrics, pictures of its course, a model card."""
+"""Model cards: what is read from one, and what is written into one."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
-from torch import Tensor
 
-from .text import clean, markdown
-from .verify import sha256
+from .architectures_mobilenet import ARCHITECTURES
+from .repository import sha256
+from .text import clean, markdown, percent
 
 
 HELD_OUT = "held out"  # the split of pictures that were taken out of those to train on
-
-
-def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy, top-5 accuracy where there are more than five classes, and the mean accuracy of the classes.
-
-    Args:
-        logits: Of shape (N, classes).
-        labels: Of shape (N,).
-    """
-    from torchmetrics.functional.classification import multiclass_accuracy
-
-    classes = logits.shape[1]
-    result = {"accuracy": multiclass_accuracy(logits, labels, classes, average="micro")}
-    if classes > 5:
-        result["top5_accuracy"] = multiclass_accuracy(logits, labels, classes, average="micro", top_k=5)
-    result["balanced_accuracy"] = _class_accuracies(logits, labels).nanmean()
-    return {name: float(value) for name, value in result.items()}
-
-
-def _class_accuracies(logits: Tensor, labels: Tensor) -> Tensor:
-    from torchmetrics.functional.classification import multiclass_accuracy
-
-    classes = logits.shape[1]
-    accuracies = multiclass_accuracy(logits, labels, classes, average="none")
-    return accuracies.masked_fill(labels.bincount(minlength=classes) == 0, torch.nan)
-
-
-def class_accuracies(logits: Tensor, labels: Tensor) -> list[float | None]:
-    """The share of each class's pictures that is recognised; None where there are none."""
-    return [None if value != value else value for value in _class_accuracies(logits, labels).tolist()]
-
-
-def shown(share: float | None) -> str:
-    """A share for people."""
-    return "none" if share is None else f"{100 * share:.2f} %"
-
-
-def evaluate_logits(prediction: Any) -> dict[str, float]:
-    """`metrics`, as the Trainer calls it."""
-    return metrics(torch.from_numpy(np.asarray(prediction.predictions)), torch.from_numpy(prediction.label_ids))
-
-
-def plot_course(log: list[dict[str, float]], path: Path) -> None:
-    """Draw loss, learning rate and validation accuracy over the epochs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    losses, accuracies = figure.subplots(1, 2)
-    for key, label in (("loss", "training"), ("eval_loss", "validation")):
-        points = [(entry["epoch"], float(entry[key])) for entry in log if key in entry]
-        if points:
-            losses.plot(*zip(*points, strict=True), label=label)
-    losses.set(xlabel="epoch", ylabel="loss")
-    losses.legend()
-    points = [(entry["epoch"], 100 * entry["eval_accuracy"]) for entry in log if "eval_accuracy" in entry]
-    if points:
-        accuracies.plot(*zip(*points, strict=True), color="tab:green")
-    accuracies.set(xlabel="epoch", ylabel="validation accuracy, %")
-    rates = accuracies.twinx()
-    points = [(entry["epoch"], float(entry["learning_rate"])) for entry in log if "learning_rate" in entry]
-    if points:
-        rates.plot(*zip(*points, strict=True), color="tab:gray", linewidth=0.8)
-    rates.set_ylabel("learning rate", color="tab:gray")
-    figure.savefig(path, dpi=120)
-
-
-def plot_confusion(logits: Tensor, labels: Tensor, names: list[str], path: Path) -> None:
-    """Draw what share of each class's pictures is taken for which class."""
-    from matplotlib.figure import Figure
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
-    matrix = multiclass_confusion_matrix(logits, labels, len(names), normalize="true").numpy()
-    side = min(4 + 0.35 * len(names), 30)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="answer", ylabel="truth")
-    if len(names) <= 100:
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
-    if len(names) <= 25:
-        for (row, column), share in np.ndenumerate(matrix):
-            if share >= 0.005:
-                color = "white" if share > 0.5 else "black"
-                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=color)
-    figure.savefig(path, dpi=100)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON, all of it or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def dataset_name(dataset: str) -> str:
@@ -149,6 +54,14 @@ def accuracy_on_card(model: str, dataset: str, split: str, subset: str | None = 
     return None
 
 
+class Measured(NamedTuple):
+    """What a network scores on a split."""
+
+    images: int
+    metrics: dict[str, float]
+    by_class: list[float | None]
+
+
 class Start(NamedTuple):
     """What a card says of the checkpoint that a run started from."""
 
@@ -178,8 +91,7 @@ def write_card(
     folder: Path,
     options: Any,
     model: Any,
-    measured: dict[str, tuple[Tensor, Tensor]],
-    splits: dict[str, str],
+    measured: dict[str, Measured],
     command: str,
 ) -> None:
     """Write the model card, with the metrics that were measured on the files in the folder.
@@ -188,13 +100,9 @@ def write_card(
         folder: Of the repository.
         options: Of the run.
         model: The network, for its configuration.
-        measured: Logits and labels of validation and test, as far as there are such; the last one is what the card is
-            headed by.
-        splits: What the dataset calls them; what is not in it was held out of the pictures to train on.
+        measured: By the name of the split, or HELD_OUT; the last one is what the card is headed by.
         command: That ran this.
     """
-    measured = {splits.get(role, HELD_OUT): pair for role, pair in measured.items()}
-    figures = {split: metrics(*pair) for split, pair in measured.items()}
     results = [
         EvalResult(
             task_type="image-classification",
@@ -207,8 +115,8 @@ def write_card(
             metric_name=name.replace("_", " "),
             metric_value=round(value, 6),
         )
-        for split, values in figures.items()
-        for name, value in values.items()
+        for split, figures in measured.items()
+        for name, value in figures.metrics.items()
     ]
     start = Start.of(options.model) if options.model else None
     data = ModelCardData(
@@ -222,15 +130,14 @@ def write_card(
         metrics=["accuracy"] if results else None,
         eval_results=results or None,
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(options, model, figures, measured, command, start)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(options, model, measured, command, start)}")
     card.save(folder / "README.md")
 
 
 def _text(
     options: Any,
     model: Any,
-    figures: dict[str, dict[str, float]],
-    measured: dict[str, Any],
+    measured: dict[str, Measured],
     command: str,
     start: Start | None,
 ) -> str:
@@ -246,13 +153,13 @@ def _text(
         + f" on {markdown(dataset_name(options.dataset))}.",
         "",
     ]
-    if figures:
-        lines += ["| split | pictures | " + " | ".join(next(iter(figures.values()))).replace("_", " ") + " |"]
-        lines += ["|---" * (2 + len(next(iter(figures.values())))) + "|"]
-        for split, values in figures.items():
-            cells = " | ".join(map(shown, values.values()))
-            lines.append(f"| {markdown(split)} | {len(measured[split][1]):,} | {cells} |")
-        split, (logits, labels) = list(measured.items())[-1]
+    if measured:
+        split, figures = list(measured.items())[-1]
+        lines += ["| split | pictures | " + " | ".join(figures.metrics).replace("_", " ") + " |"]
+        lines += ["|---" * (2 + len(figures.metrics)) + "|"]
+        for name_of_split, values in measured.items():
+            cells = " | ".join(map(percent, values.metrics.values()))
+            lines.append(f"| {markdown(name_of_split)} | {values.images:,} | {cells} |")
         lines += [
             "",
             "Measured in float32 on the files of this repository"
@@ -261,8 +168,8 @@ def _text(
             f"| class | accuracy on {markdown(split)} |",
             "|---|---|",
         ]
-        for label, value in zip(config.id2label.values(), class_accuracies(logits, labels), strict=True):
-            lines.append(f"| {markdown(label)} | {shown(value)} |")
+        for label, value in zip(config.id2label.values(), figures.by_class, strict=True):
+            lines.append(f"| {markdown(label)} | {percent(value)} |")
         lines += ["", "![Confusion matrix](confusion_matrix.png)"]
     lines += [
         "",
@@ -297,3 +204,60 @@ def _evaluate_command(model: str, options: Any, split: str) -> str:
         if getattr(options, name) is not None:
             words += ["--" + name.replace("_", "-"), getattr(options, name)]
     return clean(shlex.join(words + ["--skip-unreadable"] * options.skip_unreadable))
+
+
+def export_card(
+    source: str, target: str, config: Any, size: tuple[int, int], columns: Sequence[str], comparisons: Sequence[Any]
+) -> ModelCard:
+    """The card of an exported network.
+
+    Args:
+        source: Folder or Hub id that it was exported from.
+        target: Where it runs.
+        config: Its configuration.
+        size: Height and width of the pictures.
+        columns: Of the table of comparisons.
+        comparisons: Its rows, which have cells.
+    """
+    is_js = target == "transformers.js"
+    data = ModelCardData(
+        library_name="transformers.js" if is_js else "transformers",
+        pipeline_tag="image-classification",
+        tags=["vision", "mobilenet", *([] if is_js else [target])],
+        base_model=None if os.path.isdir(source) else source,
+    )
+    lines = [columns, ["---"] * len(columns), *(row.cells for row in comparisons)]
+    height, width = size
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n"
+        f"# {ARCHITECTURES[config.architecture].title} for {target}\n\n"
+        f"Width {config.width_multiplier:g}, {config.num_labels} classes, batch norm folded, exported at "
+        f"{height}x{width} pixels from {markdown(Path(source).name if os.path.isdir(source) else source)}.\n\n"
+        + (_USE_JS if is_js else _USE)
+        + "\n\n## Beside torch\n\nThe largest difference of logits, and the median time of one picture.\n\n"
+        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        + "\n"
+    )
+
+
+_USE = """```python
+import mobilenet  # the installed package: knows the configuration and the image processor
+from transformers import AutoImageProcessor, pipeline
+from transformers.exporters import ExportedModel
+
+folder = "path/to/this/repository"
+model = ExportedModel.from_pretrained(folder)
+classify = pipeline(
+    "image-classification", model=model, image_processor=mobilenet.MobileNetImageProcessor.from_pretrained(folder)
+)
+classify("photo.jpg")
+```"""
+
+_USE_JS = """```js
+import { pipeline } from "@huggingface/transformers";
+
+const classify = await pipeline("image-classification", "owner/this-repository", { dtype: "q8" });
+await classify("photo.jpg");
+```
+
+`dtype: "q8"` is `onnx/model_quantized.onnx`, what browsers load by default; `dtype: "fp32"` is `onnx/model.onnx`."""

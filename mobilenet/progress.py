@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import rich.progress
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 _console = Console(stderr=True)
@@ -29,3 +30,10 @@ def open_file(path: Path) -> AbstractContextManager[BinaryIO]:
 def status(description: str) -> AbstractContextManager[Any]:
     """Say what takes its time."""
     return _console.status(description)
+
+
+def progress_bar(text: str, quiet: bool = False) -> Progress:
+    """A progress bar that leaves no trace, and none at all where no one would see it."""
+    console = Console()
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)

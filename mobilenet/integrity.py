@@ -10,18 +10,14 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import typer
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from .configuration_mobilenet import AUTO_MAP
-from .text import clean
+from .repository import digest, sha256
 
 
 CODE = (
@@ -30,6 +26,7 @@ CODE = (
     "image_processing_mobilenet.py",
     "layers_mobilenet.py",
     "modeling_mobilenet.py",
+    "preprocessing_mobilenet.py",
 )
 CLASSES = AUTO_MAP | {"AutoImageProcessor": "image_processing_mobilenet.MobileNetImageProcessor"}
 WEIGHTS = (".gguf", ".h5", ".onnx", ".pte", ".safetensors", ".tflite", ".xml")
@@ -54,23 +51,11 @@ class Release(NamedTuple):
     is_whole: bool  # whether a repository holds these files and no others
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return _digest(hashlib.sha256(), path)
-
-
 def git_hash(path: Path) -> str:
     """The name that git gives to the content of a file: a SHA-1, in hexadecimal."""
     result = hashlib.sha1(usedforsecurity=False)
     result.update(b"blob %d\0" % path.stat().st_size)
-    return _digest(result, path)
-
-
-def _digest(result: Any, path: Path) -> str:
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            result.update(chunk)
-    return result.hexdigest()
+    return digest(result, path)
 
 
 def matches(path: Path, expected: str) -> bool:
@@ -217,40 +202,3 @@ def _fields(content: Any) -> Iterator[tuple[str, Any]]:
 def _is_of_openvino(path: Path) -> bool:
     """Whether a .bin holds the bare numbers of the graph beside it."""
     return path.suffix == ".bin" and path.name.startswith("openvino_") and path.with_suffix(".xml").is_file()
-
-
-def show(findings: list[Finding], as_json: bool = False) -> None:
-    """Print findings, as a table or as a line of JSON for each file."""
-    if as_json:
-        for finding in findings:
-            print(json.dumps(finding._asdict()))
-        return
-    table = Table("file", "SHA-256", "verdict")
-    for file, checksum, verdict, is_problem in findings:
-        table.add_row(
-            Text(clean(file)),
-            Text(checksum, overflow="fold"),
-            Text(clean(verdict), style="bold red" if is_problem else "green"),
-        )
-    Console().print(table)
-
-
-def command(
-    folder: Annotated[Path, typer.Argument(help="Repository, as downloaded or cloned.", show_default=False)],
-    against: Annotated[
-        str | None, typer.Option(help="Hub id of the repository that it should equal.", show_default=False)
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of that repository.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one for each file.")] = False,
-) -> None:
-    """Print the SHA-256 of a repository's code, configurations and weights, and compare them with what was released.
-
-    Code is compared with that of this installation; with --against, every file with what the Hub tells of another
-    repository. The exit code is 1 if a file differs, is a pickle, is a link out of the folder, or runs other code.
-    """
-    findings = verify(folder, against, revision)
-    show(findings, as_json)
-    if any(finding.is_problem for finding in findings):
-        raise typer.Exit(1)

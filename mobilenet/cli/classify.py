@@ -1,88 +1,21 @@
-"""The `mobilenet` command: what each subcommand takes. The work lies in a module for each, imported when it runs."""
+"""The options of `mobilenet classify`."""
 
 from __future__ import annotations
 
-import signal
-import sys
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from .classify import Engine, Layout, default_model, load, run
-from .text import clean
+from mobilenet.classify import run
+from mobilenet.loading import Engine, default_model, load
+from mobilenet.output import Layout
 
 
 # Chelsea, by Stéfan van der Walt, who put the photograph into the public domain (CC0); scikit-image has it too.
-EXAMPLE = Path(__file__).with_name("example.jpg")
-
-# Subcommands that bring their own options: module and function.
-MODULES = {
-    "convert": ("convert_checkpoint", "command"),
-    "train": ("train", "train"),
-    "evaluate": ("train", "evaluate"),
-    "export": ("export", "command"),
-    "verify": ("verify", "command"),
-}
+EXAMPLE = Path(__file__).parents[1] / "example.jpg"
 
 
-class Group(TyperGroup):
-    """Subcommands, of which those in MODULES are imported when they are named."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """List the names of all subcommands."""
-        return [*dict.fromkeys([*super().list_commands(ctx), *MODULES])]
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Find a subcommand by its name."""
-        if cmd_name in MODULES and cmd_name not in self.commands:
-            module, function = MODULES[cmd_name]
-            single = typer.Typer(add_completion=False)
-            single.command(cmd_name)(getattr(import_module(f".{module}", __package__), function))
-            self.commands[cmd_name] = typer.main.get_command(single)
-        return super().get_command(ctx, cmd_name)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run a subcommand, and end an expected error as one line on stderr and exit code 1."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            # As the system would: at once, without waiting for threads, and so that a shell's loop ends too.
-            sys.stdout.flush()
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
-        except BrokenPipeError:
-            raise  # whoever read the output has seen enough: typer ends quietly
-        except (OSError, ValueError, ImportError) as error:
-            typer.echo(f"Error: {clean(' '.join(str(error).split()))}", err=True)
-            raise typer.Exit(1) from error
-
-
-app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        try:
-            typer.echo(f"mobilenet {version('mobilenet')}")
-        except PackageNotFoundError:
-            typer.echo("mobilenet (not installed: runs from a clone)")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """MobileNets: classify pictures, train and evaluate, convert checkpoints, export to other engines, verify."""
-
-
-@app.command()
 def classify(
     pictures: Annotated[
         list[str] | None,
@@ -140,7 +73,3 @@ def classify(
     typer.echo(f"Engine: {classifier.engine}", err=True)
     if run(pictures, classifier, layout=layout, top_k=top_k, batch_size=batch_size):
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    app(prog_name="mobilenet")

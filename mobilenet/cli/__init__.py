@@ -1,0 +1,82 @@
+"""The `mobilenet` command: a module for each subcommand, which says what it takes, imported when it is named."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from mobilenet.text import clean
+
+
+# The subcommands: each is a function of its own name in a module of its own name, with a line of help for the list.
+COMMANDS = {
+    "classify": "Name what pictures show.",
+    "convert": "Convert a MobileNet of any public source into a repository for transformers.",
+    "train": "Train a MobileNet on labelled pictures and write a complete repository.",
+    "evaluate": "Measure a checkpoint on labelled pictures.",
+    "export": "Write a network for another engine.",
+    "verify": "Compare a repository with what was released.",
+}
+
+
+class Group(TyperGroup):
+    """The subcommands, each imported when it is to run."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """List the names of all subcommands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Find what the list of subcommands shows of one."""
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name]) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Find the subcommand that is to run."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            single = typer.Typer(add_completion=False)
+            single.command(name)(getattr(import_module(f".{name}", __package__), name))
+            command = typer.main.get_command(single)
+        return name, command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a subcommand, and end an expected error as one line on stderr and exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            # As the system would: at once, without waiting for threads, and so that a shell's loop ends too.
+            sys.stdout.flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        except BrokenPipeError:
+            raise  # whoever read the output has seen enough: typer ends quietly
+        except (OSError, ValueError, ImportError) as error:
+            typer.echo(f"Error: {clean(' '.join(str(error).split()))}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"mobilenet {version('mobilenet')}")
+        except PackageNotFoundError:
+            typer.echo("mobilenet (not installed: runs from a clone)")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """MobileNets: classify pictures, train and evaluate, convert checkpoints, export to other engines, verify."""

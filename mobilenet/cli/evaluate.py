@@ -1,0 +1,49 @@
+"""The options of `mobilenet evaluate`."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mobilenet.require import require
+from mobilenet.text import percent
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a MobileNet.")],
+    dataset: Annotated[str, typer.Argument(help="As for mobilenet train.")],
+    split: Annotated[
+        str | None, typer.Option(help="Split; by default test, or else validation, or else the only one.")
+    ] = None,
+    subset: Annotated[
+        str | None, typer.Option(help="Configuration of a dataset of the Hub, where it has several.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a dataset of the Hub.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the pictures, where there are several.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels, where there are several.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that the network sees at once.")] = 128,
+    skip_unreadable: Annotated[bool, typer.Option(help="Leave out pictures that cannot be read.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+) -> None:
+    """Measure a checkpoint on labelled pictures, as its model card says it was measured."""
+    require("datasets", "kornia", "psutil", "torchmetrics", extra="train", purpose="evaluation")
+    result = import_module("mobilenet.training.evaluate").evaluate_checkpoint(
+        model, dataset, split, subset, revision, image_column, label_column, batch_size, skip_unreadable
+    )
+    if as_json:
+        print(json.dumps(result._asdict()))
+        return
+    table = Table("", f"{result.split}, {result.pictures:,} pictures")
+    for name, value in result.metrics.items():
+        table.add_row(name.replace("_", " "), percent(value))
+    if result.on_card is not None:
+        table.add_row("accuracy on the card", percent(result.on_card))
+    table.add_section()
+    for name, value in result.by_class.items():
+        table.add_row(name, percent(value))
+    Console().print(table)

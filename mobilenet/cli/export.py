@@ -1,0 +1,57 @@
+"""The options of `mobilenet export`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mobilenet.export import MIN_AGREEMENT, Target
+from mobilenet.text import clean
+
+
+def export(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a MobileNet.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    target: Annotated[Target, typer.Option("--target", "-t", help="Where the network shall run.")] = Target.ONNX,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize weights and activations to 8 bits.")] = False,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of pictures such as the network will see, to calibrate int8 on and to compare on.",
+            show_default=False,
+        ),
+    ] = None,
+    min_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of pictures on which int8 and bfloat16 must answer as torch.")
+    ] = MIN_AGREEMENT,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a repository that exists.")] = False,
+) -> None:
+    """Write a network for another engine, and prove that it answers as torch does. No code of the source is run."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary folders are removed on the way out
+    module = import_module("mobilenet.export.export")
+    comparisons = module.export(
+        source,
+        output,
+        target,
+        int8=int8,
+        pictures=pictures,
+        min_agreement=min_agreement,
+        revision=revision,
+        overwrite=overwrite,
+    )
+    console = Console()
+    table = Table(*module.Comparison.COLUMNS, caption="difference: largest of logits; ms: one picture, the median")
+    for comparison in comparisons:
+        table.add_row(*comparison.cells)
+    console.print(table)
+    console.print(clean(f"{output} is written."), highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,221 @@
+"""Export to other engines through transformers.exporters, each compared with torch before it is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import logging as python_logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.utils import logging
+
+from mobilenet.architectures_mobilenet import ARCHITECTURES
+from mobilenet.cards import export_card
+from mobilenet.draw import draw_images
+from mobilenet.find_images import find
+from mobilenet.pretrained import load_network
+from mobilenet.progress import status, track
+from mobilenet.repository import staged
+from mobilenet.require import require
+
+from . import MIN_AGREEMENT, Target
+from .compare import Comparison, Engine, ExportError, compare, measure
+from .exporter import Exporter
+
+
+# Packages and the extra of ours that brings them.
+_NEEDS = {
+    Target.ONNX: (("onnx", "onnxruntime", "onnxscript"), "onnx"),
+    Target.OPENVINO: (("openvino",), "openvino"),
+    Target.EXECUTORCH: (("executorch",), "executorch"),
+    Target.TRANSFORMERS_JS: (("onnx", "onnxruntime", "onnxscript"), "onnx"),
+}
+_NEEDS_FOR_INT8 = {Target.OPENVINO: "nncf", Target.EXECUTORCH: "torchao"}
+# Pictures to calibrate int8 on, and pictures to compare on.
+MAX_PICTURES = 150
+
+
+def export(
+    source: str,
+    output: str | os.PathLike,
+    target: str = Target.ONNX,
+    *,
+    int8: bool = False,
+    pictures: str | os.PathLike | None = None,
+    revision: str | None = None,
+    min_agreement: float = MIN_AGREEMENT,
+    overwrite: bool = False,
+) -> list[Comparison]:
+    """Export a network, fused, with its labels and its image processor. Code that comes with it does not run.
+
+    ONNX takes any batch, height and width; OpenVINO any batch; ExecuTorch a batch of up to 32. The result is loaded
+    back and compared with torch; `transformers.exporters.ExportedModel.from_pretrained` loads it. transformers.js is
+    given its own layout, with a float32 and an int8 network.
+
+    Args:
+        source: Folder or Hub id of a MobileNet.
+        output: Folder to write. It appears complete or not at all.
+        target: "onnx", "openvino", "executorch" or "transformers.js".
+        int8: Whether to quantize weights (a scale for each channel) and activations to 8 bits.
+        pictures: Folder of pictures such as the network will see. int8 is calibrated on half of them and compared with
+            torch on the other half; transformers.js needs it too. Without int8 it may be left out: drawn pictures do.
+        revision: Branch, tag or commit of a Hub id.
+        min_agreement: Share of the pictures on which int8 and bfloat16 must give torch's answer.
+        overwrite: Whether to replace a repository that exists.
+
+    Returns:
+        How what was written compares with torch.
+
+    Raises:
+        ImportError: transformers is too old, or the target's packages are missing.
+        ExportError: An argument is not what it allows, or the result answers otherwise than torch.
+        OSError: The source cannot be loaded.
+    """
+    try:
+        target = Target(target)
+    except ValueError:
+        raise ExportError(f"target must be one of {', '.join(t.value for t in Target)}, got {target!r}.") from None
+    quantizes = int8 or target is Target.TRANSFORMERS_JS
+    if target is Target.TRANSFORMERS_JS and int8:
+        raise ExportError("transformers.js is given a float32 and an int8 network in any case; leave out int8.")
+    if quantizes and pictures is None:
+        raise ExportError("int8 must be calibrated: name a folder of pictures such as the network will see.")
+    check_installed(target, quantizes)
+    with staged(Path(output), overwrite, source) as folder, tempfile.TemporaryDirectory() as scratch, _quiet():
+        with status("loading"):
+            network, processor = load_network(source, revision)
+            network.fuse()
+        paths = draw_images(Path(scratch)) if pictures is None else _pick(pictures, 2 if quantizes else 1)
+        tensors = [processor(path, return_tensors="pt").pixel_values for path in track(paths, "reading")]
+        if len(shapes := {tuple(tensor.shape[-2:]) for tensor in tensors}) > 1:
+            raise ExportError(f"pictures must leave the image processor in one size, got {len(shapes)} sizes.")
+        calibrate_on, compare_on = (tensors[0::2], tensors[1::2]) if quantizes else ([], tensors)
+        exporter = Exporter(network, processor, *shapes, calibrate_on)
+        if target is Target.TRANSFORMERS_JS:
+            engines = _write_transformers_js(exporter, folder)
+        else:
+            engines = _write(exporter, target, int8, folder)
+        expected = measure(exporter.run, compare_on, "comparing torch")
+        comparisons = [compare(engine, exporter.run, compare_on, expected, min_agreement) for engine in engines]
+        card = export_card(source, target.value, exporter.config, exporter.size, Comparison.COLUMNS, comparisons)
+        card.save(folder / "README.md")
+    return comparisons
+
+
+def check_installed(target: Target, quantizes: bool) -> None:
+    """Raise ImportError, with what to install, where a target cannot be exported to."""
+    try:
+        importlib.import_module("transformers.exporters")
+    except ImportError as error:
+        raise ImportError(
+            "export needs transformers.exporters, which transformers 5.23 has and transformers "
+            f"{transformers.__version__} has not: pip install 'transformers>=5.23'"
+        ) from error
+    packages, extra = _NEEDS[target]
+    if quantizes and target in _NEEDS_FOR_INT8:
+        packages = (*packages, _NEEDS_FOR_INT8[target])
+    require(*packages, extra=extra, purpose=target.value)
+
+
+def _pick(folder: str | os.PathLike, parts: int) -> list[str]:
+    """Pictures below a folder, evenly spread over it, no more than MAX_PICTURES for each part."""
+    if not os.path.isdir(folder):
+        raise ExportError(f"pictures must be a folder, got {os.fspath(folder)}.")
+    found = [picture.name for picture in find([os.fspath(folder)]) if picture.error is None]
+    if len(found) < parts:
+        raise ExportError(f"pictures must be a folder of at least {parts} pictures, got {len(found)} in {folder}.")
+    count = min(len(found), parts * MAX_PICTURES)
+    return [found[index * len(found) // count] for index in range(count)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to ourselves what exporters print, log and warn of: versions, progress and advice for their developers."""
+    verbosity, level = logging.get_verbosity(), python_logging.root.manager.disable
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    python_logging.disable(python_logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        python_logging.disable(level)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _write(exporter: Exporter, target: Target, int8: bool, folder: Path) -> list[Engine]:
+    """Write what `ExportedModel.from_pretrained` and `mobilenet classify` read, and load it back."""
+    from transformers.exporters import ExportedModel
+
+    with status(f"exporting to {target.value}"):
+        exported = exporter.export(target, int8)
+        try:
+            exported.save_pretrained(folder)
+        except RuntimeError as error:  # OpenVINO's word for a disk that is full or forbidden
+            raise ExportError(f"{folder.name} cannot be written: {error}") from error
+        exporter.processor.save_pretrained(folder)
+
+    def load(**options: Any) -> Callable[[Tensor], Tensor]:
+        exported = ExportedModel.from_pretrained(folder, **options)
+        return lambda pixel_values: exported(pixel_values=pixel_values).logits
+
+    kind = "int8" if int8 else "float32"
+    if target is Target.ONNX:
+        return [Engine(f"ONNX Runtime, {kind}", load(), not int8, True)]
+    if target is Target.EXECUTORCH:
+        return [Engine(f"ExecuTorch, {kind}", load(), not int8, False)]
+    # OpenVINO computes in the precision that the processor is fastest in, unless it is told.
+    name = "OpenVINO, int8" if int8 else "OpenVINO"
+    in_float32 = load(device="cpu", config={"INFERENCE_PRECISION_HINT": "f32"})
+    return [
+        Engine(f"{name}, computing in float32", in_float32, not int8, False),
+        Engine(f"{name}, as it loads", load(), False, False),
+    ]
+
+
+def _write_transformers_js(exporter: Exporter, folder: Path) -> list[Engine]:
+    """Write what transformers.js reads: names of the classes it knows, each network in one file of its own."""
+    import onnx_ir
+    from onnxruntime import InferenceSession
+
+    config = exporter.config
+    name = ARCHITECTURES[config.architecture].native
+    native = AutoConfig.for_model(
+        config.architecture,
+        architectures=[f"{name}ForImageClassification"],
+        **{name: getattr(config, name) for name in ("image_size", "num_channels", "id2label", "label2id")},
+        depth_multiplier=config.width_multiplier,
+    )
+    native.save_pretrained(folder)
+    options = exporter.processor.to_dict()
+    options.pop("auto_map", None)
+    options["image_processor_type"] = f"{name}ImageProcessor"
+    (folder / "preprocessor_config.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    (folder / "onnx").mkdir()
+
+    def load(path: Path) -> Callable[[Tensor], Tensor]:
+        session = InferenceSession(path)
+        return lambda pixel_values: torch.from_numpy(session.run(None, {"pixel_values": pixel_values.numpy()})[0])
+
+    engines = []
+    for name, int8 in (("model.onnx", False), ("model_quantized.onnx", True)):
+        with status(f"exporting onnx/{name}"):
+            onnx_ir.save(exporter.export(Target.ONNX, int8).program, folder / "onnx" / name)
+        kind = "int8" if int8 else "float32"
+        engines.append(Engine(f"onnx/{name}, {kind}", load(folder / "onnx" / name), not int8, True))
+    return engines

@@ -1,0 +1,143 @@
+"""A fused network on its way through the exporters of transformers, with the quantizer of each target."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from . import Target
+
+
+# ExecuTorch plans its memory for the largest batch.
+EXECUTORCH_BATCH = 32
+
+
+class Exporter:
+    """A fused network on its way through the exporters of transformers."""
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        processor: BaseImageProcessor,
+        size: tuple[int, int],
+        calibrate_on: Sequence[Tensor],
+    ) -> None:
+        self.network = network
+        self.config = network.config
+        self.processor = processor
+        self.size = size  # height and width of the pictures
+        self.calibrate_on = calibrate_on
+
+    @torch.inference_mode()
+    def run(self, pixel_values: Tensor) -> Tensor:
+        """Logits of torch."""
+        return self.network(pixel_values).logits
+
+    def export(self, target: Target, int8: bool) -> Any:
+        """An ExportedModel of the fused network."""
+        from transformers import exporters
+
+        quantizer = self._quantizer(target) if int8 else None
+        is_bounded = target is Target.EXECUTORCH
+        batch = torch.export.Dim("batch", max=EXECUTORCH_BATCH) if is_bounded else torch.export.Dim.DYNAMIC
+        options = {"dynamic_shapes": {"pixel_values": {0: batch}}, "quantizer": quantizer}
+        sample = {"pixel_values": torch.randn(2, self.config.num_channels, *self.size)}
+        network = copy.deepcopy(self.network)  # an exporter may change it
+        if target is Target.OPENVINO:
+            return exporters.OpenVINOExporter().export(network, sample, exporters.OpenVINOConfig(**options))
+        if target is Target.EXECUTORCH:
+            return exporters.ExecutorchExporter().export(network, sample, exporters.ExecutorchConfig(**options))
+        exported = exporters.OnnxExporter().export(network, sample, exporters.OnnxConfig(**options))
+        _free_size(exported.program, self.config.padding == "same")
+        return exported
+
+    def _quantizer(self, target: Target) -> Any:
+        """int8 with a scale for each channel of a weight and one for each activation, calibrated on the pictures."""
+        calibration = [{"pixel_values": pixel_values} for pixel_values in self.calibrate_on]
+        makers = {
+            Target.ONNX: _onnx_quantizer,
+            Target.OPENVINO: _openvino_quantizer,
+            Target.EXECUTORCH: _pt2e_quantizer,
+        }
+        return makers[target](calibration)
+
+
+# The stem and the first block see few channels, whose values lie far apart: in 8 bits they cost more answers than all
+# that follows, and in float32 hardly any time.
+_CONVOLUTIONS_IN_FLOAT = 3
+
+
+def _onnx_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
+    from onnxruntime.quantization import QuantType
+    from transformers.exporters import OnnxRuntimeQuantizer, OnnxRuntimeStaticConfig
+
+    class Quantizer(OnnxRuntimeQuantizer):
+        def quantize(self, model: Any, *args: Any) -> Any:
+            convolutions = [node.name for node in model.graph if node.op_type == "Conv"]
+            self.config.nodes_to_exclude = convolutions[:_CONVOLUTIONS_IN_FLOAT]
+            return super().quantize(model, *args)
+
+    # Unsigned activations with signed weights are what the instructions of x86 multiply.
+    signs = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    return Quantizer(OnnxRuntimeStaticConfig(per_channel=True, **signs), calibration)
+
+
+def _openvino_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
+    import nncf
+    from transformers.exporters import NNCFOpenVINOQuantizer, NNCFQuantizationConfig
+
+    class Quantizer(NNCFOpenVINOQuantizer):
+        def quantize(self, model: Any, *args: Any) -> Any:
+            kinds = ("Convolution", "GroupConvolution")
+            operations = [op for op in model.get_ordered_ops() if op.get_type_name() in kinds]
+            names = [operation.get_friendly_name() for operation in operations[:_CONVOLUTIONS_IN_FLOAT]]
+            self.config.ignored_scope = nncf.IgnoredScope(names=names)
+            return super().quantize(model, *args)
+
+    # What an activation lets through is not symmetric about 0: "mixed" gives it a zero point of its own.
+    preset = nncf.QuantizationPreset.MIXED
+    return Quantizer(NNCFQuantizationConfig(preset=preset, subset_size=len(calibration)), calibration)
+
+
+def _pt2e_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
+    from torchao.quantization.pt2e import MinMaxObserver
+    from transformers.exporters import PT2EQuantizer
+
+    config = xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True)
+    # The histograms that it would collect take seconds a picture.
+    activations = dataclasses.replace(
+        config.input_activation, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12)
+    )
+    config = dataclasses.replace(config, input_activation=activations, output_activation=activations)
+    return PT2EQuantizer(xnnpack_quantizer.XNNPACKQuantizer().set_global(config), calibration)
+
+
+def _free_size(graph_model: Any, pads_same: bool) -> None:
+    """Let an ONNX graph, traced at one height and width, take any.
+
+    ONNX has TensorFlow's SAME padding of its own, which runtimes compute from the picture at hand. Traced sizes would
+    need an operator that pads before each strided convolution, at the price of a copy of its input.
+    """
+    from onnx_ir import AttrString, Shape
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    graph = graph_model.graph
+    for node in graph:
+        if node.op_type == "Conv" and pads_same and max(node.attributes["strides"].as_ints()) > 1:
+            del node.attributes["pads"]
+            node.attributes["auto_pad"] = AttrString("auto_pad", "SAME_UPPER")
+        for value in node.outputs:
+            value.shape = None
+    (pixels,), (logits,) = graph.inputs, graph.outputs
+    channels = pixels.shape[1]
+    pixels.shape = Shape(["batch", channels, "height", "width"])
+    logits.shape = Shape(["batch", "labels"])
+    ClearMetadataAndDocStringPass()(graph_model)  # paths of this machine, among others

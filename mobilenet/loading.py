@@ -1,0 +1,286 @@
+"""Models for use: a folder or a Hub id becomes a classifier on one of the engines. No code that comes with it runs.
+
+torch and transformers are imported where a network needs them: an exported one does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from importlib import import_module
+from pathlib import Path
+from pickle import UnpicklingError
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+
+from .architectures_mobilenet import ARCHITECTURES
+from .preprocessing_mobilenet import OPTIONS, preprocess, read_options
+from .require import require
+
+
+class Engine(str, Enum):
+    """What runs the network. All but torch run what `mobilenet export` writes."""
+
+    AUTO = "auto"  # what the model was exported for, or else torch
+    TORCH = "torch"
+    ONNX = "onnx"
+    OPENVINO = "openvino"
+
+
+Network = Callable[[np.ndarray], np.ndarray]  # from pixels of shape (B, C, H, W) to logits of shape (B, labels)
+
+
+class Classifier(NamedTuple):
+    """A model with what it takes to use it."""
+
+    engine: str  # in words
+    read: Callable[[str], np.ndarray]  # from a path or URL to pixels of shape (1, C, H, W)
+    network: Network  # its results are scores
+    label: Callable[[int], str]
+    gives_probabilities: bool
+
+
+class Files:
+    """The files of a model, by name: in a folder, or on the Hub, which brings them into its cache.
+
+    Args:
+        model: Folder or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+
+    Raises:
+        ValueError: The model is neither.
+    """
+
+    def __init__(self, model: str, revision: str | None = None) -> None:
+        self.folder = Path(model) if os.path.isdir(model) else None
+        self.model, self.revision = model, revision or "main"
+        if self.folder is None:
+            try:
+                validate_repo_id(model)
+            except HFValidationError:
+                is_id = False
+            else:
+                is_id = not os.path.exists(model)
+            if not is_id:
+                raise ValueError(f"model must be a folder or a Hub id, got {model!r}.")
+
+    def find(self, name: str) -> Path | None:
+        """A file; None where the model has none of that name."""
+        if self.folder is not None:
+            path = self.folder / name
+            return path if path.is_file() else None
+        try:
+            return Path(hf_hub_download(self.model, name, revision=self.revision))
+        except LocalEntryNotFoundError:  # no answer, and nothing in the cache
+            if name == "config.json":
+                raise
+            return None
+        except EntryNotFoundError:
+            return None
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON object; None where there is no such file."""
+        if (path := self.find(name)) is None:
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{name} is not a valid JSON file: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{name} must hold a JSON object, got {type(content).__name__}.")
+        return content
+
+
+def default_model() -> str | None:
+    """The folder of the code, in a clone that holds weights too."""
+    root = Path(__file__).resolve().parents[1]
+    return str(root) if (root / "model.safetensors").exists() else None
+
+
+# What transformers, torch and the Hub raise on configurations and weights that are missing or broken.
+_LOADING_ERRORS = (
+    *(AttributeError, EOFError, LookupError, OSError, RecursionError, RuntimeError, TypeError, ValueError),
+    *(SafetensorError, StrictDataclassError, UnpicklingError),
+)
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Let whatever goes wrong with a model be one error that names it."""
+    try:
+        yield
+    except _LOADING_ERRORS as error:
+        raise ValueError(f"{model} cannot be loaded: {str(error) or type(error).__name__}") from error
+
+
+def read_config(files: Files) -> dict[str, Any]:
+    """The configuration of a MobileNet, as the file has it.
+
+    Raises:
+        ValueError: There is none, or it is of another model.
+    """
+    config = files.read_json("config.json")
+    if config is None:
+        raise FileNotFoundError("it holds no config.json.")
+    if (kind := config.get("model_type")) != "mobilenet":
+        hint = " Convert it first." if kind in ARCHITECTURES else ""
+        raise ValueError(f"model_type must be mobilenet, got {kind}.{hint}")
+    return config
+
+
+def load(model: str, revision: str | None = None, engine: str = Engine.AUTO, fast_decode: bool = False) -> Classifier:
+    """Load a model and its preprocessing from a folder or a Hub id. Code that comes with them does not run.
+
+    Args:
+        model: Folder or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        engine: What runs the network, an Engine.
+        fast_decode: Whether to decode large JPEGs at a reduced size; otherwise, as the image processor is set.
+
+    Raises:
+        ImportError: The engine is not installed.
+        ValueError: There is no such model, it is broken, it is no MobileNet, its weights do not fit its
+            configuration, or it was not exported for the engine.
+    """
+    files = Files(model, revision)
+    with loading(model):
+        config = read_config(files)
+        options = _preprocessing(files)
+        options["fast_decode"] = fast_decode or options["fast_decode"]
+        labels, score = _labels(config), _score_function(config)
+        words, network = _load_engine(files, config, Engine(engine))
+    channels = config.get("num_channels", 3)
+
+    def read(name: str) -> np.ndarray:
+        pixels = np.moveaxis(preprocess(name, options), -1, 0)[None]
+        if pixels.shape[1] != channels:
+            raise ValueError(f"{name}: the network takes {channels} channels, got {pixels.shape[1]}")
+        return pixels
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        try:
+            scores = score(network(pixels))
+        except Exception as error:  # ONNX Runtime has classes of its own
+            raise ValueError(f"{model} cannot be run: {error}") from error
+        if labels and scores.shape[1] != len(labels):
+            raise ValueError(f"{model} must answer with {len(labels)} scores, got {scores.shape[1]}.")
+        if not np.isfinite(scores).all():
+            raise ValueError(f"{model} must answer with finite scores, got NaN or infinity: its weights are broken.")
+        return scores
+
+    return Classifier(
+        engine=words,
+        read=read,
+        network=run,
+        label=lambda index: labels.get(index, f"LABEL_{index}"),
+        gives_probabilities=config.get("problem_type") != "regression",
+    )
+
+
+def _preprocessing(files: Files) -> dict[str, Any]:
+    """Every option of the image processor."""
+    given = files.read_json("preprocessor_config.json")
+    if given is None:
+        raise FileNotFoundError("it holds no image processor: preprocessor_config.json is missing.")
+    if (kind := given.get("image_processor_type")) != "MobileNetImageProcessor":
+        raise ValueError(f"image_processor_type must be MobileNetImageProcessor, got {kind}.")
+    return read_options({name: value for name, value in given.items() if name in OPTIONS})
+
+
+def _labels(config: Mapping[str, Any]) -> dict[int, str]:
+    """Labels by index; none where the configuration has none."""
+    labels = config.get("id2label") or {}
+    return {int(index): str(label) for index, label in labels.items()}
+
+
+def _score_function(config: Mapping[str, Any]) -> Callable[[np.ndarray], np.ndarray]:
+    """From logits to scores, as transformers' image-classification pipeline decides."""
+
+    def sigmoid(logits: np.ndarray) -> np.ndarray:
+        return 0.5 * (np.tanh(0.5 * logits) + 1)
+
+    def softmax(logits: np.ndarray) -> np.ndarray:
+        if logits.shape[-1] == 1:
+            return sigmoid(logits)
+        powers = np.exp(logits - logits.max(-1, keepdims=True))
+        return powers / powers.sum(-1, keepdims=True)
+
+    problem = config.get("problem_type")
+    return {"regression": lambda logits: logits, "multi_label_classification": sigmoid}.get(problem, softmax)
+
+
+def _load_engine(files: Files, config: dict[str, Any], engine: Engine) -> tuple[str, Network]:
+    """The network, and in words what runs it."""
+    manifest = files.read_json("export.json")
+    exported_for = None if manifest is None else manifest["export_format"]
+    if exported_for not in (None, *_EXPORTS):
+        raise ValueError(f"it must be exported for onnx or openvino, got {exported_for}.")
+    if engine is Engine.AUTO:
+        engine = Engine(exported_for or Engine.TORCH)
+    if engine is Engine.TORCH:
+        return engine.value, _torch(files, config)
+    if engine.value != exported_for:
+        raise ValueError(f"it was exported for {exported_for or 'no engine'}, not for {engine.value}.")
+    runtime, suffixes, open_network = _EXPORTS[engine.value]
+    require(runtime, extra=engine.value, purpose=f"engine {engine.value}")
+    name = manifest["components"]["model"]["file"]
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"export.json must name a file beside it, got {name!r}.")
+    path, *_ = [files.find(Path(name).stem + suffix) for suffix in (Path(name).suffix, *suffixes)]
+    if path is None:
+        raise FileNotFoundError(f"it holds no {name}.")
+    try:
+        return open_network(path)
+    except Exception as error:  # of protobuf, ONNX Runtime, OpenVINO
+        raise ValueError(f"its network for {engine.value} is broken: {error}") from error
+
+
+def _torch(files: Files, config: dict[str, Any]) -> Network:
+    networks = import_module(".networks", __package__)
+    weights = files.find("model.safetensors")
+    if weights is None or "quantization_config" in config:  # in parts, or in another format
+        return import_module(".pretrained", __package__).load_classifier(files.model, files.revision)
+    return networks.as_function(networks.load_bare(config, weights))
+
+
+def _onnx(path: Path) -> tuple[str, Network]:
+    from onnxruntime import InferenceSession, SessionOptions
+
+    settings = SessionOptions()
+    settings.intra_op_num_threads = 1
+    settings.log_severity_level = 3
+    session = InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    (pixels,) = session.get_inputs()
+    return "onnx", lambda batch: session.run(None, {pixels.name: batch})[0]
+
+
+def _openvino(path: Path) -> tuple[str, Network]:
+    from openvino import Core
+
+    network = Core().compile_model(path, "CPU")
+    lock = Lock()  # it has one request to run, which spreads over all processors
+
+    def infer(batch: np.ndarray) -> np.ndarray:
+        with lock:
+            return network(batch)[0].copy()
+
+    # OpenVINO chooses it by the processor.
+    precision = network.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    return f"openvino, computing in {precision}", infer
+
+
+# Of each export: its runtime, the suffixes of what lies beside the graph, and what opens it.
+_EXPORTS: dict[str, tuple[str, tuple[str, ...], Callable[[Path], tuple[str, Network]]]] = {
+    "onnx": ("onnxruntime", (".onnx.data",), _onnx),
+    "openvino": ("openvino", (".bin",), _openvino),
+}

@@ -1,0 +1,45 @@
+"""MobileNets among the Auto classes of transformers: importing this module registers them."""
+
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers.models.auto import modeling_auto
+
+# What transformers 5.10 offers by this name at its top needs torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from .architectures_mobilenet import ARCHITECTURES
+from .configuration_mobilenet import PRESETS, MobileNetConfig
+from .image_processing_mobilenet import RECIPES, MobileNetImageProcessor
+from .modeling_mobilenet import (
+    MobileNetBackbone,
+    MobileNetForImageClassification,
+    MobileNetModel,
+    MobileNetPreTrainedModel,
+)
+
+
+AutoConfig.register(MobileNetConfig.model_type, MobileNetConfig, exist_ok=True)
+for auto_class, model_class, names in (
+    (AutoModel, MobileNetModel, modeling_auto.MODEL_MAPPING_NAMES),
+    (
+        AutoModelForImageClassification,
+        MobileNetForImageClassification,
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    (AutoBackbone, MobileNetBackbone, modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES),
+):
+    auto_class.register(MobileNetConfig, model_class, exist_ok=True)
+    # Pipelines, model cards and transformers' own tests go by the names of classes.
+    names[MobileNetConfig.model_type] = model_class.__name__
+AutoImageProcessor.register(MobileNetConfig, slow_image_processor_class=MobileNetImageProcessor, exist_ok=True)
+
+__all__ = [
+    "ARCHITECTURES",
+    "PRESETS",
+    "RECIPES",
+    "MobileNetBackbone",
+    "MobileNetConfig",
+    "MobileNetForImageClassification",
+    "MobileNetImageProcessor",
+    "MobileNetModel",
+    "MobileNetPreTrainedModel",
+]

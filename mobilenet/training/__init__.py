@@ -1,0 +1,1 @@
+"""Training: options, data, augmentation, the loop, and what a run leaves."""

@@ -1,0 +1,383 @@
+"""A training run, from the options to a finished repository."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.utils import logging
+
+from mobilenet.cards import HELD_OUT, Measured, write_card
+from mobilenet.configuration_mobilenet import MobileNetConfig
+from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
+from mobilenet.modeling_mobilenet import MobileNetForImageClassification
+from mobilenet.pretrained import load_network
+from mobilenet.repository import check_output, write_json
+
+from .augment import Augment, Normalize
+from .data import LABEL, Pictures, Storage, check_classes, decode, hold_out, load_splits
+from .evaluate import predict
+from .options import FREE_TO_CHANGE, RECORD, Options
+from .report import class_accuracies, evaluate_logits, metrics, plot_confusion, plot_course
+from .trainer import STAGING, ClassifierTrainer, checkpoints, freeze, whole_batches
+
+
+def keep_memory() -> None:
+    """Tell glibc's malloc to keep the memory that is freed, as every step of a training run needs the same again.
+
+    By default it gives large blocks back to the system, which has to clear every page anew: on a CPU, a third of the
+    time of a training step. Other systems and C libraries stay as they are.
+
+    Source: mallopt(3); M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1, M_ARENA_MAX -8.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, value in ((-8, 1), (-4, 0), (-1, -1)):
+            mallopt(parameter, value)
+
+
+def run(options: Options) -> bool:
+    """Train, and write a repository; returns False where the time limit came first.
+
+    Raises:
+        FileExistsError: The output folder exists, and options.overwrite is not set.
+        ValueError: An option is not allowed, or the pictures cannot be trained on.
+    """
+    options.check()
+    output = Path(options.output)
+    if output.exists() and not options.overwrite:
+        raise FileExistsError(f"{output} exists: set --overwrite to replace it.")
+
+    for source in (options.dataset, options.model or ""):
+        check_output(output, options.overwrite, source)
+    logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        keep_memory()
+    state = PartialState(cpu=not torch.cuda.is_available())  # or it would not see the other processes on CPUs
+    work = options.work
+    with state.main_process_first():
+        _check_unfinished(options, state)
+    set_seed(options.seed)
+    try:
+        return _run(options, state)
+    except BaseException as error:
+        if state.is_main_process and not checkpoints(work):  # nothing to go on from: leave nothing behind
+            shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise ValueError(
+                f"batch_size must be what the memory of the GPU takes, got {options.batch_size}; with a smaller one, "
+                "set accumulation to keep the pictures of a step."
+            ) from error
+        raise
+
+
+def _run(options: Options, state: PartialState) -> bool:
+    data = _read(options)
+    model, processor = _build(options, data.names)
+    if state.is_main_process:
+        _prepare_work(options, state.num_processes)
+    with state.local_main_process_first():
+        train, validation, test = (
+            _decode(options, data, split, processor, state) for split in ("train", "validation", "test")
+        )
+    check_classes(train.labels, data.names)  # some of them may be of no readable picture
+    state.wait_for_everyone()
+    frozen = [] if options.last_stages is None else freeze(model, options.last_stages)
+    size = _input_size(processor)
+    trainer = ClassifierTrainer(
+        model.to(memory_format=torch.channels_last),
+        training_arguments(options, len(train), state.num_processes, validation is not None),
+        options,
+        train,
+        validation,
+        Augment(size, options.crop_scale, options.flip, options.trivial_augment, options.erasing),
+        Normalize(processor),
+        frozen=frozen,
+        minutes=options.time_limit,
+        **_reporting(options.work, state.is_main_process),
+    )
+    last = checkpoints(options.work)
+    if last and state.is_main_process:
+        print(f"resuming from {last[-1]}", flush=True)
+    if options.align_norms and options.model is not None and not last:
+        trainer.align_batch_norm()
+    trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        if state.is_main_process:
+            print(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; run again to go on")
+        return False
+    with trainer.averaged_weights():
+        if state.is_main_process:
+            _finish(options, model, processor, trainer.state.log_history, data, validation, test)
+    state.wait_for_everyone()
+    return True
+
+
+def _check_unfinished(options: Options, state: PartialState) -> None:
+    """Forget an unfinished run, or raise ValueError where it was another one."""
+    work = options.work
+    record = work / RECORD
+    if work.exists() and any(work.iterdir()) and not record.exists():
+        raise ValueError(f"{work} must be free for the unfinished run, but holds something else.")
+    if options.restart and state.is_main_process:
+        shutil.rmtree(work, ignore_errors=True)
+    if record.exists():
+        recorded = json.loads(record.read_text(encoding="utf-8"))
+        before = recorded["options"] | {"processes": recorded["processes"]}
+        now = dataclasses.asdict(options) | {"processes": state.num_processes}
+        changed = [
+            f"{name} (was {before.get(name)!r})"
+            for name, value in now.items()
+            if value != before.get(name) and name not in FREE_TO_CHANGE
+        ]
+        if changed:
+            raise ValueError(
+                f"{work} holds an unfinished run with other options: {', '.join(changed)}. Set them as they were to "
+                "go on, or set --restart to forget it."
+            )
+
+
+def _prepare_work(options: Options, processes: int) -> None:
+    """Make the folder of the unfinished run."""
+    shutil.rmtree(options.work / STAGING, ignore_errors=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    if not (options.work / RECORD).exists():
+        write_json(options.work / RECORD, _record(options, processes))
+
+
+def _record(options: Options, processes: int) -> dict[str, Any]:
+    """All that is needed to run this again."""
+    versions = {"python": sys.version.split()[0]}
+    for package in ("torch", "transformers", "accelerate", "datasets", "kornia", "pillow", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "command": options.command(processes),
+        "options": dataclasses.asdict(options),
+        "processes": processes,
+        "precision": _best_precision() if options.precision == "auto" else options.precision,
+        "hardware": hardware,
+        "versions": versions,
+    }
+
+
+class Data(NamedTuple):
+    """The splits of a run, undecoded."""
+
+    names: list[str]
+    train: Any
+    validation: Any
+    test: Any
+    splits: dict[str, str]  # what the dataset calls those of them that it has
+
+
+def _read(options: Options) -> Data:
+    splits = load_splits(options.dataset, options.subset, options.revision, options.image_column, options.label_column)
+
+    used = {}
+    for role, wanted, default in (
+        ("train", options.train_split, None),
+        ("validation", options.validation_split, "validation"),
+        ("test", options.test_split, "test"),
+    ):
+        if wanted is not None and wanted not in splits:
+            raise ValueError(f"{role}_split must be one of {', '.join(splits)}, got {wanted!r}.")
+        if (wanted or default) in splits:
+            used[role] = wanted or default
+    train, validation, test = (
+        splits[used[role]] if role in used else None for role in ("train", "validation", "test")
+    )
+    names = train.features[LABEL].names
+    check_classes(train[LABEL][:], names)
+    if validation is None and options.validation:
+        train, validation = hold_out(train, options.validation, options.seed)
+    return Data(names, train, validation, test, used)
+
+
+def _build(options: Options, names: list[str]) -> tuple[MobileNetForImageClassification, MobileNetImageProcessor]:
+    """The network and the processor to start with."""
+    if options.model is None:
+        size = options.image_size or 224
+        processor = MobileNetImageProcessor(
+            size={"shortest_edge": round(size / (options.crop_fraction or 0.875))},
+            crop_size=size,
+            detail_size=options.detail_size,
+        )
+        config = MobileNetConfig(
+            architecture=options.architecture,
+            width_multiplier=options.width,
+            output_stride=options.output_stride,
+            image_size=size,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+        )
+        return MobileNetForImageClassification(config), processor
+    model, processor = load_network(options.model, labels=names)
+    if options.start_labels is not None:
+        start_classifier(model, load_network(options.model)[0].classifier, Path(options.start_labels))
+    if options.detail_size:
+        processor.detail_size = options.detail_size
+    if options.image_size or options.crop_fraction:
+        current = _input_size(processor)[0]
+        size = options.image_size or current
+        square = {"height": size, "width": size}
+        if options.crop_fraction or processor.do_center_crop:
+            fraction = options.crop_fraction or current / processor.size.get("shortest_edge", current)
+            processor.size = {"shortest_edge": round(size / fraction)}
+            processor.do_resize = processor.do_center_crop = True
+        else:
+            processor.size = square
+        processor.crop_size = square
+        model.config.image_size = size
+    return model, processor
+
+
+@torch.no_grad()
+def start_classifier(model: MobileNetForImageClassification, source: torch.nn.Linear, path: Path) -> None:
+    """Give each label the mean weights of the classes of another classifier that it covers.
+
+    Args:
+        model: The network whose classifier starts.
+        source: The other classifier, on the same features.
+        path: JSON file: for each label of the network a list of indices of the other's classes.
+
+    Raises:
+        ValueError: The file does not name the network's labels, or no classes of the other one.
+    """
+    try:
+        classes = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"start_labels must be a JSON file, got {path}: {error}") from error
+    labels = {label: index for index, label in model.config.id2label.items()}
+    if not isinstance(classes, dict) or classes.keys() != labels.keys():
+        raise ValueError(f"start_labels must name each of the labels {', '.join(labels)} and no other, got {path}.")
+    for label, indices in classes.items():
+        valid = isinstance(indices, list) and indices and all(type(index) is int for index in indices)
+        if not valid or not 0 <= min(indices) <= max(indices) < source.out_features:
+            allowed = f"a list of classes from 0 to {source.out_features - 1}"
+            raise ValueError(f"start_labels must give {label} {allowed}, got {indices!r}.")
+        model.classifier.weight[labels[label]] = source.weight[indices].mean(0)
+        model.classifier.bias[labels[label]] = source.bias[indices].mean()
+
+
+def _input_size(processor: MobileNetImageProcessor) -> tuple[int, int]:
+    """Height and width of what the network sees."""
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    if "height" not in size:
+        raise ValueError(f"the image processor must give one height and width, got size {size} without a center crop.")
+    return size["height"], size["width"]
+
+
+def _decode(
+    options: Options, data: Data, split: str, processor: MobileNetImageProcessor, state: PartialState
+) -> Pictures | None:
+    rows = getattr(data, split)
+    if rows is None:
+        return None
+    square = processor.size.get("shortest_edge", max(_input_size(processor))) if split == "train" else None
+    storage = Storage(options.work, shared=state.num_processes > 1)
+    return decode(rows, processor, storage, split, square, options.skip_unreadable, not state.is_main_process)
+
+
+def _best_precision() -> str:
+    """The precision that the hardware is fast at."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
+
+
+def training_arguments(options: Options, count: int, processes: int, validates: bool) -> TrainingArguments:
+    """The recipe in the words of the Trainer."""
+    batch = options.batch_size * processes
+    steps = -(-whole_batches(count, batch) // (batch * options.accumulation))
+    pictures = min(batch * options.accumulation, count)
+    precision = _best_precision() if options.precision == "auto" else options.precision
+    return TrainingArguments(
+        output_dir=str(options.work),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=2 * options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.peak_learning_rate * pictures / 256,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(options.warmup * steps * options.epochs),
+        max_grad_norm=0.0,
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
+        use_cpu=not torch.cuda.is_available(),
+        torch_compile=options.compile,
+        dataloader_num_workers=options.workers,
+        dataloader_persistent_workers=options.workers > 0,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        eval_strategy="epoch" if validates else "no",
+        save_strategy="no",  # the trainer's own callback decides
+        logging_steps=options.log_steps or max(1, steps // 10),
+        logging_nan_inf_filter=False,
+        seed=options.seed,
+        report_to="none",
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _reporting(work: Path, is_main: bool) -> dict[str, Any]:
+    """TensorBoard's log, and the metrics of an evaluation."""
+    callbacks = [TensorBoardCallback(SummaryWriter(str(work / "runs")))] if is_main else []
+    return {"callbacks": callbacks, "compute_metrics": evaluate_logits}
+
+
+def _finish(
+    options: Options,
+    model: MobileNetForImageClassification,
+    processor: MobileNetImageProcessor,
+    log: list[dict[str, float]],
+    data: Data,
+    validation: Pictures | None,
+    test: Pictures | None,
+) -> None:
+    """Write the repository beside its place, measure what was written, and move it there."""
+    work, output = options.work, Path(options.output)
+    repository = work / "repository"
+    shutil.rmtree(repository, ignore_errors=True)
+    model.save_pretrained(repository)
+    processor.save_pretrained(repository)
+    shutil.copy(work / RECORD, repository)
+    shutil.copy(work / "log.csv", repository)
+    shutil.copytree(work / "runs", repository / "runs")
+    plot_course(log, repository / "curves.png")
+    written = MobileNetForImageClassification.from_pretrained(repository)
+    command = json.loads((work / RECORD).read_text(encoding="utf-8"))["command"]
+    measured = {}
+    for role, pictures in (("validation", validation), ("test", test)):
+        if pictures is not None:
+            logits = predict(written, processor, pictures, options.batch_size)
+            labels = torch.from_numpy(pictures.labels)
+            figures = Measured(len(labels), metrics(logits, labels), class_accuracies(logits, labels))
+            measured[data.splits.get(role, HELD_OUT)] = figures
+            plot_confusion(logits, labels, data.names, repository / "confusion_matrix.png")  # of the last one
+    write_card(repository, options, written, measured, command)
+    replaced = work / "replaced"
+    if output.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(output, replaced)
+    os.replace(repository, output)
+    shutil.rmtree(replaced if options.keep_checkpoints else work, ignore_errors=True)
+    print(f"wrote {output}")

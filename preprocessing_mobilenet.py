@@ -1,0 +1,614 @@
+"""Images of any kind to what a network takes: read, resize, crop, normalize, on Pillow and numpy alone."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import ipaddress
+import math
+import os
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.Image import Resampling
+
+
+class Recipe(NamedTuple):
+    """How a family of checkpoints was evaluated: resize the shortest edge, crop the center, normalise."""
+
+    resample: int
+    crop_fraction: float  # crop size over shortest edge
+    mean: tuple[float, float, float]  # of RGB in 0 to 1
+    std: tuple[float, float, float]
+
+
+_HALF = (0.5, 0.5, 0.5)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+RECIPES = {
+    # slim/preprocessing/inception_preprocessing.py; the preprocessor_config.json of google/mobilenet_*
+    "google": Recipe(Resampling.BILINEAR, 0.875, _HALF, _HALF),
+    # keras/applications/imagenet_utils.py, mode "tf"; its accuracies are those of slim's weights
+    "keras": Recipe(Resampling.BILINEAR, 0.875, _HALF, _HALF),
+    # torchvision/models/mobilenetv2.py: MobileNet_V2_Weights.IMAGENET1K_V1 and IMAGENET1K_V2
+    "torchvision": Recipe(Resampling.BILINEAR, 224 / 256, _IMAGENET_MEAN, _IMAGENET_STD),
+    "torchvision_v2": Recipe(Resampling.BILINEAR, 224 / 232, _IMAGENET_MEAN, _IMAGENET_STD),
+    # timm/models/efficientnet.py: _cfg, as mobilenetv2_*.ra_in1k use it
+    "timm": Recipe(Resampling.BICUBIC, 0.875, _IMAGENET_MEAN, _IMAGENET_STD),
+    # the same file: mobilenetv1_100.ra4_e3600_r224_in1k, and mobilenetv1_125.ra4_e3600_r224_in1k
+    "timm_ra4": Recipe(Resampling.BICUBIC, 0.875, _HALF, _HALF),
+    "timm_ra4_125": Recipe(Resampling.BICUBIC, 0.9, _HALF, _HALF),
+}
+
+
+class UnreadableImageError(ValueError):
+    """A picture that cannot be read: the message names it and says why."""
+
+
+# A picture of more pixels is refused, and none is made: in all, one takes up to 24 bytes a pixel, 4 GB then.
+MAX_PIXELS = 178_956_970
+# Formats that are not read. Ghostscript runs an EPS file, Windows a WMF file; and IPTC would lead Pillow to both.
+_REFUSED = {
+    "EPS": "it is a program that draws a picture",
+    "WMF": "it is a program that draws a picture",
+    "IPTC": "it may hold a file of any format",
+}
+# A download of more bytes is refused, and one that takes longer, in seconds.
+MAX_BYTES = 256 * 1024 * 1024
+MAX_SECONDS = 300.0
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses in the last 32 bits
+
+
+def _is_public(address: str) -> bool:
+    """Whether the internet reaches an address, which this machine and the networks around it have not."""
+    address = ipaddress.ip_address(address.partition("%")[0])
+    return (ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else address).is_global
+
+
+class _Journey:
+    """Where a download leads: once on public ground, it must not come to this machine or the networks around it.
+
+    What counts is the address that is connected to: no name is looked up twice, nor any escape read in two ways.
+    """
+
+    def __init__(self) -> None:
+        self.was_public = False
+
+    def through(self, connection_class: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
+        """A kind of connection that is checked before a request is sent."""
+        journey = self
+
+        class Connection(connection_class):
+            def connect(self) -> None:
+                super().connect()
+                address = self.sock.getpeername()[0]
+                if journey.was_public and not _is_public(address):
+                    self.close()
+                    raise OSError(f"{self.host} is redirected to from a public address, and is a private one")
+                journey.was_public |= _is_public(address)
+
+        return Connection
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, journey: _Journey) -> None:
+        super().__init__()
+        self.connection_class = journey.through(http.client.HTTPConnection)
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self.connection_class, request)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, journey: _Journey) -> None:
+        super().__init__(context=ssl.create_default_context())
+        self.connection_class = journey.through(http.client.HTTPSConnection)
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self.connection_class, request, context=self._context)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follow a server to HTTP and HTTPS alone."""
+
+    def redirect_request(self, request: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
+        response, *_, url = args
+        response.close()  # or its body, of whatever length, would be read
+        if not is_url(url):
+            raise urllib.error.URLError(f"redirects to {url}")
+        return super().redirect_request(request, *args)
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is a URL that is fetched: of HTTP or HTTPS."""
+    return name.lower().startswith(("http://", "https://"))
+
+
+def fetch(url: str, timeout: float = 30.0) -> bytes:
+    """Download a picture over HTTP or HTTPS.
+
+    Raises:
+        UnreadableImageError: The server does not answer, answers with an error, sends more than MAX_BYTES, takes more
+            than MAX_SECONDS, or redirects to another protocol or from a public address to a private one.
+    """
+    data, end = bytearray(), time.monotonic() + MAX_SECONDS
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "mobilenet"})
+        opener = urllib.request.build_opener(_Redirects, _Http(journey := _Journey()), _Https(journey))
+        with opener.open(request, timeout=timeout) as response:
+            while len(data) <= MAX_BYTES and (chunk := response.read1(1 << 16)):
+                data += chunk
+                if time.monotonic() > end:
+                    raise TimeoutError(f"no end after {MAX_SECONDS:g} seconds")
+            if response.length:  # of a body that has no end of its own
+                raise http.client.IncompleteRead(bytes(data), response.length)
+    except (http.client.HTTPException, OSError, ValueError) as error:
+        raise UnreadableImageError(f"{url}: cannot be downloaded: {error}") from error
+    if len(data) > MAX_BYTES:
+        raise UnreadableImageError(f"{url}: more than {MAX_BYTES} bytes")
+    return bytes(data)
+
+
+def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0, 0)) -> Image.Image:
+    """Read a picture from a path, a URL or bytes, and turn it upright as its EXIF orientation says.
+
+    Args:
+        source: Path, URL, or the bytes of a file.
+        at_least: Width and height that are enough, for either orientation: a JPEG is decoded at a half, a quarter or
+            an eighth of its size if no less remains, in a fraction of the time. By default, at its whole size.
+
+    Raises:
+        UnreadableImageError: There is no such file, it is no picture, it is cut off, or it is too large.
+    """
+    name = "bytes" if isinstance(source, bytes) else os.fspath(source)
+    if isinstance(source, str) and is_url(source):
+        source = fetch(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.format in _REFUSED:
+                raise UnreadableImageError(f"{name}: {image.format} is not read: {_REFUSED[image.format]}")
+            if image.width * image.height > MAX_PIXELS:
+                raise UnreadableImageError(f"{name}: {image.width}x{image.height} is over {MAX_PIXELS} pixels")
+            if all(at_least):
+                image.draft(None, at_least)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(f"{name}: not a picture in a format that Pillow reads") from error
+    except FileNotFoundError as error:
+        raise UnreadableImageError(f"{name}: no such file") from error
+    except Exception as error:  # Pillow's decoders and EXIF parser raise what they happen to stumble over
+        raise UnreadableImageError(f"{name}: cannot be decoded: {error}") from error
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture of any mode to RGB; what is transparent shows a white ground.
+
+    Raises:
+        ValueError: The mode has no conversion to RGB, or values are out of range.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_eight_bits(image).convert("RGB")
+    if _has_alpha(image):
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"a picture of mode {image.mode} has no conversion to RGB") from error
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16 bits (modes I;16 and I) or floats (mode F) down to mode L."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        return Image.fromarray(np.rint(_as_byte_range(values, "picture of mode F")).astype(np.uint8))
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"a picture of mode {image.mode} must have values from 0 to 65535, got {low} to {high}.")
+    # Mode I may hold eight bits; the other modes say themselves that they hold 16.
+    if image.mode != "I" or high > 255:
+        values = (values.astype(np.uint32) + 128) // 257  # rounds, and no value lies halfway
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _as_byte_range(values: np.ndarray, name: str) -> np.ndarray:
+    """Floats in 0 to 1 or in 0 to 255, as float32 in 0 to 255."""
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 255):  # false for NaN too
+        raise ValueError(f"{name} must have values from 0 to 1 or from 0 to 255, got {low} to {high}.")
+    return values.astype(np.float32) * (255 if high <= 1 else 1)
+
+
+class _Planes(NamedTuple):
+    """A picture in a form that Pillow resizes: one image of 8 bits, or one of mode L or F for each channel."""
+
+    images: tuple[Image.Image, ...]
+    scale: float  # what 255 stands for in the values that came: 255, or 1 for floats in 0 to 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.images[0].size
+
+
+def _is_encoded(image: Any) -> bool:
+    return isinstance(image, (str, os.PathLike, bytes))
+
+
+def _as_array(image: Any) -> Any:
+    """A torch tensor as an array, and anything else as it comes: torch need not be imported for it."""
+    if not hasattr(image, "detach"):
+        return image
+    image = image.detach().cpu()
+    return (image.float() if str(image.dtype) == "torch.bfloat16" else image).numpy()
+
+
+def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
+    """A picture of shape (H, W), (H, W, C) or (C, H, W) as (H, W, C)."""
+    if array.ndim == 2:
+        return array[..., None]
+    first, last = array.shape[0] in (1, 3, 4), array.shape[-1] in (1, 3, 4)
+    if input_data_format is None:
+        # A picture of 3 rows is unlikelier than one of channels: where both ends could be channels, the first is,
+        # as in transformers.
+        input_data_format = "channels_first" if first else "channels_last"
+    if not (first if input_data_format == "channels_first" else last):
+        raise ValueError(f"an array must have 1, 3 or 4 channels, got shape {array.shape} as {input_data_format}.")
+    return np.moveaxis(array, 0, -1) if input_data_format == "channels_first" else array
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, ...]:
+    """Four channels one by one: as mode RGBA, Pillow would resize the colors weighted by the fourth."""
+    return image.split() if image.mode == "RGBA" else (image,)
+
+
+def _from_array(array: np.ndarray, input_data_format: str | None, as_rgb: bool) -> _Planes:
+    array = _channels_last(array, input_data_format)
+    if array.size == 0:
+        raise ValueError(f"an array must not be empty, got shape {array.shape}.")
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.integer) and array.dtype != np.uint8:
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high > 255:
+            raise ValueError(f"an array of {array.dtype} must have values from 0 to 255, got {low} to {high}.")
+        array = array.astype(np.uint8)
+    if array.dtype == np.uint8:
+        array = np.ascontiguousarray(array if array.shape[-1] > 1 else array[..., 0])
+        image = Image.fromarray(array)
+        return _Planes((to_rgb(image),) if as_rgb else _split_alpha(image), 255)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"an array must be of integers or floats, got {array.dtype}.")
+    scale = 255 if float(array.max()) > 1 else 1
+    array = _as_byte_range(array, f"an array of {array.dtype}")
+    if array.shape[-1] == 4 and as_rgb:
+        alpha = array[..., 3:] / 255
+        array = array[..., :3] * alpha + 255 * (1 - alpha)
+    channels = [Image.fromarray(np.ascontiguousarray(array[..., c])) for c in range(array.shape[-1])]
+    if as_rgb and len(channels) == 1:
+        channels *= 3
+    return _Planes(tuple(channels), scale)
+
+
+def _to_planes(image: Any, input_data_format: str | None, as_rgb: bool) -> _Planes:
+    if isinstance(image, Image.Image):
+        if not image.width or not image.height:
+            raise ValueError(f"a picture must not be empty, got {image.width}x{image.height}.")
+        if as_rgb:
+            return _Planes((to_rgb(image),), 255)
+        if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
+            return _Planes(_split_alpha(image.convert("RGBA")) if _has_alpha(image) else (to_rgb(image),), 255)
+        return _Planes((image.convert("L") if image.mode in ("1", "L") else _to_eight_bits(image),), 255)
+    if isinstance(image, np.ndarray):
+        return _from_array(image, input_data_format, as_rgb)
+    raise TypeError(f"images must be Pillow pictures, arrays, tensors, paths or URLs, got {type(image).__name__}.")
+
+
+def _to_gray(planes: _Planes) -> _Planes:
+    """Luma of RGB by ITU-R BT.601, as Pillow has it; grays stay as they are."""
+    if planes.images[0].mode == "RGB":
+        return planes._replace(images=(planes.images[0].convert("L"),))
+    red, green, blue = (np.asarray(image) for image in planes.images)
+    return planes._replace(images=(Image.fromarray(0.299 * red + 0.587 * green + 0.114 * blue),))
+
+
+def flatten(images: Any) -> list[Any]:
+    """One picture, a batch of them, or lists of both, as a flat list of single pictures; tensors become arrays."""
+    if isinstance(images, (list, tuple)):
+        return [single for image in images for single in flatten(image)]
+    images = _as_array(images)
+    if isinstance(images, np.ndarray):
+        if images.ndim == 4:
+            return list(images)
+        if images.ndim not in (2, 3):
+            shape = tuple(images.shape)
+            raise ValueError(f"images must be arrays of 2 or 3 dimensions, or batches of 4, got shape {shape}.")
+    return [images]
+
+
+def _positive(name: str, *values: Any) -> None:
+    if not all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) and 0 < v <= 65536 for v in values):
+        raise ValueError(f"{name} must be made of integers from 1 to 65536, got {', '.join(map(repr, values))}.")
+
+
+def _read_size(name: str, size: Any, square: bool) -> dict[str, int]:
+    """A size as users write it: an integer, (height, width), or a dictionary.
+
+    An integer is the side of a square, or the shortest edge.
+    """
+    if isinstance(size, (int, np.integer)) and not isinstance(size, bool):
+        size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    elif isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    # transformers has a class for sizes, which is no Mapping but can be made one.
+    elif not isinstance(size, Mapping) and isinstance(size, Iterable) and not isinstance(size, (str, Sequence)):
+        size = dict(size)
+    size = {key: value for key, value in size.items() if value is not None} if isinstance(size, Mapping) else None
+    if size is None or set(size) not in (
+        [{"height", "width"}] if square else [{"height", "width"}, {"shortest_edge"}]
+    ):
+        allowed = "an integer, (height, width)" + ("" if square else ', {"shortest_edge"}') + ' or {"height", "width"}'
+        raise ValueError(f"{name} must be {allowed}, got {size!r}.")
+    _positive(name, *size.values())
+    return {key: int(value) for key, value in size.items()}
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that float32 holds."""
+    return (
+        isinstance(value, (int, float, np.integer, np.floating))
+        and not isinstance(value, bool)
+        and abs(value) <= float(np.finfo(np.float32).max)
+    )
+
+
+def _read_detail_size(name: str, value: Any) -> int | None:
+    if value is not None:
+        _positive(name, value)
+    return None if value is None else int(value)
+
+
+def _read_channel_values(name: str, values: Any) -> list[float]:
+    values = list(values) if isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str) else [values]
+    if not values or not all(_is_finite(v) for v in values):
+        raise ValueError(f"{name} must be a number, or one for each channel, got {values!r}.")
+    if name == "image_std" and not all(v > 0 for v in values):
+        raise ValueError(f"image_std must be above 0, got {values!r}.")
+    return [float(v) for v in values]
+
+
+def _read_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be true or false, got {value!r}.")
+    return bool(value)
+
+
+def _read_resample(name: str, value: Any) -> int:
+    try:
+        return int(Resampling(value))
+    except ValueError:
+        allowed = ", ".join(f"{r.value} ({r.name.lower()})" for r in Resampling)
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}.") from None
+
+
+def _read_factor(name: str, value: Any) -> float:
+    if not _is_finite(value) or value <= 0:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}.")
+    return float(value)
+
+
+# Each option with its default and how it is read, in the order in which they apply to an image.
+OPTIONS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
+    "fast_decode": (False, _read_flag),
+    "do_convert_rgb": (True, _read_flag),
+    "do_grayscale": (False, _read_flag),
+    "detail_size": (None, _read_detail_size),
+    "do_resize": (True, _read_flag),
+    "size": (256, lambda name, value: _read_size(name, value, square=False)),
+    "resample": (Resampling.BILINEAR, _read_resample),
+    "do_center_crop": (True, _read_flag),
+    "crop_size": (224, lambda name, value: _read_size(name, value, square=True)),
+    "do_rescale": (True, _read_flag),
+    "rescale_factor": (1 / 255, _read_factor),
+    "do_normalize": (True, _read_flag),
+    "image_mean": (_HALF, _read_channel_values),
+    "image_std": (_HALF, _read_channel_values),
+}
+
+
+def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option, as it is given or else by default.
+
+    Raises:
+        ValueError: An option is not what it allows; the message names option, allowed values and value.
+    """
+    return {name: read(name, given.get(name, default)) for name, (default, read) in OPTIONS.items()}
+
+
+def preprocess(image: Any, options: Mapping[str, Any], input_data_format: str | None = None) -> np.ndarray:
+    """Preprocess one image.
+
+    Args:
+        image: Pillow image of any mode; array of shape (H, W), (H, W, C) or (C, H, W); path, URL, or bytes of a file.
+        options: Every option, as read_options gives them.
+        input_data_format: "channels_first" or "channels_last"; by default read off the shape of an array.
+
+    Returns:
+        float32 of shape (H, W, C).
+
+    Raises:
+        TypeError: It is no image.
+        ValueError: Its values are not allowed.
+        UnreadableImageError: A path, URL or file that cannot be read; a ValueError.
+    """
+    if _is_encoded(image):
+        image = open_image(image, _enough(options))
+    planes = _to_planes(image, input_data_format, options["do_convert_rgb"] or options["do_grayscale"])
+    if options["do_grayscale"]:
+        planes = _to_gray(planes)
+    arrays = [np.asarray(_resize_and_crop(plane, options)) for plane in planes.images]
+    if planes.images[0].mode != "F":
+        array = arrays[0] if arrays[0].ndim == 3 else np.stack(arrays, axis=-1)
+        # 8 bits have 256 values: what becomes of each is computed once, exactly as transformers does.
+        values = _to_floats(np.arange(256).repeat(array.shape[-1]).reshape(256, -1), 255, options)
+        return _look_up(np.ascontiguousarray(values.T), array)
+    return _to_floats(np.stack(arrays, axis=-1), planes.scale, options)
+
+
+def _enough(options: dict[str, Any]) -> tuple[int, int]:
+    """Width and height from which a picture can be reduced nearly as well as from its own: twice what is asked for."""
+    if not (options["fast_decode"] and options["do_resize"]):
+        return 0, 0
+    edge = max(options["size"].values())
+    return 2 * edge, 2 * edge
+
+
+def _target_size(width: int, height: int, size: dict[str, int]) -> tuple[int, int]:
+    """Width and height to resize to; the longer edge is rounded down, as transformers and torchvision do."""
+    if "height" in size:
+        return size["width"], size["height"]
+    short, edge = min(width, height), size["shortest_edge"]
+    return max(1, int(edge * width / short)), max(1, int(edge * height / short))
+
+
+def _resize_and_crop(image: Image.Image, options: dict[str, Any]) -> Image.Image:
+    """Resize and crop in one step: only the pixels that remain are computed."""
+    if options["detail_size"] and options["do_resize"] and min(image.size) > options["detail_size"]:
+        size = _target_size(*image.size, {"shortest_edge": options["detail_size"]})
+        image = _resize(image, size, options["resample"])
+    size = _target_size(*image.size, options["size"]) if options["do_resize"] else image.size
+    if not options["do_center_crop"]:
+        return _resize(image, size, options["resample"])
+    width, height = options["crop_size"]["width"], options["crop_size"]["height"]
+    _check_pixels("cropped", image, (width, height))
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    box = (left, top, left + width, top + height)
+    if size == image.size:
+        return image.crop(box)
+    if left < 0 or top < 0 or "height" in options["size"]:
+        return _resize(image, size, options["resample"]).crop(box)
+    return _resize_box(image, size, box, options["resample"])
+
+
+def _check_pixels(verb: str, image: Image.Image, size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(
+            f"a picture of {image.width}x{image.height} would be {verb} to {size[0]}x{size[1]}, which is over "
+            f"{MAX_PIXELS} pixels."
+        )
+
+
+def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
+    _check_pixels("resized", image, size)
+    return image.resize(size, resample)
+
+
+def _resize_box(
+    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], resample: int
+) -> Image.Image:
+    """Resize a picture to a size of the same shape, and compute of it no more than a box.
+
+    The result equals the resized picture's, but for rare values next to a rounding boundary, which differ by one.
+    """
+    x, y = (_span(image.size[axis], size[axis], box[axis], box[axis + 2]) for axis in (0, 1))
+    # Pillow resizes along one axis, rounds to 8 bits, and then resizes along the other. A picture that keeps its shape
+    # goes across first; a box may not since Pillow 13, which would change a quarter of the values by one.
+    part = image.crop((x.first, y.first, x.last, y.last))
+    part = part.resize((x.stop - x.start, part.height), resample, box=(x.begin, 0, x.end, part.height))
+    part = part.resize((part.width, y.stop - y.start), resample, box=(0, y.begin, part.width, y.end))
+    return part.crop((box[0] - x.start, box[1] - y.start, box[2] - x.start, box[3] - y.start))
+
+
+class _Span(NamedTuple):
+    """Pixels of a resized row, and where they come from."""
+
+    start: int  # among the pixels of the resized row
+    stop: int
+    first: int  # among the pixels of the source
+    last: int
+    begin: float  # the same edges as start and stop, in the source from `first` on
+    end: float
+
+
+@lru_cache(maxsize=1024)  # photographs come in few sizes
+def _span(length: int, resized: int, start: int, stop: int) -> _Span:
+    """The pixels from start to stop of a resized row, and up to 32 more on either side.
+
+    Pillow takes the edges of a box as floats of 32 bits. Where an edge is no such float, every pixel shifts a little,
+    so the edges are moved out to where that error is least, which often is to none.
+    """
+
+    def edge(pixel: int) -> float:
+        return pixel * length / resized
+
+    def error(pixel: int) -> float:
+        return abs(float(np.float32(edge(pixel))) - edge(pixel))
+
+    start = min(range(start, max(start - 33, -1), -1), key=error)
+    stop = min(range(stop, min(stop + 32, resized) + 1), key=error)
+    margin = math.ceil(3 * max(length / resized, 1)) + 1  # no filter reaches further than 3 of the coarser pixels
+    first, last = max(0, int(edge(start)) - margin), min(length, int(edge(stop)) + margin)
+    return _Span(start, stop, first, last, edge(start) - first, edge(stop) - first)
+
+
+def _to_floats(values: np.ndarray, scale: float, options: dict[str, Any]) -> np.ndarray:
+    """Rescale and normalise values of 0 to 255, in the steps and precisions of transformers' own processor.
+
+    Args:
+        values: Of shape (..., C).
+        scale: What 255 stood for in the picture that came.
+    """
+    channels = values.shape[-1]
+    factor = options["rescale_factor"] if options["do_rescale"] else scale / 255
+    values = (values.astype(np.float64) * factor).astype(np.float32)
+    if options["do_normalize"]:
+        mean, std = (_for_channels(name, options[name], channels) for name in ("image_mean", "image_std"))
+        values = (values - mean) / std
+    return values
+
+
+def _for_channels(name: str, values: list[float], channels: int) -> np.ndarray:
+    if len(set(values)) == 1:  # one for all, however often it is written
+        values = values[:1] * channels
+    if len(values) != channels:
+        raise ValueError(f"{name} must have one number, or one for each of {channels} channels, got {values}.")
+    return np.array(values, np.float32)
+
+
+def _look_up(table: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Replace each value of an image (H, W, C) of 8 bits by its entry in a table (C, 256)."""
+    result = np.empty(image.shape, np.float32)
+    if (table == table[0]).all():
+        return table[0].take(image, out=result, mode="clip")
+    offsets = np.arange(0, table.size, 256, dtype=np.uint16)
+    return table.reshape(-1).take(image + offsets, out=result, mode="clip")
+
+
+__all__ = [
+    "OPTIONS",
+    "RECIPES",
+    "Recipe",
+    "UnreadableImageError",
+    "flatten",
+    "is_url",
+    "open_image",
+    "preprocess",
+    "read_options",
+]
