@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 PADDINGS = ("same", "symmetric")
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
 OUTPUT_STRIDES = (8, 16, 32)
-MAX_LABELS = 1 << 20
+MAX_LABELS = 1 << 17
 
 
 def _is_number(value: Any) -> bool:

@@ -135,7 +135,7 @@ def test_a_configuration_is_taken_as_it_is_or_refused(edits: dict) -> None:
     ("file", "edits", "message"),
     [
         ("config.json", {"width_multiplier": 10**400}, "width_multiplier must be a number above 0"),
-        ("config.json", {"num_labels": 1 << 31}, "num_labels must be an integer from 0 to 1048576, got 2147483648"),
+        ("config.json", {"num_labels": 1 << 31}, "num_labels must be an integer from 0 to 131072, got 2147483648"),
         ("config.json", {"dtype": "relu"}, "cannot be loaded: "),
         ("config.json", {"num_labels": 1 << 16, "width_multiplier": 8}, "lacks weights of the right shape"),
         ("preprocessor_config.json", {"image_mean": 10**400}, "image_mean must be a number"),
@@ -181,7 +181,7 @@ def edit_json(path: Path, edits: dict) -> None:
     ("kind", "edits", "message"),
     [
         ("google", {"model_type": ["mobilenet_v1"]}, "no known source of a MobileNet"),
-        ("google", {"num_labels": 1 << 31}, "config.json: num_labels must be at most 1048576, got 2147483648"),
+        ("google", {"num_labels": 1 << 31}, "config.json: num_labels must be at most 131072, got 2147483648"),
         (
             "google",
             {"architectures": 3},
@@ -295,8 +295,8 @@ def test_empty_weights_of_absurd_size_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("classifier.weight", (1 << 20, 1 << 20), "does not hold a mobilenet_v1"),
-        ("classifier.weight", (1 << 21, 8), "num_labels must be an integer from 0 to 1048576, got 2097152"),
+        ("classifier.weight", (1 << 17, 1 << 20), "does not hold a mobilenet_v1"),
+        ("classifier.weight", (1 << 21, 8), "num_labels must be an integer from 0 to 131072, got 2097152"),
         ("conv_stem.weight", (8, 1 << 20, 3, 3), "num_channels must be an integer from 1 to 4096, got 1048576"),
         ("blocks.4.1.conv_pw.weight", (1 << 20, 8, 1, 1), "width_multiplier must be a number above 0 and at most 8"),
     ],
