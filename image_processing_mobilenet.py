@@ -142,18 +142,18 @@ class MobileNetImageProcessor(BaseImageProcessor):
                 results = dict(zip(different, threads.map(preprocess_one, different.values()), strict=True))
         else:
             results = {key: preprocess_one(image) for key, image in different.items()}
-        pictures = [results[id(image)] for image in images]
+        arrays = [results[id(image)] for image in images]
         if return_tensors is None:
             if data_format == "channels_first":
-                pictures = [np.moveaxis(picture, -1, 0) for picture in pictures]
-            return BatchFeature({"pixel_values": pictures})
-        shapes = sorted({picture.shape for picture in pictures})
+                arrays = [np.moveaxis(array, -1, 0) for array in arrays]
+            return BatchFeature({"pixel_values": arrays})
+        shapes = sorted({array.shape for array in arrays})
         if len(shapes) > 1:
             raise ValueError(
                 f"pictures must end up in one shape to make one tensor, got {', '.join(map(str, shapes))}; set "
                 "do_resize and do_center_crop, or return_tensors=None."
             )
-        batch = np.stack(pictures) if len(pictures) > 1 else pictures[0][None]
+        batch = np.stack(arrays) if len(arrays) > 1 else arrays[0][None]
         if data_format == "channels_first":
             # The bytes stay where they are: only the strides change, which is torch.channels_last.
             batch = np.moveaxis(batch, -1, 1)

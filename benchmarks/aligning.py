@@ -101,7 +101,7 @@ def main(
             parts = (("training", range(first)), ("validation", range(first, last)))
             return [decode(rows.select(part), processor, storage, name, quiet=True) for name, part in parts]
 
-        def accuracy(row: Row, aligned: bool, seed: int, pictures: list[Pictures]) -> float:
+        def accuracy(row: Row, aligned: bool, seed: int, splits: list[Pictures]) -> float:
             run = (*row, aligned, seed)
             if run not in known:
                 options = Options(
@@ -125,7 +125,7 @@ def main(
                     ignore_mismatched_sizes=True,
                     dtype=torch.float32,
                 )
-                known[run] = train(network, options, *pictures)
+                known[run] = train(network, options, *splits)
                 with results.open("a") as file:
                     file.write(json.dumps([*run, known[run]]) + "\n")
                 print(*run, f"{known[run]:.3f}", flush=True)
@@ -135,10 +135,10 @@ def main(
         print("|---|---|---|---|---|---|---|")
         table = []
         for row in ROWS:
-            pictures = decoded(row)
+            splits = decoded(row)
             cells = []
             for aligned in (False, True):
-                runs = [accuracy(row, aligned, seed, pictures) for seed in range(seeds)]
+                runs = [accuracy(row, aligned, seed, splits) for seed in range(seeds)]
                 cells.append(f"{statistics.mean(runs):.1f} ± {statistics.stdev(runs):.1f}")
             part = "all" if row.last_stages is None else f"last {row.last_stages} stages"
             where = f"{row.images}, {row.size} pixels"

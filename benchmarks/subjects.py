@@ -292,9 +292,11 @@ def _(setup: Setup) -> Prepare:
 
 
 def _classify(model: str | Path, setup: Setup, engine: str) -> Prepare:
-    from mobilenet import classify
+    from mobilenet.classify import run as classify
+    from mobilenet.loading import load
+    from mobilenet.output import Layout
 
-    classifier = classify.load(str(model), engine=engine)
+    classifier = load(str(model), engine=engine)
 
     def prepare(batch: int, count: int) -> Timed:
         files = _files(setup, count)
@@ -302,7 +304,7 @@ def _classify(model: str | Path, setup: Setup, engine: str) -> Prepare:
         def run() -> list[str]:
             # All that the command does, but for starting Python; it prints a line of JSON for each picture.
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                classify.run(files, classifier, layout=classify.Layout.JSON, top_k=1, batch_size=batch)
+                classify(files, classifier, layout=Layout.JSON, top_k=1, batch_size=batch)
             return [json.loads(line)["predictions"][0]["label"] for line in out.getvalue().splitlines()]
 
         return run

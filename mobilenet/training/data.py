@@ -322,15 +322,15 @@ def decode(
     if square is not None:
         options |= {"do_resize": True, "do_center_crop": True, "size": square, "crop_size": square}
 
-    def read(image: dict[str, Any] | None) -> np.ndarray | str:
-        if image is None:
+    def read(row: dict[str, Any] | None) -> np.ndarray | str:
+        if row is None:
             return "a row without a picture"
         try:
-            picture = open_image(image["path"] if image["bytes"] is None else image["bytes"])
+            picture = open_image(row["path"] if row["bytes"] is None else row["bytes"])
             return processor(picture, **options)["pixel_values"][0].astype(np.uint8)
         except UnreadableImageError as error:
             reason = str(error).removeprefix("bytes: ")
-            return reason if image["bytes"] is None else f"{image['path'] or 'a picture without a name'}: {reason}"
+            return reason if row["bytes"] is None else f"{row['path'] or 'a picture without a name'}: {reason}"
 
     pixels, labels, broken = None, [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(f"decoding {name}", quiet) as bar:
