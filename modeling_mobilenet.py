@@ -1,4 +1,4 @@
-"""MobileNet for PyTorch: V1 and V2, as features, as a classifier and as a backbone."""
+"""MobileNet for PyTorch: V1 to V4, as features, as a classifier and as a backbone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from transformers.utils import logging
 
 from .architectures_mobilenet import Block
 from .configuration_mobilenet import MobileNetConfig
-from .layers_mobilenet import Conv2d, ConvNormAct, DepthwiseSeparable, InvertedResidual
+from .layers_mobilenet import (
+    Conv2d,
+    ConvNormAct,
+    DepthwiseSeparable,
+    FusedInvertedResidual,
+    InvertedResidual,
+    LayerScale,
+    MultiQueryAttention,
+    ResidualBlock,
+)
 
 
 try:
@@ -38,7 +47,13 @@ MAX_CLASSIFIER_WEIGHTS = 1 << 28
 
 
 # By the kind of block, which is a word: transformers may import a file twice, and then there are two of a class.
-LAYERS = {"conv": ConvNormAct.of, "separable": DepthwiseSeparable, "inverted": InvertedResidual}
+LAYERS = {
+    "conv": ConvNormAct.of,
+    "separable": DepthwiseSeparable,
+    "inverted": InvertedResidual,
+    "fused": FusedInvertedResidual,
+    "attention": MultiQueryAttention,
+}
 
 
 def build(config: MobileNetConfig, block: Block) -> nn.Module:
@@ -55,7 +70,7 @@ class MobileNetPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides by accumulation steps
-    _no_split_modules: ClassVar[list[str]] = ["DepthwiseSeparable", "InvertedResidual"]
+    _no_split_modules: ClassVar[list[str]] = [layer.__name__ for kind, layer in LAYERS.items() if kind != "conv"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -76,10 +91,14 @@ class MobileNetPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=0.01)
             init.zeros_(module.bias)
+        elif isinstance(module, LayerScale):
+            init.constant_(module.weight, module.initial)
 
     @torch.no_grad()
     def fuse(self) -> MobileNetPreTrainedModel:
         """Fold every batch norm into its convolution, in place: the same answers, faster, from a third of the tensors.
+
+        Layer scales are folded too. The batch norm before an attention stays, as no convolution precedes it.
 
         For inference: the network is put in evaluation mode. It saves and loads as a fused checkpoint. A network that
         is fused already, or has no batch norm, stays as it is.
@@ -92,10 +111,12 @@ class MobileNetPreTrainedModel(PreTrainedModel):
             return self
         config = copy.deepcopy(self.config)  # other networks may share it
         config.fused = True
+        for kind in (ConvNormAct, ResidualBlock):  # in this order
+            for module in self.modules():
+                if isinstance(module, kind):
+                    module.fuse()
         for module in self.modules():
-            if isinstance(module, ConvNormAct):
-                module.fuse()
-            elif isinstance(module, MobileNetPreTrainedModel):
+            if isinstance(module, MobileNetPreTrainedModel):
                 module.config = config
         return self
 
@@ -105,7 +126,8 @@ class MobileNetPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: A part alone is fused, which no configuration says.
         """
-        norms = {not isinstance(m.norm, nn.Identity) for m in self.modules() if isinstance(m, ConvNormAct)}
+        units = [m for m in self.modules() if isinstance(m, ConvNormAct) and m.normalizes]
+        norms = {not isinstance(unit.norm, nn.Identity) for unit in units}
         if norms != {self.config.has_batch_norm}:
             raise ValueError("a network must be fused as a whole to be saved: call fuse() on all of it.")
         return super().save_pretrained(save_directory, *args, **kwargs)
@@ -149,7 +171,9 @@ class MobileNetModel(MobileNetPreTrainedModel):
         self.stages = nn.ModuleList(nn.ModuleList(build(config, block) for block in stage) for stage in config.stages)
         self.pools = add_pooling_layer
         if add_pooling_layer:
-            self.head = build(config, config.head_block) if config.head_block else nn.Identity()
+            head, pre_logits = config.head_block, config.pre_logits_block
+            self.head = build(config, head) if head else nn.Identity()
+            self.pre_logits = build(config, pre_logits) if pre_logits else nn.Identity()
         self.post_init()
 
     def forward(
@@ -184,13 +208,18 @@ class MobileNetModel(MobileNetPreTrainedModel):
                 x = block(x)
                 if output_hidden_states:
                     hidden_states.append(x)
-        pooled = self.head(x).mean((-2, -1)) if self.pools else None
+        pooled = self._pool(x) if self.pools else None
         output = BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=x,
             pooler_output=pooled,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Features of shape (B, feature_channels) of a map of shape (B, C, H, W)."""
+        pooled = self.head(x).mean((-2, -1))
+        return self.pre_logits(pooled[:, :, None, None]).flatten(1)
 
 
 class MobileNetForImageClassification(MobileNetPreTrainedModel):
@@ -245,13 +274,13 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
 class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
     """Feature maps of a MobileNet, for detectors and segmenters; loads from a classifier's checkpoint.
 
-    `config.out_features` chooses among "stem" and "stage1" to "stage5", whose strides are 2, 2, 4, 8, 16 and 32, or
-    `config.output_stride` where that is less.
+    `config.out_features` chooses among `config.stage_names`, whose strides double up to 32, or to
+    `config.output_stride` where that is less: of V1, V2 and V3 large, "stem" and "stage1" both have 2.
     """
 
     has_attentions = False
     # The head's weights come with a classifier's checkpoint, and a backbone has no use for them.
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^(backbone\.)?head\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^(backbone\.)?(head|pre_logits)\.", r"^classifier\."]
 
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__(config)
@@ -274,7 +303,7 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
         Args:
             pixel_values: Pictures as MobileNetImageProcessor gives them, of shape (B, num_channels, H, W).
             output_hidden_states: Whether to return the feature maps of all stages too.
-            output_attentions: Ignored: there is no attention.
+            output_attentions: Ignored: no attention weights are kept.
             return_dict: Whether to return an output class instead of a tuple.
 
         Returns:
