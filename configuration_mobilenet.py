@@ -52,6 +52,9 @@ PRESETS: dict[str, dict[str, Any]] = (
     }
 )
 
+# Fields that older configurations lack, and which are saved where they say something.
+_LATER = {"repeat_multiplier": 1.0, "anti_aliasing": "none", "scale_stem": True, "grow_head": True}
+
 PADDINGS = ("same", "symmetric")
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
 ANTI_ALIASING = ("none", "average", "blur")
@@ -357,7 +360,11 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise; auto_map names the classes beside the file, so that what is saved loads wherever it goes."""
-        return super().to_dict() | {"auto_map": dict(AUTO_MAP)}
+        fields = super().to_dict()
+        for name, default in _LATER.items():
+            if fields.get(name) == default:
+                del fields[name]
+        return fields | {"auto_map": dict(AUTO_MAP)}
 
 
 # Written whole: saving a model alone would register that model's class and no other.

@@ -342,8 +342,8 @@ class MultiQueryAttention(ResidualBlock):
         y = self.norm(x)
         maps = self.query(y), self.key(self.key_reduction(y)), self.value(self.value_reduction(y))
         # (B, C, H, W) -> (B, 1, H * W * heads, C / heads), without a copy of what is in the channels-last format
-        rows = (m.permute(0, 2, 3, 1).reshape(len(x), 1, -1, self.head_channels) for m in maps)
-        y = F.scaled_dot_product_attention(*rows).reshape(len(x), *x.shape[-2:], -1)
+        rows = (m.permute(0, 2, 3, 1).reshape(x.shape[0], 1, -1, self.head_channels) for m in maps)
+        y = F.scaled_dot_product_attention(*rows).reshape(x.shape[0], *x.shape[-2:], -1)
         return self.add(x, self.output(y.permute(0, 3, 1, 2)))
 
 
