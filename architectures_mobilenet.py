@@ -60,6 +60,14 @@ class Block(NamedTuple):
     is_residual: bool = True  # whether the input is added, where it has the shape of the output
     anti_aliasing: str = "none"  # what strides instead of the convolution, after it: "none", "average" or "blur"
 
+    @property
+    def weights(self) -> int:
+        """Weights of the convolutions that combine channels, but for the few of squeeze-and-excite."""
+        kernel = self.kernel_size**2 if self.kind in ("conv", "fused") else 1
+        if not self.hidden_channels:
+            return self.in_channels * self.out_channels * kernel
+        return self.hidden_channels * (self.in_channels * kernel + self.out_channels)
+
 
 def repeat(block: Block, repeats: int, expand: Callable[[int], int]) -> Iterator[Block]:
     """A block that may stride, and others like it that do not."""

@@ -248,6 +248,9 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.grow_head = grow_head
         self.anti_aliasing = anti_aliasing
         self.repeat_multiplier = repeat_multiplier
+        if repeat_multiplier != 1 and not table.repeats:
+            expected = f"1 for {architecture}, which prints every block"
+            raise ValueError(f"repeat_multiplier must be {expected}, got {repeat_multiplier!r}.")
         # transformers takes no tuples.
         out_features, out_indices = (list(v) if isinstance(v, tuple) else v for v in (out_features, out_indices))
         self.out_features = out_features

@@ -42,8 +42,8 @@ except ImportError:  # transformers before 5.2
 
 logger = logging.get_logger(__name__)
 
-# A classifier of more weights is refused, so that no config.json takes more than 2 GB: 1 for it, and 1 for the rest.
-MAX_CLASSIFIER_WEIGHTS = 1 << 28
+# A network of more weights is refused, and a classifier of more: no config.json takes more than 2 GB.
+MAX_WEIGHTS = 1 << 28
 
 
 # By the kind of block, which is a word: transformers may import a file twice, and then there are two of a class.
@@ -167,6 +167,10 @@ class MobileNetModel(MobileNetPreTrainedModel):
 
     def __init__(self, config: MobileNetConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
+        weights = sum(block.weights for stage in config.stages for block in stage)
+        if weights > MAX_WEIGHTS:
+            got = f"{weights} with {config.width_multiplier}"
+            raise ValueError(f"width_multiplier must give at most {MAX_WEIGHTS} weights, got {got}.")
         self.stem = build(config, config.stem_block)
         self.stages = nn.ModuleList(nn.ModuleList(build(config, block) for block in stage) for stage in config.stages)
         self.pools = add_pooling_layer
@@ -229,8 +233,8 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         features = config.feature_channels
-        if config.num_labels * features > MAX_CLASSIFIER_WEIGHTS:
-            allowed = MAX_CLASSIFIER_WEIGHTS // features
+        if config.num_labels * features > MAX_WEIGHTS:
+            allowed = MAX_WEIGHTS // features
             raise ValueError(f"num_labels must be at most {allowed} for {features} features, got {config.num_labels}.")
         self.backbone = MobileNetModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
