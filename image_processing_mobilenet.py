@@ -48,6 +48,12 @@ RECIPES = {
     # the same file: mobilenetv1_100.ra4_e3600_r224_in1k, and mobilenetv1_125.ra4_e3600_r224_in1k
     "timm_ra4": Recipe(Resampling.BICUBIC, 0.875, _HALF, _HALF),
     "timm_ra4_125": Recipe(Resampling.BICUBIC, 0.9, _HALF, _HALF),
+    # timm/models/mobilenetv3.py: most mobilenetv4_*; some, evaluated at a larger size than they were trained at;
+    # mobilenetv4_conv_small.e3600_r256_in1k; mobilenetv3_large_100.miil_in21k
+    "timm_95": Recipe(Resampling.BICUBIC, 0.95, _IMAGENET_MEAN, _IMAGENET_STD),
+    "timm_100": Recipe(Resampling.BICUBIC, 1.0, _IMAGENET_MEAN, _IMAGENET_STD),
+    "timm_ra4_95": Recipe(Resampling.BICUBIC, 0.95, _HALF, _HALF),
+    "timm_miil": Recipe(Resampling.BILINEAR, 0.875, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 
 
