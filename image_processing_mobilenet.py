@@ -40,7 +40,7 @@ RECIPES = {
     "google": Recipe(Resampling.BILINEAR, 0.875, _HALF, _HALF),
     # keras/applications/imagenet_utils.py, mode "tf"; its accuracies are those of slim's weights
     "keras": Recipe(Resampling.BILINEAR, 0.875, _HALF, _HALF),
-    # torchvision/models/mobilenetv2.py: MobileNet_V2_Weights.IMAGENET1K_V1 and IMAGENET1K_V2
+    # torchvision/models/mobilenetv2.py and mobilenetv3.py: the weights IMAGENET1K_V1 and IMAGENET1K_V2
     "torchvision": Recipe(Resampling.BILINEAR, 224 / 256, _IMAGENET_MEAN, _IMAGENET_STD),
     "torchvision_v2": Recipe(Resampling.BILINEAR, 224 / 232, _IMAGENET_MEAN, _IMAGENET_STD),
     # timm/models/efficientnet.py: _cfg, as mobilenetv2_*.ra_in1k use it

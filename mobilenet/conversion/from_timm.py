@@ -59,7 +59,7 @@ _V4 = {
     "inverted.depthwise": Row("blocks.{stage}.{block}.dw_mid.conv", "blocks.{stage}.{block}.dw_mid.bn"),
     "inverted.project": Row("blocks.{stage}.{block}.pw_proj.conv", "blocks.{stage}.{block}.pw_proj.bn"),
     "block.scale": Row("blocks.{stage}.{block}.layer_scale"),
-    "attention": Row("", "blocks.{stage}.{block}.norm"),
+    "attention": Row("blocks.{stage}.{block}", "blocks.{stage}.{block}.norm"),
     "attention.query": Row("blocks.{stage}.{block}.attn.query.proj"),
     "attention.key_reduction": Row(
         "blocks.{stage}.{block}.attn.key.down_conv", "blocks.{stage}.{block}.attn.key.norm"
