@@ -6,8 +6,10 @@ layers are built; nothing else computes channels, strides or dilations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import accumulate
+from math import ceil
 from operator import mul
 from types import MappingProxyType
 from typing import NamedTuple
@@ -41,66 +43,163 @@ class Width(NamedTuple):
 class Block(NamedTuple):
     """A block of a configured network: everything that its layer is built from."""
 
-    kind: str  # of layer: "conv", "separable" or "inverted"
+    kind: str  # of layer: "conv", "separable", "inverted", "fused" or "attention"
     in_channels: int
-    hidden_channels: int  # that the depthwise convolution filters; 0 where there is none
+    hidden_channels: int  # between expansion and projection, or of all queries; 0 where there are none
     out_channels: int
     act: str
-    kernel_size: int = 3
+    kernel_size: int = 3  # 0 where an inverted residual has no depthwise convolution after the expansion
     stride: int = 1
     dilation: int = 1
+    start_kernel_size: int = 0  # of the depthwise convolution before the expansion; 0 where there is none
+    squeeze_channels: int = 0  # of squeeze-and-excite, where it is narrow; 0 where there is none
+    heads: int = 0  # of attention
+    key_stride: int = 1  # size of the map that attends over size of the map that is attended to
+    has_norm: bool = True
+    has_scale: bool = False  # whether what is added to the input is scaled first, by a weight for each channel
+    is_residual: bool = True  # whether the input is added, where it has the shape of the output
+    anti_aliasing: str = "none"  # what strides instead of the convolution, after it: "none", "average" or "blur"
+
+    @property
+    def weights(self) -> int:
+        """Weights of the convolutions that combine channels, but for the few of squeeze-and-excite."""
+        kernel = self.kernel_size**2 if self.kind in ("conv", "fused") else 1
+        if not self.hidden_channels:
+            return self.in_channels * self.out_channels * kernel
+        return self.hidden_channels * (self.in_channels * kernel + self.out_channels)
+
+
+def repeat(block: Block, repeats: int, expand: Callable[[int], int]) -> Iterator[Block]:
+    """A block that may stride, and others like it that do not."""
+    for _ in range(repeats):
+        yield block._replace(hidden_channels=expand(block.in_channels))
+        block = block._replace(in_channels=block.out_channels, stride=1)
+
+
+# The rows. Channels are those before the width multiplier; the stride is that of the first block, others have 1.
 
 
 class Conv(NamedTuple):
     """A convolution, such as the one that comes first."""
 
     kernel_size: int
-    channels: int  # before the width multiplier
+    channels: int
     stride: int
+    act: str | None = None  # by default, that of the table
+    has_norm: bool = True  # without batch norm, it has a bias
 
-    def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
+    def blocks(self, in_channels: int, width: Width, act: str | None) -> Iterator[Block]:
         """The one block of the row."""
-        yield Block("conv", in_channels, 0, width.scale(self.channels), act, self.kernel_size, self.stride)
+        block = Block(
+            "conv", in_channels, 0, width.scale(self.channels), act or self.act, self.kernel_size, self.stride
+        )
+        yield block._replace(has_norm=self.has_norm)
 
 
 class Separable(NamedTuple):
     """Depthwise separable convolutions: a 3x3 depthwise one, then a 1x1 one."""
 
-    channels: int  # of the 1x1 convolution, before the width multiplier
+    channels: int  # of the 1x1 convolution
     repeats: int
-    stride: int  # of the first block; the others have stride 1
+    stride: int
 
     def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
         """The blocks of the row."""
-        channels = width.scale(self.channels)
-        for stride in (self.stride, *[1] * (self.repeats - 1)):
-            yield Block("separable", in_channels, in_channels, channels, act, stride=stride)
-            in_channels = channels
+        block = Block("separable", in_channels, 0, width.scale(self.channels), act, stride=self.stride)
+        return repeat(block, self.repeats, lambda channels: channels)
 
 
 class Residual(NamedTuple):
     """Inverted residuals with linear bottlenecks."""
 
     expansion: int  # t: hidden channels = t * input channels
-    channels: int  # c: output channels, before the width multiplier
-    repeats: int  # n: blocks in the row
-    stride: int  # s: of the first block; the others have stride 1
+    channels: int  # c
+    repeats: int  # n
+    stride: int  # s
 
     def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
         """The blocks of the row."""
-        channels = width.scale(self.channels)
-        for stride in (self.stride, *[1] * (self.repeats - 1)):
-            yield Block("inverted", in_channels, self.expansion * in_channels, channels, act, stride=stride)
-            in_channels = channels
+        block = Block("inverted", in_channels, 0, width.scale(self.channels), act, stride=self.stride)
+        return repeat(block, self.repeats, lambda channels: self.expansion * channels)
 
 
-Row = Separable | Residual
+class Bneck(NamedTuple):
+    """An inverted residual that may have squeeze-and-excite, to a quarter of the hidden channels."""
+
+    kernel_size: int
+    expansion: float  # exp size / input channels
+    channels: int  # #out
+    squeezes: bool  # SE
+    act: str  # NL
+    stride: int  # s
+
+    def blocks(self, in_channels: int, width: Width, act: str | None) -> Iterator[Block]:
+        """The one block of the row."""
+        hidden = make_divisible(self.expansion * in_channels, 8)
+        squeeze = make_divisible(hidden / 4, 8) if self.squeezes else 0
+        block = Block("inverted", in_channels, hidden, width.scale(self.channels), act or self.act, self.kernel_size)
+        yield block._replace(stride=self.stride, squeeze_channels=squeeze)
+
+
+class Fused(NamedTuple):
+    """Fused inverted bottlenecks: one convolution expands and filters."""
+
+    kernel_size: int
+    expansion: int  # expanded channels / input channels
+    channels: int
+    repeats: int
+    stride: int
+
+    def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
+        """The blocks of the row."""
+        block = Block("fused", in_channels, 0, width.scale(self.channels), act, self.kernel_size, self.stride)
+        return repeat(block, self.repeats, lambda channels: make_divisible(self.expansion * channels, 8))
+
+
+class Universal(NamedTuple):
+    """Universal inverted bottlenecks: either depthwise convolution may be absent."""
+
+    start_kernel_size: int  # DW K1; 0 where it is absent
+    kernel_size: int  # DW K2; 0 where it is absent
+    expansion: int  # expanded channels / input channels
+    channels: int
+    repeats: int
+    stride: int
+    is_residual: bool = True
+    has_scale: bool = False
+
+    def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
+        """The blocks of the row."""
+        block = Block("inverted", in_channels, 0, width.scale(self.channels), act, self.kernel_size, self.stride)
+        block = block._replace(
+            start_kernel_size=self.start_kernel_size, is_residual=self.is_residual, has_scale=self.has_scale
+        )
+        return repeat(block, self.repeats, lambda channels: make_divisible(self.expansion * channels, 8))
+
+
+class Attention(NamedTuple):
+    """Mobile multi-query attention: each head has queries of its own, and all share keys and values."""
+
+    heads: int
+    head_channels: int  # of a query, a key and a value; no width multiplier scales them
+    key_stride: int  # of the depthwise convolutions before keys and values; 1 where there are none
+    channels: int
+    stride: int = 1
+
+    def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
+        """The one block of the row."""
+        hidden = self.heads * self.head_channels
+        block = Block("attention", in_channels, hidden, width.scale(self.channels), act)
+        yield block._replace(heads=self.heads, key_stride=self.key_stride, has_scale=True)
+
+
+Row = Conv | Separable | Residual | Bneck | Fused | Universal | Attention
 
 
 class Published(NamedTuple):
-    """Checkpoints that the authors published: each width at each resolution."""
+    """Checkpoints that were published: each width at each resolution."""
 
-    widths: tuple[float, ...]
+    widths: tuple[float, ...]  # none where names do not say the width, which is 1
     resolutions: tuple[int, ...]
 
 
@@ -112,11 +211,28 @@ class Architecture(NamedTuple):
     native: str  # what the names of transformers' own classes begin with, as in MobileNetV1Config
     stem: Conv  # what comes first
     rows: tuple[Row, ...]
-    head: Conv | None  # what comes last, before the pooling
-    hidden_act: str
-    channel_divisor: int
-    classifier_dropout: float
-    published: tuple[Published, ...]
+    head: Conv | None = None  # what comes last, before the pooling
+    pre_logits: Conv | None = None  # what comes after the pooling, before the classifier
+    hidden_act: str | None = None  # None where the rows have their own
+    channel_divisor: int = 8
+    classifier_dropout: float = 0.2
+    published: tuple[Published, ...] = ()
+
+    @property
+    def repeats(self) -> bool:
+        """Whether every row says how often it is repeated."""
+        return all(isinstance(row, Separable | Residual) for row in self.rows)
+
+    def deepen(self, multiplier: float) -> Architecture:
+        """Multiply the repeats of all rows but the first and the last, and round them up.
+
+        Source: decode_arch_def with fix_first_last, timm/models/_efficientnet_builder.py.
+        """
+        if multiplier == 1:
+            return self
+        first, *inner, last = self.rows
+        inner = [row._replace(repeats=ceil(row.repeats * multiplier)) for row in inner]
+        return self._replace(rows=(first, *inner, last))
 
     @property
     def stages(self) -> list[list[Row]]:
@@ -135,7 +251,9 @@ class Architecture(NamedTuple):
         strides = accumulate((stage[0].stride for stage in self.stages), mul, initial=self.stem.stride)
         return dict(zip(names, strides, strict=True))
 
-    def lower(self, width: Width, act: str, output_stride: int) -> list[list[Block]]:
+    def lower(
+        self, width: Width, stem_channels: int, act: str | None, output_stride: int, anti_aliasing: str
+    ) -> list[list[Block]]:
         """Work out the blocks of each stage.
 
         Past the output stride a stride becomes dilation, which starts in the next block: the convolution that would
@@ -143,17 +261,19 @@ class Architecture(NamedTuple):
 
         Args:
             width: Scales the channels of every row.
-            act: Activation of every block.
+            stem_channels: Channels that the first block takes.
+            act: Activation of every block; None for that of each row.
             output_stride: Size of the input over size of the last feature map, at most.
+            anti_aliasing: What strides in blocks: "none", the convolution; "average" or "blur" after it.
         """
         stages: list[list[Block]] = []
-        channels, stride, dilation = width.scale(self.stem.channels), self.stem.stride, 1
+        channels, stride, dilation = stem_channels, self.stem.stride, 1
         for rows in self.stages:
             stages.append([])
             for row in rows:
                 for block in row.blocks(channels, width, act):
                     if stride < output_stride:
-                        stages[-1].append(block)
+                        stages[-1].append(block._replace(anti_aliasing=anti_aliasing) if block.stride > 1 else block)
                         stride *= block.stride
                     else:
                         stages[-1].append(block._replace(stride=1, dilation=dilation))
@@ -162,60 +282,317 @@ class Architecture(NamedTuple):
         return stages
 
 
+# MobileNetV1, Table 1, a row for each pair of "Conv dw" and "Conv 1x1". The paper prints stride 2 for the last
+# depthwise convolution; its output size and slim/nets/mobilenet_v1.py say 1. Activation, divisor and dropout:
+# slim/nets/mobilenet_v1.py, which truncates scaled channels and keeps 0.999. Published: mobilenet_v1.md there.
+MOBILENET_V1 = Architecture(
+    title="MobileNet V1",
+    paper="1704.04861",
+    native="MobileNetV1",
+    stem=Conv(3, 32, 2),
+    rows=(
+        #          c  n  s
+        Separable(64, 1, 1),
+        Separable(128, 1, 2),
+        Separable(128, 1, 1),
+        Separable(256, 1, 2),
+        Separable(256, 1, 1),
+        Separable(512, 1, 2),
+        Separable(512, 5, 1),
+        Separable(1024, 1, 2),
+        Separable(1024, 1, 1),
+    ),
+    hidden_act="relu6",
+    channel_divisor=1,
+    classifier_dropout=0.001,
+    published=(Published((1.0, 0.75, 0.5, 0.25), (224, 192, 160, 128)),),
+)
+
+# MobileNetV2, Table 2. Divisor and dropout, here and below: slim/nets/mobilenet/mobilenet.py, which keeps 0.8.
+# Published: README.md there.
+MOBILENET_V2 = Architecture(
+    title="MobileNet V2",
+    paper="1801.04381",
+    native="MobileNetV2",
+    stem=Conv(3, 32, 2),
+    rows=(
+        #        t   c  n  s
+        Residual(1, 16, 1, 1),
+        Residual(6, 24, 2, 2),
+        Residual(6, 32, 3, 2),
+        Residual(6, 64, 4, 2),
+        Residual(6, 96, 3, 1),
+        Residual(6, 160, 3, 2),
+        Residual(6, 320, 1, 1),
+    ),
+    head=Conv(1, 1280, 1),
+    hidden_act="relu6",
+    published=(Published((1.4, 1.3), (224,)), Published((1.0, 0.75, 0.5, 0.35), (224, 192, 160, 128, 96))),
+)
+
+# MobileNetV3, Table 1, whose expanded sizes are those of width 1: slim/nets/mobilenet/mobilenet_v3.py multiplies what
+# the width makes of the input channels, and rounds to a multiple of 8, squeezed channels too. Published: README.md
+# there.
+MOBILENET_V3_LARGE = Architecture(
+    title="MobileNet V3 large",
+    paper="1905.02244",
+    native="MobileNetV3",
+    stem=Conv(3, 16, 2, "hardswish"),
+    rows=(
+        #     k  exp / input  #out  SE     NL     s
+        Bneck(3, 16 / 16, 16, False, "relu", 1),
+        Bneck(3, 64 / 16, 24, False, "relu", 2),
+        Bneck(3, 72 / 24, 24, False, "relu", 1),
+        Bneck(5, 72 / 24, 40, True, "relu", 2),
+        Bneck(5, 120 / 40, 40, True, "relu", 1),
+        Bneck(5, 120 / 40, 40, True, "relu", 1),
+        Bneck(3, 240 / 40, 80, False, "hardswish", 2),
+        Bneck(3, 200 / 80, 80, False, "hardswish", 1),
+        Bneck(3, 184 / 80, 80, False, "hardswish", 1),
+        Bneck(3, 184 / 80, 80, False, "hardswish", 1),
+        Bneck(3, 480 / 80, 112, True, "hardswish", 1),
+        Bneck(3, 672 / 112, 112, True, "hardswish", 1),
+        Bneck(5, 672 / 112, 160, True, "hardswish", 2),
+        Bneck(5, 960 / 160, 160, True, "hardswish", 1),
+        Bneck(5, 960 / 160, 160, True, "hardswish", 1),
+    ),
+    head=Conv(1, 960, 1, "hardswish"),
+    pre_logits=Conv(1, 1280, 1, "hardswish", has_norm=False),
+    published=(Published((1.0, 0.75), (224,)),),
+)
+
+# MobileNetV3, Table 2. It prints squeeze-and-excite for the head too; slim's file and the published weights have none.
+MOBILENET_V3_SMALL = MOBILENET_V3_LARGE._replace(
+    title="MobileNet V3 small",
+    rows=(
+        #     k  exp / input  #out  SE     NL     s
+        Bneck(3, 16 / 16, 16, True, "relu", 2),
+        Bneck(3, 72 / 16, 24, False, "relu", 2),
+        Bneck(3, 88 / 24, 24, False, "relu", 1),
+        Bneck(5, 96 / 24, 40, True, "hardswish", 2),
+        Bneck(5, 240 / 40, 40, True, "hardswish", 1),
+        Bneck(5, 240 / 40, 40, True, "hardswish", 1),
+        Bneck(5, 120 / 40, 48, True, "hardswish", 1),
+        Bneck(5, 144 / 48, 48, True, "hardswish", 1),
+        Bneck(5, 288 / 48, 96, True, "hardswish", 2),
+        Bneck(5, 576 / 96, 96, True, "hardswish", 1),
+        Bneck(5, 576 / 96, 96, True, "hardswish", 1),
+    ),
+    head=Conv(1, 576, 1, "hardswish"),
+    pre_logits=Conv(1, 1024, 1, "hardswish", has_norm=False),
+)
+
+
+def minimalistic(network: Architecture) -> Architecture:
+    """A MobileNetV3 without squeeze-and-excite, hard swish and 5x5 kernels.
+
+    Source: README.md of slim/nets/mobilenet.
+    """
+    return network._replace(
+        title=f"{network.title} minimalistic",
+        rows=tuple(row._replace(kernel_size=3, squeezes=False) for row in network.rows),
+        hidden_act="relu",
+        published=(Published((1.0,), (224,)),),
+    )
+
+
+# V3_EDGETPU of slim/nets/mobilenet/mobilenet_v3.py, as in Google's weights. Without expansion, the first row is a 1x1
+# convolution without activation; timm's has one.
+MOBILENET_EDGETPU = Architecture(
+    title="MobileNet EdgeTPU",
+    paper="1905.02244",
+    native="MobileNetV3",
+    stem=Conv(3, 32, 2),
+    rows=(
+        #     k  e  c  n  s
+        Fused(3, 1, 16, 1, 1),
+        Fused(3, 8, 32, 1, 2),
+        Fused(3, 4, 32, 3, 1),
+        Fused(3, 8, 48, 1, 2),
+        Fused(3, 4, 48, 3, 1),
+        #         k1 k2 e  c  n  s
+        Universal(0, 3, 8, 96, 1, 2),
+        Universal(0, 3, 4, 96, 3, 1),
+        Universal(0, 3, 8, 96, 1, 1, is_residual=False),
+        Universal(0, 3, 4, 96, 3, 1),
+        Universal(0, 5, 8, 160, 1, 2),
+        Universal(0, 5, 4, 160, 3, 1),
+        Universal(0, 3, 8, 192, 1, 1),
+    ),
+    head=Conv(1, 1280, 1),
+    hidden_act="relu",
+    published=(Published((1.0,), (224,)),),
+)
+
+# MobileNetV4, tables of the appendix, which print expanded channels: here they are over those of the input, as in
+# official/vision/modeling/backbones/mobilenet.py of tensorflow/models. As there, and in timm's weights, what the table
+# of the small network calls fused is two convolutions that are both activated. Published: timm.
+MOBILENET_V4_CONV_SMALL = Architecture(
+    title="MobileNet V4 conv small",
+    paper="2404.10518",
+    native="MobileNetV4",
+    stem=Conv(3, 32, 2),
+    rows=(
+        Conv(3, 32, 2),
+        Conv(1, 32, 1),
+        Conv(3, 96, 2),
+        Conv(1, 64, 1),
+        #         k1 k2 e  c  n  s
+        Universal(5, 5, 3, 96, 1, 2),
+        Universal(0, 3, 2, 96, 4, 1),
+        Universal(3, 0, 4, 96, 1, 1),
+        Universal(3, 3, 6, 128, 1, 2),
+        Universal(5, 5, 4, 128, 1, 1),
+        Universal(0, 5, 4, 128, 1, 1),
+        Universal(0, 5, 3, 128, 1, 1),
+        Universal(0, 3, 4, 128, 2, 1),
+    ),
+    head=Conv(1, 960, 1),
+    pre_logits=Conv(1, 1280, 1),
+    hidden_act="relu",
+    published=(Published((), (224, 256)),),
+)
+
+MOBILENET_V4_CONV_MEDIUM = MOBILENET_V4_CONV_SMALL._replace(
+    title="MobileNet V4 conv medium",
+    rows=(
+        #     k  e  c  n  s
+        Fused(3, 4, 48, 1, 2),
+        #         k1 k2 e  c  n  s
+        Universal(3, 5, 4, 80, 1, 2),
+        Universal(3, 3, 2, 80, 1, 1),
+        Universal(3, 5, 6, 160, 1, 2),
+        Universal(3, 3, 4, 160, 2, 1),
+        Universal(3, 5, 4, 160, 1, 1),
+        Universal(3, 3, 4, 160, 1, 1),
+        Universal(3, 0, 4, 160, 1, 1),
+        Universal(0, 0, 2, 160, 1, 1),
+        Universal(3, 0, 4, 160, 1, 1),
+        Universal(5, 5, 6, 256, 1, 2),
+        Universal(5, 5, 4, 256, 1, 1),
+        Universal(3, 5, 4, 256, 2, 1),
+        Universal(0, 0, 4, 256, 1, 1),
+        Universal(3, 0, 4, 256, 1, 1),
+        Universal(3, 5, 2, 256, 1, 1),
+        Universal(5, 5, 4, 256, 1, 1),
+        Universal(0, 0, 4, 256, 2, 1),
+        Universal(5, 0, 2, 256, 1, 1),
+    ),
+    published=(Published((), (224, 256, 384)),),
+)
+
+MOBILENET_V4_CONV_LARGE = MOBILENET_V4_CONV_SMALL._replace(
+    title="MobileNet V4 conv large",
+    stem=Conv(3, 24, 2),
+    rows=(
+        #     k  e  c  n  s
+        Fused(3, 4, 48, 1, 2),
+        #         k1 k2 e  c  n  s
+        Universal(3, 5, 4, 96, 1, 2),
+        Universal(3, 3, 4, 96, 1, 1),
+        Universal(3, 5, 4, 192, 1, 2),
+        Universal(3, 3, 4, 192, 3, 1),
+        Universal(3, 5, 4, 192, 1, 1),
+        Universal(5, 3, 4, 192, 5, 1),
+        Universal(3, 0, 4, 192, 1, 1),
+        Universal(5, 5, 4, 512, 4, 2),
+        Universal(5, 0, 4, 512, 1, 1),
+        Universal(5, 3, 4, 512, 1, 1),
+        Universal(5, 0, 4, 512, 2, 1),
+        Universal(5, 3, 4, 512, 1, 1),
+        Universal(5, 5, 4, 512, 1, 1),
+        Universal(5, 0, 4, 512, 3, 1),
+    ),
+    published=(Published((), (256, 384)),),
+)
+
+# In the hybrids, every universal inverted bottleneck has a layer scale, as attention has everywhere.
+Scaled = partial(Universal, has_scale=True)
+
+MOBILENET_V4_HYBRID_MEDIUM = MOBILENET_V4_CONV_SMALL._replace(
+    title="MobileNet V4 hybrid medium",
+    rows=(
+        #     k  e  c  n  s
+        Fused(3, 4, 48, 1, 2),
+        #      k1 k2 e  c  n  s;     heads, of channels, key stride, c
+        Scaled(3, 5, 4, 80, 1, 2),
+        Scaled(3, 3, 2, 80, 1, 1),
+        Scaled(3, 5, 6, 160, 1, 2),
+        Scaled(0, 0, 2, 160, 1, 1),
+        Scaled(3, 3, 4, 160, 1, 1),
+        Scaled(3, 5, 4, 160, 1, 1),
+        Attention(4, 64, 2, 160),
+        Scaled(3, 3, 4, 160, 1, 1),
+        Attention(4, 64, 2, 160),
+        Scaled(3, 0, 4, 160, 1, 1),
+        Attention(4, 64, 2, 160),
+        Scaled(3, 3, 4, 160, 1, 1),
+        Attention(4, 64, 2, 160),
+        Scaled(3, 0, 4, 160, 1, 1),
+        Scaled(5, 5, 6, 256, 1, 2),
+        Scaled(5, 5, 4, 256, 1, 1),
+        Scaled(3, 5, 4, 256, 2, 1),
+        Scaled(0, 0, 2, 256, 1, 1),
+        Scaled(3, 5, 2, 256, 1, 1),
+        Scaled(0, 0, 2, 256, 1, 1),
+        Scaled(0, 0, 4, 256, 1, 1),
+        Attention(4, 64, 1, 256),
+        Scaled(3, 0, 4, 256, 1, 1),
+        Attention(4, 64, 1, 256),
+        Scaled(5, 5, 4, 256, 1, 1),
+        Attention(4, 64, 1, 256),
+        Scaled(5, 0, 4, 256, 1, 1),
+        Attention(4, 64, 1, 256),
+        Scaled(5, 0, 4, 256, 1, 1),
+    ),
+    published=(Published((), (224, 256, 384)),),
+)
+
+MOBILENET_V4_HYBRID_LARGE = MOBILENET_V4_CONV_LARGE._replace(
+    title="MobileNet V4 hybrid large",
+    rows=(
+        #     k  e  c  n  s
+        Fused(3, 4, 48, 1, 2),
+        #      k1 k2 e  c  n  s;     heads, of channels, key stride, c
+        Scaled(3, 5, 4, 96, 1, 2),
+        Scaled(3, 3, 4, 96, 1, 1),
+        Scaled(3, 5, 4, 192, 1, 2),
+        Scaled(3, 3, 4, 192, 3, 1),
+        Scaled(3, 5, 4, 192, 1, 1),
+        Scaled(5, 3, 4, 192, 2, 1),
+        *(Attention(8, 48, 2, 192), Scaled(5, 3, 4, 192, 1, 1)) * 3,
+        Attention(8, 48, 2, 192),
+        Scaled(3, 0, 4, 192, 1, 1),
+        Scaled(5, 5, 4, 512, 4, 2),
+        Scaled(5, 0, 4, 512, 1, 1),
+        Scaled(5, 3, 4, 512, 1, 1),
+        Scaled(5, 0, 4, 512, 2, 1),
+        Scaled(5, 3, 4, 512, 1, 1),
+        Scaled(5, 5, 4, 512, 1, 1),
+        *(Attention(8, 64, 1, 512), Scaled(5, 0, 4, 512, 1, 1)) * 4,
+    ),
+    hidden_act="gelu",
+    published=(Published((), (384,)),),
+)
+
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        # MobileNetV1, Table 1, a row for each pair of "Conv dw" and "Conv 1x1". The paper prints stride 2 for the last
-        # depthwise convolution; its output size and slim/nets/mobilenet_v1.py say 1. Activation, divisor and dropout:
-        # slim/nets/mobilenet_v1.py, which truncates scaled channels and keeps 0.999. Published: mobilenet_v1.md there.
-        "mobilenet_v1": Architecture(
-            title="MobileNet V1",
-            paper="1704.04861",
-            native="MobileNetV1",
-            stem=Conv(3, 32, 2),
-            rows=(
-                #          c  n  s
-                Separable(64, 1, 1),
-                Separable(128, 1, 2),
-                Separable(128, 1, 1),
-                Separable(256, 1, 2),
-                Separable(256, 1, 1),
-                Separable(512, 1, 2),
-                Separable(512, 5, 1),
-                Separable(1024, 1, 2),
-                Separable(1024, 1, 1),
-            ),
-            head=None,
-            hidden_act="relu6",
-            channel_divisor=1,
-            classifier_dropout=0.001,
-            published=(Published((1.0, 0.75, 0.5, 0.25), (224, 192, 160, 128)),),
+        "mobilenet_v1": MOBILENET_V1,
+        # timm's mobilenetv1_100h: with the last 1x1 convolution that MobileNetV2 has.
+        "mobilenet_v1_head": MOBILENET_V1._replace(
+            title="MobileNet V1 with a head", head=Conv(1, 1024, 1), channel_divisor=8, published=()
         ),
-        # MobileNetV2, Table 2. Divisor and dropout: slim/nets/mobilenet/mobilenet.py, which keeps 0.8. Published:
-        # README.md there.
-        "mobilenet_v2": Architecture(
-            title="MobileNet V2",
-            paper="1801.04381",
-            native="MobileNetV2",
-            stem=Conv(3, 32, 2),
-            rows=(
-                #        t   c  n  s
-                Residual(1, 16, 1, 1),
-                Residual(6, 24, 2, 2),
-                Residual(6, 32, 3, 2),
-                Residual(6, 64, 4, 2),
-                Residual(6, 96, 3, 1),
-                Residual(6, 160, 3, 2),
-                Residual(6, 320, 1, 1),
-            ),
-            head=Conv(1, 1280, 1),
-            hidden_act="relu6",
-            channel_divisor=8,
-            classifier_dropout=0.2,
-            published=(
-                Published((1.4, 1.3), (224,)),
-                Published((1.0, 0.75, 0.5, 0.35), (224, 192, 160, 128, 96)),
-            ),
-        ),
+        "mobilenet_v2": MOBILENET_V2,
+        "mobilenet_v3_large": MOBILENET_V3_LARGE,
+        "mobilenet_v3_small": MOBILENET_V3_SMALL,
+        "mobilenet_v3_large_minimalistic": minimalistic(MOBILENET_V3_LARGE),
+        "mobilenet_v3_small_minimalistic": minimalistic(MOBILENET_V3_SMALL),
+        "mobilenet_edgetpu": MOBILENET_EDGETPU,
+        "mobilenet_v4_conv_small": MOBILENET_V4_CONV_SMALL,
+        "mobilenet_v4_conv_medium": MOBILENET_V4_CONV_MEDIUM,
+        "mobilenet_v4_conv_large": MOBILENET_V4_CONV_LARGE,
+        "mobilenet_v4_hybrid_medium": MOBILENET_V4_HYBRID_MEDIUM,
+        "mobilenet_v4_hybrid_large": MOBILENET_V4_HYBRID_LARGE,
     }
 )
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from .architectures_mobilenet import ARCHITECTURES, Block, Width
+from .architectures_mobilenet import ARCHITECTURES, Architecture, Block, Width
 
 
 try:
@@ -19,32 +19,45 @@ except ImportError:  # transformers before 5.2
     from transformers.utils.backbone_utils import BackboneConfigMixin
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    f"{architecture}_{width}_{size}": {
-        "architecture": architecture,
-        "width_multiplier": width,
-        "image_size": size,
+PRESETS: dict[str, dict[str, Any]] = (
+    {
+        f"{architecture}_{width}_{size}": {
+            "architecture": architecture,
+            "width_multiplier": width,
+            "image_size": size,
+        }
+        for architecture, table in ARCHITECTURES.items()
+        for published in table.published
+        for width in published.widths
+        for size in published.resolutions
     }
-    for architecture, table in ARCHITECTURES.items()
-    for published in table.published
-    for width in published.widths
-    for size in published.resolutions
-} | {
-    # The depthwise separable network that courses teach: Table 1 of MobileNetV1 without batch norm, with a bias in
-    # every convolution, and no activation between the two convolutions of a block.
-    "depthwise_separable_plain": {
-        "architecture": "mobilenet_v1",
-        "hidden_act": "relu",
-        "padding": "symmetric",
-        "use_batch_norm": False,
-        "depthwise_activation": False,
-        "classifier_dropout": 0.0,
-        "num_labels": 1000,
-    },
-}
+    | {
+        f"{architecture}_{size}": {"architecture": architecture, "image_size": size}
+        for architecture, table in ARCHITECTURES.items()
+        for published in table.published
+        for size in (() if published.widths else published.resolutions)
+    }
+    | {
+        # The depthwise separable network that courses teach: Table 1 of MobileNetV1 without batch norm, with a bias in
+        # every convolution, and no activation between the two convolutions of a block.
+        "depthwise_separable_plain": {
+            "architecture": "mobilenet_v1",
+            "hidden_act": "relu",
+            "padding": "symmetric",
+            "use_batch_norm": False,
+            "depthwise_activation": False,
+            "classifier_dropout": 0.0,
+            "num_labels": 1000,
+        },
+    }
+)
+
+# Fields that older configurations lack, and which are saved where they say something.
+_LATER = {"repeat_multiplier": 1.0, "anti_aliasing": "none", "scale_stem": True, "grow_head": True}
 
 PADDINGS = ("same", "symmetric")
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
+ANTI_ALIASING = ("none", "average", "blur")
 OUTPUT_STRIDES = (8, 16, 32)
 MAX_LABELS = 1 << 17
 
@@ -66,6 +79,10 @@ def _one_of(*allowed: Any) -> tuple[str, Callable[[Any], bool]]:
     return f"{', '.join(first)} or {last}", lambda value: any(value == a and type(value) is type(a) for a in allowed)
 
 
+def _or_none(allowed: str, holds: Callable[[Any], bool]) -> tuple[str, Callable[[Any], bool]]:
+    return allowed, lambda value: value is None or holds(value)
+
+
 _FLAG = ("true or false", lambda value: isinstance(value, bool))
 
 # What each field allows, in words and as a test. The upper bounds keep an absurd config.json from taking all memory.
@@ -75,7 +92,9 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_channels": ("an integer from 1 to 4096", lambda v: _is_integer(v) and 1 <= v <= 4096),
     "image_size": ("an integer from 1 to 65536", lambda v: _is_integer(v) and 1 <= v <= 65536),
     "output_stride": _one_of(*OUTPUT_STRIDES),
-    "hidden_act": _one_of(*ACTIVATIONS),
+    "repeat_multiplier": ("a number from 1 to 4", lambda v: _is_number(v) and 1 <= v <= 4),
+    "hidden_act": _or_none(*_one_of(*ACTIVATIONS)),
+    "anti_aliasing": _one_of(*ANTI_ALIASING),
     "depthwise_activation": _FLAG,
     "padding": _one_of(*PADDINGS),
     "use_batch_norm": _FLAG,
@@ -84,7 +103,9 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "batch_norm_momentum": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "classifier_dropout": ("a drop probability from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
     "channel_divisor": ("an integer from 1 to 1024", lambda v: _is_integer(v) and 1 <= v <= 1024),
+    "scale_stem": _FLAG,
     "shrink_head": _FLAG,
+    "grow_head": _FLAG,
     "num_labels": (f"an integer from 0 to {MAX_LABELS}", lambda v: _is_integer(v) and 0 <= v <= MAX_LABELS),
     "out_features": ("a list of stages", lambda v: v is None or _is_list_of(v, lambda name: isinstance(name, str))),
     "out_indices": ("a list of integers", lambda v: v is None or _is_list_of(v, _is_integer)),
@@ -115,30 +136,41 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     """Configuration of a MobileNet.
 
     Args:
-        architecture: Table that the network is built from, "mobilenet_v1" or "mobilenet_v2".
+        architecture: Table that the network is built from: a key of ARCHITECTURES.
         width_multiplier: Factor on the channels of every layer (alpha in the papers). Also reachable as
             `depth_multiplier`, its name in Google's configurations.
+        repeat_multiplier: Factor on the number of blocks in each row of V1 and V2 but the first and the last, rounded
+            up, as in timm's mobilenetv2_110d (where d is for depth).
         num_channels: Channels of the input picture; 3 for RGB, 1 for grayscale.
         image_size: Side in pixels of the pictures that the checkpoint was trained on. The network takes any size.
         output_stride: Input size over the size of the last feature map: 32, 16 or 8. Below 32, the later strides
             turn into dilation, as DeepLab does.
-        hidden_act: Activation: "relu", "relu6", "hardswish", "silu" or "gelu". Default: by the table, "relu6".
+        hidden_act: Activation: "relu", "relu6", "hardswish", "silu" or "gelu". Default: by the table; it stays None
+            for V3, whose blocks differ.
+        anti_aliasing: What strides in the blocks of V4: "none", the convolution; "average" or "blur", means of 2x2
+            pixels or a 3x3 binomial filter after a convolution that does not, as in timm's mobilenetv4_conv_aa_medium
+            and mobilenetv4_conv_blur_medium.
         depthwise_activation: Whether the depthwise convolution of a depthwise separable block has an activation.
         padding: "same" pads as TensorFlow does, by the size of the input; "symmetric" as PyTorch does.
         use_batch_norm: Whether the network is made with a batch norm after each convolution. Without it, every
             convolution has a bias.
         fused: Whether batch norms have been folded into the convolutions, as `MobileNetPreTrainedModel.fuse` does:
-            there are none then, whatever `use_batch_norm` says, and training warns.
+            there are none then, whatever `use_batch_norm` says, but for one before each attention, which no
+            convolution precedes; layer scales are folded too, and training warns.
         batch_norm_eps: Added to the variance.
         batch_norm_momentum: Share of a new batch in the running statistics, which is PyTorch's convention: one
             minus TensorFlow's decay. Google trained V1 with 0.0003 and V2 with 0.003 over millions of steps; the
             default is PyTorch's own, with which the statistics follow within tens of steps.
         classifier_dropout: Probability of dropping a feature before the classifier. Default: 0.001 for V1, 0.2 for
-            V2, as their reference implementations train.
-        channel_divisor: Scaled channels are rounded to a multiple of this. Default: 1 for V1, 8 for V2.
-        shrink_head: Whether a width multiplier below 1 shrinks the last 1x1 convolution of V2 too; in no published
+            the others, as their reference implementations train.
+        channel_divisor: Scaled channels are rounded to a multiple of this. Default: 1 for V1, 8 for the others.
+        scale_stem: Whether the width multiplier scales the first convolution; in timm's networks of width 0.5 and
+            less, and in mobilenetv2_120d, it does not.
+        shrink_head: Whether a width multiplier below 1 shrinks the last 1x1 convolution too; in no published
             checkpoint it does.
-        out_features: Stages whose feature maps MobileNetBackbone returns, of "stem" and "stage1" to "stage5".
+        grow_head: Whether a width multiplier above 1 widens the last 1x1 convolution; in timm's mobilenetv2_110d and
+            120d, it does not.
+        out_features: Stages whose feature maps MobileNetBackbone returns, of `stage_names`.
         out_indices: The same, as indices into `stage_names`; where both are given, they must agree.
         **kwargs: Common fields of a transformers configuration, such as num_labels and id2label.
 
@@ -148,7 +180,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     Raises:
         ValueError: A field is not what it allows; the message names field, allowed values and value.
 
-    Source: MobileNetV1 (arXiv:1704.04861), MobileNetV2 (arXiv:1801.04381).
+    Source: MobileNetV1 (arXiv:1704.04861), MobileNetV2 (arXiv:1801.04381), MobileNetV3 (arXiv:1905.02244),
+        MobileNetV4 (arXiv:2404.10518).
     """
 
     model_type: ClassVar[str] = "mobilenet"
@@ -186,6 +219,10 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         shrink_head: bool = False,
         out_features: list[str] | None = None,
         out_indices: list[int] | None = None,
+        repeat_multiplier: float = 1.0,
+        anti_aliasing: str = "none",
+        scale_stem: bool = True,
+        grow_head: bool = True,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("num_labels") is not None:
@@ -206,7 +243,14 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.batch_norm_momentum = batch_norm_momentum
         self.classifier_dropout = table.classifier_dropout if classifier_dropout is None else classifier_dropout
         self.channel_divisor = table.channel_divisor if channel_divisor is None else channel_divisor
+        self.scale_stem = scale_stem
         self.shrink_head = shrink_head
+        self.grow_head = grow_head
+        self.anti_aliasing = anti_aliasing
+        self.repeat_multiplier = repeat_multiplier
+        if repeat_multiplier != 1 and not table.repeats:
+            expected = f"1 for {architecture}, which prints every block"
+            raise ValueError(f"repeat_multiplier must be {expected}, got {repeat_multiplier!r}.")
         # transformers takes no tuples.
         out_features, out_indices = (list(v) if isinstance(v, tuple) else v for v in (out_features, out_indices))
         self.out_features = out_features
@@ -241,29 +285,51 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         return self.use_batch_norm and not self.fused
 
     @property
+    def table(self) -> Architecture:
+        """The architecture's table, with as many blocks as the network has."""
+        return ARCHITECTURES[self.architecture].deepen(self.repeat_multiplier)
+
+    @property
     def _width(self) -> Width:
         return Width(self.width_multiplier, self.channel_divisor)
 
     @property
     def stem_block(self) -> Block:
         """The first convolution."""
-        (block,) = ARCHITECTURES[self.architecture].stem.blocks(self.num_channels, self._width, self.hidden_act)
+        width = self._width if self.scale_stem else Width()
+        (block,) = self.table.stem.blocks(self.num_channels, width, self.hidden_act)
         return block
 
     @property
     def stages(self) -> list[list[Block]]:
         """Blocks by stage: a stage is a run of blocks that shares a resolution when the output stride is 32."""
-        return ARCHITECTURES[self.architecture].lower(self._width, self.hidden_act, self.output_stride)
+        return self.table.lower(
+            self._width, self.stem_channels, self.hidden_act, self.output_stride, self.anti_aliasing
+        )
 
     @property
     def head_block(self) -> Block | None:
-        """The last 1x1 convolution; None for V1, which has none."""
-        head = ARCHITECTURES[self.architecture].head
-        if head is None:
-            return None
-        width = Width() if self.width_multiplier < 1 and not self.shrink_head else self._width
-        (block,) = head.blocks(self.stages[-1][-1].out_channels, width, self.hidden_act)
-        return block
+        """The 1x1 convolution before the pooling; None for V1, which has none."""
+        return self._ends()[0]
+
+    @property
+    def pre_logits_block(self) -> Block | None:
+        """The 1x1 convolution between the pooling and the classifier; None for V1 and V2, which have none."""
+        return self._ends()[1]
+
+    def _ends(self) -> list[Block | None]:
+        """The convolutions before and after the pooling."""
+        changes = self.shrink_head if self.width_multiplier < 1 else self.grow_head
+        channels, blocks = self.stages[-1][-1].out_channels, []
+        rows = (self.table.head, self.table.pre_logits)
+        for row in rows:
+            if row is None:
+                blocks.append(None)
+                continue
+            width = Width() if row is [row for row in rows if row][-1] and not changes else self._width
+            blocks.extend(row.blocks(channels, width, self.hidden_act))
+            channels = blocks[-1].out_channels
+        return blocks
 
     @property
     def stem_channels(self) -> int:
@@ -272,7 +338,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
 
     @property
     def head_channels(self) -> int | None:
-        """Channels of the last 1x1 convolution; None for V1, which has none."""
+        """Channels of the 1x1 convolution before the pooling; None for V1, which has none."""
         return self.head_block.out_channels if self.head_block else None
 
     @property
@@ -288,7 +354,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     @property
     def feature_channels(self) -> int:
         """Channels of the pooled features that the classifier sees."""
-        return self.head_channels or self.stages[-1][-1].out_channels
+        return (self.pre_logits_block or self.head_block or self.stages[-1][-1]).out_channels
 
     @property
     def stage_names(self) -> list[str]:
@@ -297,7 +363,11 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise; auto_map names the classes beside the file, so that what is saved loads wherever it goes."""
-        return super().to_dict() | {"auto_map": dict(AUTO_MAP)}
+        fields = super().to_dict()
+        for name, default in _LATER.items():
+            if fields.get(name) == default:
+                del fields[name]
+        return fields | {"auto_map": dict(AUTO_MAP)}
 
 
 # Written whole: saving a model alone would register that model's class and no other.

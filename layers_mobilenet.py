@@ -5,6 +5,7 @@ They need torch alone, and are complete without what makes them fast on a CPU, w
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +73,12 @@ ACTIVATION_LAYERS = {
     "gelu": nn.GELU,
 }
 
+# timm's: means of 2x2 pixels, which leave out the last of an odd number; or binomial filters of 3x3, which do not.
+ANTI_ALIASING_LAYERS = {
+    "average": lambda: nn.AvgPool2d(2),
+    "blur": lambda: nn.Sequential(nn.AvgPool2d(2, 1, padding=1), nn.AvgPool2d(2)),
+}
+
 
 def fold(
     weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor, eps: float
@@ -82,6 +89,11 @@ def fold(
     """
     scale = scale * torch.rsqrt(variance + eps)
     return weight * scale[:, None, None, None], torch.addcmul(shift, mean, scale, value=-1)
+
+
+def norm_layer(config: MobileNetConfig, channels: int) -> nn.BatchNorm2d:
+    """Batch norm as a configuration wants it."""
+    return nn.BatchNorm2d(channels, config.batch_norm_eps, config.batch_norm_momentum)
 
 
 class ConvNormAct(nn.Module):
@@ -100,30 +112,42 @@ class ConvNormAct(nn.Module):
         dilation: int = 1,
         groups: int = 1,
         act: str | None = None,
+        has_norm: bool = True,
+        anti_aliasing: str = "none",
     ) -> None:
         super().__init__()
+        self.normalizes = has_norm  # unless it is fused, or the network has no batch norm
+        has_norm = has_norm and config.has_batch_norm
         self.conv = Conv2d(
             in_channels,
             out_channels,
             kernel_size,
-            stride,
+            1 if anti_aliasing in ANTI_ALIASING_LAYERS else stride,
             dilation=dilation,
             groups=groups,
-            bias=not config.has_batch_norm,
+            bias=not has_norm,
             pads_same=config.padding == "same",
             activated=act is not None,
         )
-        if config.has_batch_norm:
-            self.norm = nn.BatchNorm2d(out_channels, config.batch_norm_eps, config.batch_norm_momentum)
-        else:
-            self.norm = nn.Identity()
+        self.norm = norm_layer(config, out_channels) if has_norm else nn.Identity()
         self.act = nn.Identity() if act is None else ACTIVATION_LAYERS[act]()
+        if anti_aliasing in ANTI_ALIASING_LAYERS:
+            self.act = nn.Sequential(self.act, ANTI_ALIASING_LAYERS[anti_aliasing]())
 
     @classmethod
     def of(cls, config: MobileNetConfig, block: Block) -> ConvNormAct:
         """The convolution that a block consists of."""
-        channels = block.in_channels, block.out_channels
-        return cls(config, *channels, block.kernel_size, block.stride, block.dilation, act=block.act)
+        return cls(
+            config,
+            block.in_channels,
+            block.out_channels,
+            block.kernel_size,
+            block.stride,
+            block.dilation,
+            act=block.act,
+            has_norm=block.has_norm,
+            anti_aliasing=block.anti_aliasing,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if is_cheaper_to_fold(self, x):
@@ -166,31 +190,170 @@ class DepthwiseSeparable(nn.Module):
         return self.pointwise(self.depthwise(x))
 
 
-class InvertedResidual(nn.Module):
-    """Expand 1x1, filter 3x3 depthwise, project 1x1 without activation (linear bottleneck).
+class SqueezeExcite(nn.Module):
+    """Weigh each channel by what the means of all channels say.
 
-    Shape: (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))
-    Source: MobileNetV2, Section 3.3 and Table 1 (arXiv:1801.04381)
+    Shape: (B, C, H, W) -> (B, C, H, W)
+    Source: MobileNetV3, Section 5.3 (arXiv:1905.02244); Hu et al., Section 3 (arXiv:1709.01507)
+    """
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.reduce = Conv2d(channels, squeezed, 1, pads_same=False, activated=True)
+        self.expand = Conv2d(squeezed, channels, 1, pads_same=False, activated=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.hardsigmoid(self.expand(F.relu(self.reduce(x.mean((-2, -1), keepdim=True)))))
+
+
+class LayerScale(nn.Module):
+    """Weigh each channel by a number of its own.
+
+    Shape: (B, C, H, W) -> (B, C, H, W)
+    Source: Touvron et al., Section 2 (arXiv:2103.17239)
+    """
+
+    def __init__(self, channels: int, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.weight = nn.Parameter(torch.full((channels,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight[:, None, None]
+
+
+class ResidualBlock(nn.Module):
+    """What blocks share that may add their input to their output, and scale it first.
+
+    Shape: (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride)); means against aliasing round down instead.
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.has_shortcut = block.is_residual and block.stride == 1 and block.in_channels == block.out_channels
+
+    def layer_scale(self, config: MobileNetConfig, block: Block) -> nn.Module:
+        """Small at first, so that a block begins as the identity; which one without a shortcut must not."""
+        if not block.has_scale or config.fused:
+            return nn.Identity()
+        return LayerScale(block.out_channels, 1e-5 if self.has_shortcut else 1.0)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Scale what the block makes of its input, and add the input."""
+        y = self.scale(y)
+        return x + y if self.has_shortcut else y
+
+    def fuse(self) -> None:
+        """Fold the layer scale into the last convolution, whose batch norm is folded already."""
+        if isinstance(self.scale, LayerScale):
+            *_, last = (module for module in self.modules() if isinstance(module, Conv2d))
+            for parameter in last.parameters():
+                parameter.mul_(self.scale.weight.view(-1, *[1] * (parameter.ndim - 1)))
+            self.scale = nn.Identity()
+
+
+class InvertedResidual(ResidualBlock):
+    """Expand 1x1, filter depthwise, project 1x1 without activation (linear bottleneck).
+
+    MobileNetV3 puts squeeze-and-excite before the projection. MobileNetV4 may filter before it expands, without
+    activation, or not filter after (universal inverted bottleneck).
+
+    Source: MobileNetV2, Section 3.3 and Table 1 (arXiv:1801.04381); MobileNetV3, Figure 4 (arXiv:1905.02244);
+        MobileNetV4, Section 4.1 (arXiv:2404.10518)
     """
 
     def __init__(self, config: MobileNetConfig, block: Block) -> None:
-        super().__init__()
-        hidden = block.hidden_channels
-        kernel = block.kernel_size, block.stride, block.dilation
+        super().__init__(block)
+        inputs, hidden, act = block.in_channels, block.hidden_channels, block.act
+
+        def depthwise(channels: int, kernel_size: int, strides: bool, act: str | None) -> nn.Module:
+            if not kernel_size:
+                return nn.Identity()
+            kernel = kernel_size, block.stride if strides else 1, block.dilation
+            anti_aliasing = block.anti_aliasing if strides else "none"
+            return ConvNormAct(
+                config, channels, channels, *kernel, groups=channels, act=act, anti_aliasing=anti_aliasing
+            )
+
+        self.start_depthwise = depthwise(inputs, block.start_kernel_size, not block.kernel_size, None)
         # The first block does not expand, and has no convolution for it either.
-        expands = hidden != block.in_channels
-        self.expand = ConvNormAct(config, block.in_channels, hidden, act=block.act) if expands else nn.Identity()
-        self.depthwise = ConvNormAct(config, hidden, hidden, *kernel, groups=hidden, act=block.act)
+        self.expand = ConvNormAct(config, inputs, hidden, act=act) if hidden != inputs else nn.Identity()
+        self.depthwise = depthwise(hidden, block.kernel_size, True, act)
+        self.squeeze = SqueezeExcite(hidden, block.squeeze_channels) if block.squeeze_channels else nn.Identity()
         self.project = ConvNormAct(config, hidden, block.out_channels)
-        self.has_shortcut = block.stride == 1 and block.in_channels == block.out_channels
+        self.scale = self.layer_scale(config, block)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.project(self.depthwise(self.expand(x)))
-        return x + y if self.has_shortcut else y
+        y = self.depthwise(self.expand(self.start_depthwise(x)))
+        return self.add(x, self.project(self.squeeze(y)))
+
+
+class FusedInvertedResidual(ResidualBlock):
+    """Expand and filter at once, project 1x1 without activation.
+
+    Source: MobileNetV4, Section 4.1 (arXiv:2404.10518); mbv3_fused of slim/nets/mobilenet/mobilenet_v3.py
+    """
+
+    def __init__(self, config: MobileNetConfig, block: Block) -> None:
+        super().__init__(block)
+        inputs, hidden = block.in_channels, block.hidden_channels
+        expand = block._replace(out_channels=hidden)
+        self.expand = ConvNormAct.of(config, expand) if hidden != inputs else nn.Identity()
+        self.project = ConvNormAct(config, hidden, block.out_channels)
+        self.scale = self.layer_scale(config, block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, self.project(self.expand(x)))
+
+
+class MultiQueryAttention(ResidualBlock):
+    """Let each pixel look at all others, or at a reduced map of them: Mobile MQA.
+
+    Heads share keys and values, so that to attend with all heads is to attend with one that has more queries.
+
+    Shape: (B, in, H, W) -> (B, out, H, W)
+    Source: MobileNetV4, Section 4.2 (arXiv:2404.10518)
+    """
+
+    def __init__(self, config: MobileNetConfig, block: Block) -> None:
+        super().__init__(block)
+        inputs, hidden = block.in_channels, block.hidden_channels
+        self.head_channels = hidden // block.heads
+        conv = partial(Conv2d, kernel_size=1, bias=False, pads_same=False, activated=False)
+
+        def reduction() -> nn.Module:
+            if block.key_stride == 1:
+                return nn.Identity()
+            kernel = block.kernel_size, block.key_stride, block.dilation
+            return ConvNormAct(config, inputs, inputs, *kernel, groups=inputs)
+
+        # No convolution comes before this norm that it could be folded into.
+        self.norm = norm_layer(config, inputs) if config.use_batch_norm else nn.Identity()
+        self.query = conv(inputs, hidden)
+        self.key_reduction = reduction()
+        self.key = conv(inputs, self.head_channels)
+        self.value_reduction = reduction()
+        self.value = conv(inputs, self.head_channels)
+        self.output = conv(hidden, block.out_channels)
+        self.scale = self.layer_scale(config, block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        maps = self.query(y), self.key(self.key_reduction(y)), self.value(self.value_reduction(y))
+        # (B, C, H, W) -> (B, 1, H * W * heads, C / heads), without a copy of what is in the channels-last format
+        rows = (m.permute(0, 2, 3, 1).reshape(x.shape[0], 1, -1, self.head_channels) for m in maps)
+        y = F.scaled_dot_product_attention(*rows).reshape(x.shape[0], *x.shape[-2:], -1)
+        return self.add(x, self.output(y.permute(0, 3, 1, 2)))
 
 
 # By the kind of block, which is a word: transformers may import a file twice, and then there are two of a class.
-LAYERS = {"conv": ConvNormAct.of, "separable": DepthwiseSeparable, "inverted": InvertedResidual}
+LAYERS = {
+    "conv": ConvNormAct.of,
+    "separable": DepthwiseSeparable,
+    "inverted": InvertedResidual,
+    "fused": FusedInvertedResidual,
+    "attention": MultiQueryAttention,
+}
 
 
 class Features:
@@ -208,6 +371,7 @@ class Features:
         self.stages = nn.ModuleList(nn.ModuleList(map(build, stage)) for stage in config.stages)
         if with_head:
             self.head = build(config.head_block) if config.head_block else nn.Identity()
+            self.pre_logits = build(config.pre_logits_block) if config.pre_logits_block else nn.Identity()
 
     def features(self, x: Tensor, hidden_states: list[Tensor] | None = None) -> Tensor:
         """The feature map of the last block, of shape (B, C, H / 32, W / 32) at output stride 32.
@@ -228,7 +392,16 @@ class Features:
 
     def pool(self, x: Tensor) -> Tensor:
         """Pooled features of a feature map, of shape (B, config.feature_channels)."""
-        return self.head(x).mean((-2, -1))
+        pooled = self.head(x).mean((-2, -1))
+        return self.pre_logits(pooled[:, :, None, None]).flatten(1)
+
+
+def fuse(network: nn.Module) -> None:
+    """Fold batch norms and layer scales of all layers into their convolutions."""
+    for kind in (ConvNormAct, ResidualBlock):  # in this order
+        for module in network.modules():
+            if isinstance(module, kind):
+                module.fuse()
 
 
 # --- Fast on a CPU -----------------------------------------------------------------------------------------------
@@ -341,4 +514,16 @@ def convolve_in_float32(conv: Conv2d, x: Tensor) -> Tensor:
         return conv.convolve(x.float(), conv.weight, conv.bias).to(x.dtype)
 
 
-__all__ = ["Conv2d", "ConvNormAct", "DepthwiseSeparable", "Features", "InvertedResidual"]
+__all__ = [
+    "LAYERS",
+    "Conv2d",
+    "ConvNormAct",
+    "DepthwiseSeparable",
+    "Features",
+    "FusedInvertedResidual",
+    "InvertedResidual",
+    "LayerScale",
+    "MultiQueryAttention",
+    "ResidualBlock",
+    "fuse",
+]

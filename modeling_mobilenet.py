@@ -1,4 +1,4 @@
-"""MobileNet for PyTorch: V1 and V2, as features, as a classifier and as a backbone."""
+"""MobileNet for PyTorch: V1 to V4, as features, as a classifier and as a backbone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,18 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 
 from .configuration_mobilenet import MobileNetConfig
-from .layers_mobilenet import LAYERS, Conv2d, ConvNormAct, DepthwiseSeparable, Features, InvertedResidual
+from .layers_mobilenet import (
+    LAYERS,
+    Conv2d,
+    ConvNormAct,
+    DepthwiseSeparable,
+    Features,
+    FusedInvertedResidual,
+    InvertedResidual,
+    LayerScale,
+    MultiQueryAttention,
+    fuse,
+)
 
 
 try:
@@ -33,8 +44,8 @@ except ImportError:  # transformers before 5.2
 
 logger = logging.get_logger(__name__)
 
-# A classifier of more weights is refused, so that no config.json takes more than 2 GB: 1 for it, and 1 for the rest.
-MAX_CLASSIFIER_WEIGHTS = 1 << 28
+# A network of more weights is refused, and a classifier of more: no config.json takes more than 2 GB.
+MAX_WEIGHTS = 1 << 28
 
 
 class CheckpointedSeparable(GradientCheckpointingLayer, DepthwiseSeparable):
@@ -43,6 +54,22 @@ class CheckpointedSeparable(GradientCheckpointingLayer, DepthwiseSeparable):
 
 class CheckpointedResidual(GradientCheckpointingLayer, InvertedResidual):
     """One that gradient checkpointing computes twice."""
+
+
+class CheckpointedFusedResidual(GradientCheckpointingLayer, FusedInvertedResidual):
+    """One that gradient checkpointing computes twice."""
+
+
+class CheckpointedAttention(GradientCheckpointingLayer, MultiQueryAttention):
+    """One that gradient checkpointing computes twice."""
+
+
+CHECKPOINTED = {
+    "separable": CheckpointedSeparable,
+    "inverted": CheckpointedResidual,
+    "fused": CheckpointedFusedResidual,
+    "attention": CheckpointedAttention,
+}
 
 
 class MobileNetPreTrainedModel(PreTrainedModel):
@@ -54,7 +81,7 @@ class MobileNetPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides by accumulation steps
-    _no_split_modules: ClassVar[list[str]] = ["CheckpointedSeparable", "CheckpointedResidual"]
+    _no_split_modules: ClassVar[list[str]] = [layer.__name__ for layer in CHECKPOINTED.values()]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -75,10 +102,14 @@ class MobileNetPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=0.01)
             init.zeros_(module.bias)
+        elif isinstance(module, LayerScale):
+            init.constant_(module.weight, module.initial)
 
     @torch.no_grad()
     def fuse(self) -> MobileNetPreTrainedModel:
         """Fold every batch norm into its convolution, in place: the same answers, faster, from a third of the tensors.
+
+        Layer scales are folded too. The batch norm before an attention stays, as no convolution precedes it.
 
         For inference: the network is put in evaluation mode. It saves and loads as a fused checkpoint. A network that
         is fused already, or has no batch norm, stays as it is.
@@ -91,10 +122,9 @@ class MobileNetPreTrainedModel(PreTrainedModel):
             return self
         config = copy.deepcopy(self.config)  # other networks may share it
         config.fused = True
+        fuse(self)
         for module in self.modules():
-            if isinstance(module, ConvNormAct):
-                module.fuse()
-            elif isinstance(module, MobileNetPreTrainedModel):
+            if isinstance(module, MobileNetPreTrainedModel):
                 module.config = config
         return self
 
@@ -104,7 +134,8 @@ class MobileNetPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: A part alone is fused, which no configuration says.
         """
-        norms = {not isinstance(m.norm, nn.Identity) for m in self.modules() if isinstance(m, ConvNormAct)}
+        units = [m for m in self.modules() if isinstance(m, ConvNormAct) and m.normalizes]
+        norms = {not isinstance(unit.norm, nn.Identity) for unit in units}
         if norms != {self.config.has_batch_norm}:
             raise ValueError("a network must be fused as a whole to be saved: call fuse() on all of it.")
         return super().save_pretrained(save_directory, *args, **kwargs)
@@ -142,10 +173,14 @@ class MobileNetModel(Features, MobileNetPreTrainedModel):
         add_pooling_layer: Whether to run the head and pool; without, `pooler_output` is None.
     """
 
-    layers = LAYERS | {"separable": CheckpointedSeparable, "inverted": CheckpointedResidual}
+    layers = LAYERS | CHECKPOINTED
 
     def __init__(self, config: MobileNetConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
+        weights = sum(block.weights for stage in config.stages for block in stage)
+        if weights > MAX_WEIGHTS:
+            got = f"{weights} with {config.width_multiplier}"
+            raise ValueError(f"width_multiplier must give at most {MAX_WEIGHTS} weights, got {got}.")
         self.pools = add_pooling_layer
         self.add_layers(config, with_head=add_pooling_layer)
         self.post_init()
@@ -192,8 +227,8 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         features = config.feature_channels
-        if config.num_labels * features > MAX_CLASSIFIER_WEIGHTS:
-            allowed = MAX_CLASSIFIER_WEIGHTS // features
+        if config.num_labels * features > MAX_WEIGHTS:
+            allowed = MAX_WEIGHTS // features
             raise ValueError(f"num_labels must be at most {allowed} for {features} features, got {config.num_labels}.")
         self.backbone = MobileNetModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
@@ -237,13 +272,13 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
 class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
     """Feature maps of a MobileNet, for detectors and segmenters; loads from a classifier's checkpoint.
 
-    `config.out_features` chooses among "stem" and "stage1" to "stage5", whose strides are 2, 2, 4, 8, 16 and 32, or
-    `config.output_stride` where that is less.
+    `config.out_features` chooses among `config.stage_names`, whose strides double up to 32, or to
+    `config.output_stride` where that is less: of V1, V2 and V3 large, "stem" and "stage1" both have 2.
     """
 
     has_attentions = False
     # The head's weights come with a classifier's checkpoint, and a backbone has no use for them.
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^(backbone\.)?head\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^(backbone\.)?(head|pre_logits)\.", r"^classifier\."]
 
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__(config)
@@ -266,7 +301,7 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
         Args:
             pixel_values: Pictures as MobileNetImageProcessor gives them, of shape (B, num_channels, H, W).
             output_hidden_states: Whether to return the feature maps of all stages too.
-            output_attentions: Ignored: there is no attention.
+            output_attentions: Ignored: no attention weights are kept.
             return_dict: Whether to return an output class instead of a tuple.
 
         Returns:

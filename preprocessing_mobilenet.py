@@ -37,7 +37,7 @@ RECIPES = {
     "google": Recipe(Resampling.BILINEAR, 0.875, _HALF, _HALF),
     # keras/applications/imagenet_utils.py, mode "tf"; its accuracies are those of slim's weights
     "keras": Recipe(Resampling.BILINEAR, 0.875, _HALF, _HALF),
-    # torchvision/models/mobilenetv2.py: MobileNet_V2_Weights.IMAGENET1K_V1 and IMAGENET1K_V2
+    # torchvision/models/mobilenetv2.py and mobilenetv3.py: the weights IMAGENET1K_V1 and IMAGENET1K_V2
     "torchvision": Recipe(Resampling.BILINEAR, 224 / 256, _IMAGENET_MEAN, _IMAGENET_STD),
     "torchvision_v2": Recipe(Resampling.BILINEAR, 224 / 232, _IMAGENET_MEAN, _IMAGENET_STD),
     # timm/models/efficientnet.py: _cfg, as mobilenetv2_*.ra_in1k use it
@@ -45,6 +45,12 @@ RECIPES = {
     # the same file: mobilenetv1_100.ra4_e3600_r224_in1k, and mobilenetv1_125.ra4_e3600_r224_in1k
     "timm_ra4": Recipe(Resampling.BICUBIC, 0.875, _HALF, _HALF),
     "timm_ra4_125": Recipe(Resampling.BICUBIC, 0.9, _HALF, _HALF),
+    # timm/models/mobilenetv3.py: most mobilenetv4_*; some, evaluated at a larger size than they were trained at;
+    # mobilenetv4_conv_small.e3600_r256_in1k; mobilenetv3_large_100.miil_in21k
+    "timm_95": Recipe(Resampling.BICUBIC, 0.95, _IMAGENET_MEAN, _IMAGENET_STD),
+    "timm_100": Recipe(Resampling.BICUBIC, 1.0, _IMAGENET_MEAN, _IMAGENET_STD),
+    "timm_ra4_95": Recipe(Resampling.BICUBIC, 0.95, _HALF, _HALF),
+    "timm_miil": Recipe(Resampling.BILINEAR, 0.875, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .configuration_mobilenet import MobileNetConfig
-from .layers_mobilenet import ConvNormAct, Features
+from .layers_mobilenet import Features, fuse
 
 
 class BareFeatures(Features, nn.Module):
@@ -83,9 +83,7 @@ def load_bare(content: dict[str, Any], weights: Path) -> BareClassifier:
                 tensors[name] = file.get_tensor(name).float()
     check_weights(sorted(network.state_dict().keys() - tensors.keys()))
     network.load_state_dict(tensors, assign=True)
-    for module in network.modules():
-        if isinstance(module, ConvNormAct):
-            module.fuse()
+    fuse(network)
     return network.to(memory_format=torch.channels_last)
 
 

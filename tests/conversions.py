@@ -1,6 +1,7 @@
 """What the tests of all sources share."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -11,7 +12,7 @@ from oracles import logits
 
 from convert_checkpoint import build, convert
 from mobilenet.conversion import Checkpoint, ConversionError, Options, read_source
-from mobilenet.conversion.names import Table
+from mobilenet.conversion.names import Table, places
 
 
 ODD_SIZES = ((97, 130), (161, 95))
@@ -54,9 +55,13 @@ def wrong_tables(table: Table) -> Iterator[tuple[str, Table]]:
 def assert_wrong_tables_are_noticed(checkpoint: Checkpoint, size: int = 64) -> None:
     """Each wrong table either does not fit the checkpoint, or gives a network with other logits."""
     pictures = torch.randn(1, checkpoint.config.get("num_channels", 3), size, size)
-    right = logits(build(checkpoint, "right"), pictures)
+    model = build(checkpoint, "right")
+    right, names = logits(model, pictures), places(model, checkpoint.table)
     count = 0
     for name, table in wrong_tables(checkpoint.table):
+        with suppress(ValueError):
+            if places(model, table) == names:  # it is of rows that this network has no use for
+                continue
         count += 1
         try:
             wrong = logits(build(replace(checkpoint, table=table), "wrong"), pictures)

@@ -16,8 +16,18 @@ from benchmarks import peers
 from mobilenet import MobileNetConfig, MobileNetForImageClassification
 
 
+# Every kind of block, of head and of stages.
+FAMILY = ("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v4_hybrid_medium")
+
+
 def randomize_norms(model: nn.Module) -> nn.Module:
-    """Give every batch norm statistics of its own: at their defaults all are alike, and two swapped ones pass."""
+    """Give every batch norm statistics of its own: at their defaults all are alike, and two swapped ones pass.
+
+    Layer scales too, at which attention would not count.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith((".scale.weight", ".layer_scale.gamma")):
+            nn.init.uniform_(parameter, 0.2, 0.6)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -75,6 +85,13 @@ def import_timm() -> ModuleType:
 def timm_model(name: str, **kwargs: object) -> nn.Module:
     """A network of timm with random weights."""
     return randomize_norms(import_timm().create_model(name, **kwargs)).eval()
+
+
+@torch.no_grad()
+def as_trained(model: nn.Module, pictures: torch.Tensor) -> nn.Module:
+    """Make logits as large as those of trained networks, so that a difference of them means what it does there."""
+    model.classifier.weight *= 3 / (logits(model, pictures) - model.classifier.bias).std()
+    return model
 
 
 @torch.no_grad()

@@ -1,17 +1,24 @@
 import json
+import re
 from typing import ClassVar
 
 import pytest
 from transformers import AutoConfig
 
-from mobilenet import PRESETS, MobileNetConfig
+from mobilenet import ARCHITECTURES, PRESETS, MobileNetConfig
 
 
-# slim/nets/mobilenet_v1.md and slim/nets/mobilenet/README.md list 16 and 22 checkpoints.
+# slim/nets/mobilenet_v1.md and slim/nets/mobilenet/README.md list 16 checkpoints of V1, 22 of V2 and 6 of V3.
 def test_presets_are_those_that_were_published():
-    assert len(PRESETS) == 16 + 22 + 1
+    counts = {"mobilenet_v1": 16, "mobilenet_v2": 22, "mobilenet_v3": 6, "mobilenet_edgetpu": 1, "mobilenet_v4": 11}
+    for family, count in counts.items():
+        assert sum(name.startswith(family) for name in PRESETS) == count
+    assert len(PRESETS) == sum(counts.values()) + 1
     assert {"mobilenet_v1_0.25_128", "mobilenet_v2_1.4_224", "mobilenet_v2_0.35_96"} <= PRESETS.keys()
-    assert "mobilenet_v2_1.4_192" not in PRESETS
+    assert {"mobilenet_v3_large_1.0_224", "mobilenet_v3_small_0.75_224"} <= PRESETS.keys()
+    assert {"mobilenet_v3_large_minimalistic_1.0_224", "mobilenet_edgetpu_1.0_224"} <= PRESETS.keys()
+    assert {"mobilenet_v4_conv_small_224", "mobilenet_v4_hybrid_large_384"} <= PRESETS.keys()
+    assert not {"mobilenet_v2_1.4_192", "mobilenet_v3_large_minimalistic_0.75_224"} & PRESETS.keys()
     for name in PRESETS:
         MobileNetConfig.from_preset(name)
 
@@ -34,6 +41,10 @@ def test_unknown_preset_lists_those_that_exist():
         ("mobilenet_v2", 0.5, False, 1280),
         ("mobilenet_v2", 0.5, True, 640),
         ("mobilenet_v2", 1.4, False, 1792),
+        ("mobilenet_v1_head", 0.5, False, 1024),
+        ("mobilenet_v3_large", 0.75, False, 1280),
+        ("mobilenet_v3_small", 0.5, True, 512),
+        ("mobilenet_v4_conv_small", 0.5, False, 1280),
     ],
 )
 def test_head_shrinks_only_if_asked(architecture, width, shrink, expected):
@@ -41,10 +52,34 @@ def test_head_shrinks_only_if_asked(architecture, width, shrink, expected):
     assert config.feature_channels == expected
 
 
+def test_the_head_grows_and_the_stem_scales_unless_told_otherwise():
+    assert MobileNetConfig(width_multiplier=1.2).feature_channels == 1536
+    assert MobileNetConfig(width_multiplier=1.2, grow_head=False).feature_channels == 1280
+    assert MobileNetConfig(width_multiplier=1.2).stem_channels == 40
+    assert MobileNetConfig(width_multiplier=1.2, scale_stem=False).stem_channels == 32
+    # Where a convolution follows the pooling, it alone is the last.
+    config = MobileNetConfig("mobilenet_v3_large", 0.75)
+    assert (config.head_channels, config.pre_logits_block.out_channels) == (720, 1280)
+
+
 def test_dropout_defaults_to_the_papers_drop_probability():
     assert MobileNetConfig(architecture="mobilenet_v1").classifier_dropout == 0.001
     assert MobileNetConfig(architecture="mobilenet_v2").classifier_dropout == 0.2
     assert MobileNetConfig(classifier_dropout=0.0).classifier_dropout == 0
+
+
+def test_the_activations_of_v3_are_by_the_rows_unless_one_is_given(tmp_path):
+    def acts(config):
+        ends = (config.stem_block, config.head_block, config.pre_logits_block)
+        return {b.act for stage in config.stages for b in stage}, {b.act for b in ends}
+
+    config = MobileNetConfig("mobilenet_v3_large")
+    assert config.hidden_act is None
+    assert acts(config) == ({"relu", "hardswish"}, {"hardswish"})
+    config.save_pretrained(tmp_path)
+    assert acts(MobileNetConfig.from_pretrained(tmp_path)) == acts(config)
+    assert acts(MobileNetConfig("mobilenet_v3_large", hidden_act="silu")) == ({"silu"}, {"silu"})
+    assert MobileNetConfig("mobilenet_v4_hybrid_large").hidden_act == "gelu"
 
 
 @pytest.mark.parametrize("architecture", ["mobilenet_v1", "mobilenet_v2"])
@@ -74,11 +109,15 @@ def test_fused_alone_says_that_batch_norms_are_gone(made_with, fused, has):
     assert (config.use_batch_norm, config.fused, config.has_batch_norm) == (made_with, fused, has)
 
 
+*_FIRST, _LAST = ARCHITECTURES
+ARCHITECTURE_NAMES = f"{', '.join(_FIRST)} or {_LAST}"
+
+
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("architecture", "resnet", "mobilenet_v1 or mobilenet_v2"),
-        ("architecture", ["mobilenet_v1"], "mobilenet_v1 or mobilenet_v2"),
+        ("architecture", "resnet", ARCHITECTURE_NAMES),
+        ("architecture", ["mobilenet_v1"], ARCHITECTURE_NAMES),
         ("width_multiplier", 0, "a number above 0 and at most 8"),
         ("width_multiplier", float("nan"), "a number above 0 and at most 8"),
         ("width_multiplier", "1.0", "a number above 0 and at most 8"),
@@ -97,12 +136,23 @@ def test_fused_alone_says_that_batch_norms_are_gone(made_with, fused, has):
         ("classifier_dropout", 1.0, "a drop probability from 0 to below 1"),
         ("channel_divisor", 0, "an integer from 1 to 1024"),
         ("shrink_head", None, "true or false"),
+        ("grow_head", 1, "true or false"),
+        ("scale_stem", "no", "true or false"),
+        ("repeat_multiplier", 0.5, "a number from 1 to 4"),
+        ("repeat_multiplier", float("inf"), "a number from 1 to 4"),
+        ("anti_aliasing", None, "none, average or blur"),
     ],
 )
 def test_bad_fields_name_parameter_allowed_values_and_value(field, value, allowed):
     with pytest.raises(ValueError, match="must be") as error:
         MobileNetConfig(**{field: value})
     assert str(error.value) == f"{field} must be {allowed}, got {value!r}."
+
+
+def test_rows_that_are_not_repeated_have_no_repeats_to_multiply():
+    expected = "repeat_multiplier must be 1 for mobilenet_v3_large, which prints every block, got 1.2."
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        MobileNetConfig("mobilenet_v3_large", repeat_multiplier=1.2)
 
 
 def test_depth_multiplier_is_the_width_multiplier():
@@ -159,7 +209,15 @@ def test_keys_of_other_people_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "depths"), [("mobilenet_v1", [1, 2, 2, 6, 2]), ("mobilenet_v2", [1, 2, 3, 7, 4])]
+    ("architecture", "depths"),
+    [
+        ("mobilenet_v1", [1, 2, 2, 6, 2]),
+        ("mobilenet_v2", [1, 2, 3, 7, 4]),
+        ("mobilenet_v3_large", [1, 2, 3, 6, 3]),
+        ("mobilenet_v3_small", [1, 2, 5, 3]),
+        ("mobilenet_v4_conv_small", [2, 2, 6, 6]),
+        ("mobilenet_v4_hybrid_medium", [1, 2, 12, 16]),
+    ],
 )
 def test_depths_count_the_blocks_of_the_stages(architecture, depths):
     config = MobileNetConfig(architecture=architecture)
@@ -217,6 +275,10 @@ def test_survives_saving(tmp_path):
         classifier_dropout=0.3,
         channel_divisor=4,
         shrink_head=True,
+        grow_head=False,
+        scale_stem=False,
+        repeat_multiplier=1.5,
+        anti_aliasing="average",
         out_indices=[1, 2],
         id2label={0: "cat", 1: "dog", 2: "owl"},
     )

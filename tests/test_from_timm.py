@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conversions import ODD_SIZES, assert_fails_without_a_trace, assert_wrong_tables_are_noticed, read
-from oracles import import_timm, logits, timm_model
+from oracles import as_trained, import_timm, logits, timm_model
 from safetensors.torch import save_file
 from torch import nn
 
 from convert_checkpoint import build, convert
 from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet.conversion import from_timm
 
 
 pytestmark = pytest.mark.any_version
@@ -36,6 +37,45 @@ def save_for_hub(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
+# Of these a state dict tells all.
+OTHERS = (
+    *("mobilenetv1_100h", "mobilenetv2_110d", "mobilenetv2_120d"),
+    *(f"mobilenetv3_{name}" for name in ("large_075", "large_100", "small_050", "small_075", "small_100")),
+    *(f"mobilenetv4_conv_{name}" for name in ("small_035", "small_050", "small", "medium", "large")),
+    *(f"mobilenetv4_hybrid_{name}" for name in ("medium_075", "medium", "large_075", "large")),
+)
+# Of these the name too: they pad as TensorFlow does, or do not stride by convolutions.
+NAMED = (
+    *(f"tf_mobilenetv3_{name}" for name in ("large_075", "large_100", "small_075", "small_100")),
+    *("tf_mobilenetv3_large_minimal_100", "tf_mobilenetv3_small_minimal_100"),
+    *("mobilenetv4_conv_aa_medium", "mobilenetv4_conv_blur_medium", "mobilenetv4_conv_aa_large"),
+)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", OTHERS + NAMED)
+def test_logits_equal_those_of_timm_for_all_others(name: str, tmp_path: Path) -> None:
+    """In double precision: with arbitrary statistics, deep networks magnify what float32 rounds."""
+    pictures = [torch.randn(2, 3, *size) for size in ODD_SIZES]
+    theirs = as_trained(timm_model(name, num_classes=10), pictures[0])
+    file = tmp_path / (f"{name}.safetensors" if name in NAMED else "model.safetensors")
+    save_file(theirs.state_dict(), file)
+    checkpoint = read(file)
+    ours = build(checkpoint, name).double()
+    assert parameters(ours) == parameters(theirs)
+    assert checkpoint.oracle().name == f"timm's {name}"
+    theirs = theirs.double()
+    expected = [logits(theirs, batch.double()) for batch in pictures]
+    assert all(1 < scores.std() < 10 for scores in expected)
+    for prepare in (nn.Module.eval, MobileNetForImageClassification.fuse):
+        prepare(ours)
+        for batch, scores in zip(pictures, expected, strict=True):
+            torch.testing.assert_close(logits(ours, batch.double()), scores, atol=1e-8, rtol=0)
+
+
 @pytest.mark.parametrize("size", ODD_SIZES)
 @pytest.mark.parametrize("name", V1 + V2)
 def test_logits_equal_those_of_timm(name: str, size: tuple[int, int], tmp_path: Path) -> None:
@@ -47,9 +87,12 @@ def test_logits_equal_those_of_timm(name: str, size: tuple[int, int], tmp_path: 
     assert round(100 * ours.config.width_multiplier) == int(name[-3:])
 
 
-@pytest.mark.parametrize("name", ["mobilenetv1_100", "mobilenetv2_035"])
+@pytest.mark.parametrize(
+    "name", ["mobilenetv1_100", "mobilenetv2_035", "mobilenetv3_small_050", "mobilenetv4_conv_small"]
+)
 def test_every_wrong_row_is_noticed(name: str, tmp_path: Path) -> None:
-    torch.save(timm_model(name, num_classes=10).state_dict(), tmp_path / "model.pth")
+    theirs = as_trained(timm_model(name, num_classes=10), torch.randn(1, 3, 64, 64))
+    torch.save(theirs.state_dict(), tmp_path / "model.pth")
     assert_wrong_tables_are_noticed(read(tmp_path / "model.pth"))
 
 
@@ -90,11 +133,26 @@ def test_preprocessing_is_that_of_timm(tag: str, tmp_path: Path) -> None:
         assert (processor.resample, recorded.interpolation) == (3, "bicubic")
 
 
-@pytest.mark.parametrize("name", ["mobilenetv1_100h", "mobilenetv2_110d", "mobilenetv2_120d", "mobilenetv3_small_050"])
+def test_recipes_are_those_of_every_published_checkpoint() -> None:
+    """By its name, a file is preprocessed as timm preprocesses the checkpoint of that name."""
+    timm = import_timm()
+    published = [tag for tag in timm.list_pretrained("*mobilenetv*") if from_timm.network_of(tag.partition(".")[0])]
+    assert len(published) == 45
+    for tag in published:
+        recorded = timm.get_pretrained_cfg(tag)
+        recipe, size = from_timm.preprocessing(tag)
+        processor = MobileNetImageProcessor.from_recipe(recipe, size)
+        assert (tag, size) == (tag, recorded.input_size[-1])
+        assert (tag, processor.size) == (tag, {"shortest_edge": int(size / recorded.crop_pct)})
+        assert (tag, tuple(processor.image_mean), tuple(processor.image_std)) == (tag, recorded.mean, recorded.std)
+        assert (tag, processor.resample) == (tag, {"bicubic": 3, "bilinear": 2}[recorded.interpolation])
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_rw", "mobilenetv3_large_150d"])
 def test_other_networks_of_timm_are_refused(name: str, tmp_path: Path) -> None:
     model = import_timm().create_model(name)
     source = save_for_hub(model, tmp_path / "source")
-    assert_fails_without_a_trace(source, tmp_path / "output", "must be timm's mobilenetv1_<width> or", f"got {name}.")
+    assert_fails_without_a_trace(source, tmp_path / "output", "must be timm's mobilenetv1_<width>,", f"got {name}.")
     torch.save(model.state_dict(), tmp_path / "model.pth")
     assert_fails_without_a_trace(tmp_path / "model.pth", tmp_path / "output", "model.pth does not hold a mobilenet_v")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conversions import ODD_SIZES, assert_fails_without_a_trace, assert_wrong_tables_are_noticed, read
-from oracles import copy_in_order, logits, timm_model
+from oracles import copy_in_order, logits, randomize_norms, timm_model
 from torch import Tensor, nn
 
 from convert_checkpoint import build
@@ -58,6 +58,109 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).mean((2, 3)))
+
+
+class SqueezeExcitation(nn.Module):
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * nn.functional.hardsigmoid(self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()))
+
+
+class BneckV3(nn.Module):
+    def __init__(
+        self, inputs: int, kernel: int, hidden: int, outputs: int, squeeze: int, act: type, stride: int
+    ) -> None:
+        super().__init__()
+
+        def unit(inputs: int, outputs: int, act: type, *args: int, **kwargs: int) -> nn.Sequential:
+            conv = nn.Conv2d(inputs, outputs, *args, bias=False, **kwargs)
+            return nn.Sequential(conv, nn.BatchNorm2d(outputs, 1e-3), act())
+
+        depthwise = unit(hidden, hidden, act, kernel, stride, kernel // 2, groups=hidden)
+        expand = [] if hidden == inputs else [unit(inputs, hidden, act, 1)]
+        squeeze = [SqueezeExcitation(hidden, squeeze)] if squeeze else []
+        self.block = nn.Sequential(*expand, depthwise, *squeeze, unit(hidden, outputs, nn.Identity, 1))
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x) if self.adds else self.block(x)
+
+
+# Tables 1 and 2 of arXiv:1905.02244: kernel, exp size, #out, squeezed channels, NL, s.
+RE, HS = nn.ReLU, nn.Hardswish
+LARGE = (
+    *((3, 16, 16, 0, RE, 1), (3, 64, 24, 0, RE, 2), (3, 72, 24, 0, RE, 1)),
+    *((5, 72, 40, 24, RE, 2), (5, 120, 40, 32, RE, 1), (5, 120, 40, 32, RE, 1)),
+    *((3, 240, 80, 0, HS, 2), (3, 200, 80, 0, HS, 1), (3, 184, 80, 0, HS, 1), (3, 184, 80, 0, HS, 1)),
+    *((3, 480, 112, 120, HS, 1), (3, 672, 112, 168, HS, 1)),
+    *((5, 672, 160, 168, HS, 2), (5, 960, 160, 240, HS, 1), (5, 960, 160, 240, HS, 1)),
+)
+SMALL = (
+    *((3, 16, 16, 8, RE, 2), (3, 72, 24, 0, RE, 2), (3, 88, 24, 0, RE, 1)),
+    *((5, 96, 40, 24, HS, 2), (5, 240, 40, 64, HS, 1), (5, 240, 40, 64, HS, 1)),
+    *((5, 120, 48, 32, HS, 1), (5, 144, 48, 40, HS, 1)),
+    *((5, 288, 96, 72, HS, 2), (5, 576, 96, 144, HS, 1), (5, 576, 96, 144, HS, 1)),
+)
+
+
+class MobileNetV3(nn.Module):
+    """The layout of torchvision/models/mobilenetv3.py."""
+
+    def __init__(self, rows: tuple, head: int, features: int, num_classes: int) -> None:
+        super().__init__()
+
+        def unit(inputs: int, outputs: int, *args: int) -> nn.Sequential:
+            conv = nn.Conv2d(inputs, outputs, *args, bias=False)
+            return nn.Sequential(conv, nn.BatchNorm2d(outputs, 1e-3), nn.Hardswish())
+
+        inputs = (16, *(row[2] for row in rows))
+        blocks = (BneckV3(before, *row) for before, row in zip(inputs, rows, strict=False))
+        self.features = nn.Sequential(unit(3, 16, 3, 2, 1), *blocks, unit(inputs[-1], head, 1))
+        last = nn.Linear(features, num_classes)
+        self.classifier = nn.Sequential(nn.Linear(head, features), nn.Hardswish(), nn.Dropout(0.2), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+def published_v3(size: str) -> nn.Module:
+    """torchvision's layout with arbitrary weights, whose logits are as large as a trained network's."""
+    model = MobileNetV3(*{"large": (LARGE, 960, 1280), "small": (SMALL, 576, 1024)}[size], 10)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    model = randomize_norms(model).eval()
+    with torch.no_grad():
+        scores = logits(model, torch.randn(2, 3, 97, 130))
+        model.classifier[3].weight *= 3 / (scores - model.classifier[3].bias).std()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("large", 5_483_032), ("small", 2_542_856)],  # num_params of torchvision's weights, with 1000 classes
+)
+def test_logits_equal_those_of_the_published_layout_of_v3(size: str, expected: int, tmp_path: Path) -> None:
+    theirs = published_v3(size)
+    torch.save(theirs.state_dict(), tmp_path / "model.pth")
+    ours = build(read(tmp_path / "model.pth"), "")
+    assert ours.config.architecture == f"mobilenet_v3_{size}"
+    count = sum(parameter.numel() for parameter in ours.parameters())
+    assert count + 990 * (ours.config.feature_channels + 1) == expected
+    for height, width in ODD_SIZES:
+        pictures = torch.randn(2, 3, height, width)
+        scores = logits(theirs, pictures)
+        assert scores.std() > 1
+        torch.testing.assert_close(logits(ours, pictures), scores, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", ["large", "small"])
+def test_every_wrong_row_of_v3_is_noticed(size: str, tmp_path: Path) -> None:
+    torch.save(published_v3(size).state_dict(), tmp_path / "model.pth")
+    assert_wrong_tables_are_noticed(read(tmp_path / "model.pth"))
 
 
 @pytest.fixture

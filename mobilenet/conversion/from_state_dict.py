@@ -10,7 +10,7 @@ from .names import ConversionError, closest
 _SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".tar")
 _SOURCES = (
     *((table, from_timm.from_tensors) for table in from_timm.TABLES),
-    (from_torchvision.TABLE, from_torchvision.from_tensors),
+    *((table, from_torchvision.from_tensors) for table in from_torchvision.TABLES),
     (from_plain.TABLE, from_plain.from_tensors),
 )
 
@@ -30,7 +30,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     table, share = closest(tensors, [table for table, _ in _SOURCES])
     if share < 0.5:
         raise ConversionError(
-            f"{origin.path}: holds no MobileNet V1 or V2 of timm or torchvision, nor the plain depthwise separable "
+            f"{origin.path}: holds no MobileNet of timm or torchvision, nor the plain depthwise separable "
             f"network; its tensors are called {', '.join(list(tensors)[:3])} and so on."
         )
     from_tensors = next(reader for known, reader in _SOURCES if known is table)

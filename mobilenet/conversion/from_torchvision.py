@@ -1,4 +1,4 @@
-"""torchvision's MobileNet V2: its published weights by name, and state dicts."""
+"""torchvision's MobileNet V2 and V3: its published weights by name, and state dicts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, sha2
 from .names import TORCH, ConversionError, Row, Table, measure
 
 
-TABLE = Table(
+_V2 = Table(
     {"architecture": "mobilenet_v2", "padding": "symmetric", "batch_norm_eps": 1e-5},
     {
         "stem": Row("features.0.0", "features.0.1"),
@@ -28,11 +28,57 @@ TABLE = Table(
     TORCH,
 )
 
+
+def _v3(size: str, head: int, first: dict[str, Row]) -> Table:
+    """Layers of a block are counted, so that squeeze-and-excite moves what follows it."""
+    rows = {
+        "stem": Row("features.0.0", "features.0.1"),
+        **first,
+        "block.expand": Row("features.{from_1}.block.0.0", "features.{from_1}.block.0.1"),
+        "block.depthwise": Row("features.{from_1}.block.1.0", "features.{from_1}.block.1.1"),
+        "block.squeeze.reduce": Row("features.{from_1}.block.2.fc1"),
+        "block.squeeze.expand": Row("features.{from_1}.block.2.fc2"),
+        "squeezed.project": Row("features.{from_1}.block.3.0", "features.{from_1}.block.3.1"),
+        "block.project": Row("features.{from_1}.block.2.0", "features.{from_1}.block.2.1"),
+        "head": Row(f"features.{head}.0", f"features.{head}.1"),
+        "pre_logits": Row("classifier.0", layout="OI"),
+        "classifier": Row("classifier.3"),
+    }
+    return Table({"architecture": f"mobilenet_v3_{size}", "padding": "symmetric", "batch_norm_eps": 1e-3}, rows, TORCH)
+
+
+TABLES = (
+    _V2,
+    _v3(
+        "large",
+        16,
+        {
+            "first.depthwise": Row("features.1.block.0.0", "features.1.block.0.1"),
+            "first.project": Row("features.1.block.1.0", "features.1.block.1.1"),
+        },
+    ),
+    _v3(
+        "small",
+        12,
+        {
+            "first.depthwise": Row("features.1.block.0.0", "features.1.block.0.1"),
+            "first.squeeze.reduce": Row("features.1.block.1.fc1"),
+            "first.squeeze.expand": Row("features.1.block.1.fc2"),
+            "first.project": Row("features.1.block.2.0", "features.1.block.2.1"),
+        },
+    ),
+)
+
 # Names as torchvision.models.get_weight takes them. The end of a file's name begins its SHA-256.
 PUBLISHED = {
     "MobileNet_V2_Weights.IMAGENET1K_V1": "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
     "MobileNet_V2_Weights.IMAGENET1K_V2": "https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth",
+    "MobileNet_V3_Large_Weights.IMAGENET1K_V1": "https://download.pytorch.org/models/mobilenet_v3_large-8738ca79.pth",
+    "MobileNet_V3_Large_Weights.IMAGENET1K_V2": "https://download.pytorch.org/models/mobilenet_v3_large-5c1a4163.pth",
+    "MobileNet_V3_Small_Weights.IMAGENET1K_V1": "https://download.pytorch.org/models/mobilenet_v3_small-047dcff4.pth",
 }
+# The second weights of a network were trained, and are evaluated, by another recipe than the first.
+_SECOND = ("7ebf99e0", "5c1a4163")
 
 
 def download(name: str) -> Origin:
@@ -55,8 +101,7 @@ def download(name: str) -> Origin:
 def from_tensors(tensors: Mapping[str, Tensor], table: Table, options: Options, path: Path) -> Checkpoint:
     """Describe a state dict of torchvision."""
     config = measure(tensors, table)
-    # The second weights were trained, and are evaluated, by another recipe than the first.
-    recipe = "torchvision_v2" if sha256(path).startswith("7ebf99e0") else "torchvision"
+    recipe = "torchvision_v2" if sha256(path).startswith(_SECOND) else "torchvision"
     return Checkpoint(
         kind="torchvision",
         tensors=dict(tensors),
@@ -72,10 +117,10 @@ def from_tensors(tensors: Mapping[str, Tensor], table: Table, options: Options, 
 def _oracle(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Oracle:
     import torchvision
 
+    name, width = config["architecture"], config.get("width_multiplier", 1.0)
     if config["num_channels"] != 3:
-        raise NoOracleError("torchvision's mobilenet_v2 takes three channels")
-    model = torchvision.models.mobilenet_v2(
-        num_classes=config["num_labels"], width_mult=config.get("width_multiplier", 1.0)
-    )
+        raise NoOracleError(f"torchvision's {name} takes three channels")
+    width = {"width_mult": width} if name == "mobilenet_v2" else {"_width_mult": width}
+    model = getattr(torchvision.models, name)(num_classes=config["num_labels"], **width)
     model.load_state_dict(tensors)
-    return Oracle("torchvision's mobilenet_v2", torchvision.__version__, model.eval())
+    return Oracle(f"torchvision's {name}", torchvision.__version__, model.eval())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mobilenet.architectures_mobilenet import ARCHITECTURES
+from mobilenet.architectures_mobilenet import ARCHITECTURES, Block, Width
 from mobilenet.configuration_mobilenet import MobileNetConfig
+from mobilenet.layers_mobilenet import LayerScale
 from mobilenet.modeling_mobilenet import MobileNetForImageClassification
 
 
@@ -33,6 +35,7 @@ class Convention(NamedTuple):
     depthwise: dict[str, Part]
     norm: dict[str, Part]
     linear: dict[str, Part]
+    scale: dict[str, Part] | None = None  # of layer scales, which timm alone has
 
 
 _TORCH_CONV = {"weight": Part(".weight", "OIHW"), "bias": Part(".bias", "O")}
@@ -47,6 +50,7 @@ TORCH = Convention(
         "num_batches_tracked": Part(".num_batches_tracked", ""),
     },
     linear={"weight": Part(".weight", "OI"), "bias": Part(".bias", "O")},
+    scale={"weight": Part(".gamma", "O")},
 )
 
 
@@ -55,15 +59,18 @@ class Row(NamedTuple):
 
     conv: str
     norm: str | None = None
+    layout: str | None = None  # of the weight, where it is not that of others
 
 
 class Table(NamedTuple):
     """A source's names for one architecture.
 
-    The keys of `rows` are our layers: "stem", "block.<role>", "first.<role>" where a source names the first block
-    apart, "head" and "classifier". Names of blocks hold numbers: {index} counts all blocks from 0, {from_1} and
-    {from_2} from 1 and 2; {previous} is index - 1, {even} 2 * index, {odd} 2 * index + 1; {stage} and {block} count
-    our stages and the blocks in one, {row} and {repeat} the rows of the paper's table and the blocks in one.
+    The keys of `rows` are our layers: "stem", "block.<role>", "head", "pre_logits" and "classifier". Instead of
+    "block" there may be what a source names apart: "first", the first block; "squeezed", those with
+    squeeze-and-excite; or a kind of block, which alone stands for the convolution or the norm that is the block's own.
+    Names of blocks hold numbers: {index} counts all blocks from 0, {from_1} and {from_2} from 1 and 2; {previous} is
+    index - 1, {even} 2 * index, {odd} 2 * index + 1; {stage} and {block} count our stages and the blocks in one, {row}
+    and {repeat} the runs of the paper's rows with equal channels, and the blocks in one.
     """
 
     config: dict[str, Any]  # the fields of MobileNetConfig that are the same for all of the source's networks
@@ -87,48 +94,65 @@ _COUNT = "num_batches_tracked"
 _LAYOUTS = {4: "OIHW", 2: "OI", 1: "O", 0: ""}
 
 
-def _numbers(config: MobileNetConfig) -> dict[tuple[str, str], dict[str, int]]:
-    """What the numbers in names stand for, by our stage and block."""
+def _numbers(config: MobileNetConfig) -> dict[tuple[str, str], tuple[Block, dict[str, int]]]:
+    """Our blocks by stage and block, and what the numbers in names stand for."""
     blocks = [(stage, block) for stage, of_stage in enumerate(config.stages) for block in range(len(of_stage))]
-    table = ARCHITECTURES[config.architecture].rows
-    repeats = [(row, repeat) for row, values in enumerate(table) for repeat in range(values.repeats)]
+    runs = [
+        sum(len(list(row.blocks(8, Width(), "relu"))) for row in run)
+        for _, run in groupby(config.table.rows, key=lambda row: row.channels)
+    ]
+    repeats = [(row, repeat) for row, length in enumerate(runs) for repeat in range(length)]
     return {
-        (str(stage), str(block)): {
-            "index": index,
-            "from_1": index + 1,
-            "from_2": index + 2,
-            "previous": index - 1,
-            "even": 2 * index,
-            "odd": 2 * index + 1,
-            "stage": stage,
-            "block": block,
-            "row": row,
-            "repeat": repeat,
-        }
+        (str(stage), str(block)): (
+            config.stages[stage][block],
+            {
+                "index": index,
+                "from_1": index + 1,
+                "from_2": index + 2,
+                "previous": index - 1,
+                "even": 2 * index,
+                "odd": 2 * index + 1,
+                "stage": stage,
+                "block": block,
+                "row": row,
+                "repeat": repeat,
+            },
+        )
         for index, ((stage, block), (row, repeat)) in enumerate(zip(blocks, repeats, strict=True))
     }
+
+
+def _row(table: Table, role: str, block: Block | None, index: int | None) -> Row:
+    """What a table says of a layer of a block, or of one that is in none."""
+    if block is None:
+        return table.rows[role]
+    owners = ["first"] * (index == 0) + ["squeezed"] * (block.squeeze_channels > 0) + [block.kind, "block"]
+    keys = [f"{owner}.{role}".rstrip(".") for owner in owners]
+    return next((table.rows[key] for key in keys if key in table.rows), None) or table.rows[keys[-1]]
 
 
 def _layers(model: nn.Module, table: Table) -> Iterator[tuple[str, nn.Module, str, dict[str, Part]]]:
     """Every layer that has tensors: our name, the layer, the source's name, and the parts that it is stored in."""
     numbers = _numbers(model.config)
     for path, layer in model.named_modules():
-        if not isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)):
+        if not isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.Linear, LayerScale)):
             continue
-        # Such as backbone.stages.1.2.expand.conv, backbone.stem.norm, classifier
-        stage, block, role = re.fullmatch(
-            r"(?:backbone\.)?(?:stages\.(\d+)\.(\d+)\.)?(\w+)(?:\.conv|\.norm)?", path
-        ).groups()
-        values = numbers.get((stage, block), {})
-        row = table.rows.get(f"first.{role}") if values.get("index") == 0 else None
-        row = row or table.rows[f"block.{role}" if values else role]
+        # Such as backbone.stages.1.2.expand.conv, backbone.stages.1.2.squeeze.reduce, backbone.stem.norm, classifier
+        stage, number, role = re.fullmatch(r"(?:backbone\.)?(?:stages\.(\d+)\.(\d+)\.)?(.+)", path).groups()
+        role = re.sub(r"(^|\.)(conv|norm)$", "", role)
+        block, values = numbers.get((stage, number), (None, {}))
+        row = _row(table, role, block, values.get("index"))
         if isinstance(layer, nn.BatchNorm2d):
             source, parts = row.norm, table.convention.norm
         elif isinstance(layer, nn.Linear):
             source, parts = row.conv, table.convention.linear
+        elif isinstance(layer, LayerScale):
+            source, parts = row.conv, table.convention.scale
         else:
             source = row.conv
-            parts = table.convention.depthwise if role == "depthwise" else table.convention.conv
+            parts = table.convention.depthwise if layer.groups > 1 else table.convention.conv
+            if row.layout:
+                parts = parts | {"weight": parts["weight"]._replace(layout=row.layout)}
         if source is None:
             raise ValueError(f"the name table names no batch norm for {path}.")
         yield path, layer, source.format(**values), parts
@@ -172,11 +196,21 @@ def closest(names: Iterable[str], tables: Sequence[Table]) -> tuple[Table, float
     names = set(names)
 
     def share(table: Table) -> float:
-        wanted = {name for name, place in places(skeleton(**table.config), table).items() if not place.optional}
-        given = sum(not _dropped(name, table) for name in names)
+        known = places(skeleton(**table.config), table)
+        wanted = {name for name, place in known.items() if not place.optional}
+        given = sum(not _dropped(name, table) for name in names - (known.keys() - wanted))
         return len(wanted & names) / max(len(wanted), given, 1)
 
     return max(((table, share(table)) for table in tables), key=lambda choice: choice[1])
+
+
+# What the width does to the first and the last convolution: as a rule, in all networks but some of timm's.
+_ENDS = (
+    {"shrink_head": False},
+    {"shrink_head": True},
+    {"shrink_head": False, "scale_stem": False},
+    {"shrink_head": False, "scale_stem": False, "grow_head": False},
+)
 
 
 def measure(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Any]:
@@ -205,10 +239,18 @@ def measure(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Any]:
     channels = size(last, "O")
     if not channels:
         return config
-    base = ARCHITECTURES[config["architecture"]].rows[-1].channels
+    architecture = ARCHITECTURES[config["architecture"]]
+    if architecture.repeats:
+
+        def strangers(repeats: float) -> int:
+            return len(tensors.keys() ^ places(skeleton(**config, repeat_multiplier=repeats), table).keys())
+
+        repeats = min((1.0, 1.2, 1.4), key=strangers)  # timm's; the first where none fits better
+        config |= {"repeat_multiplier": repeats} if repeats != 1 else {}
+    base = architecture.rows[-1].channels
     for candidate in _candidates(channels / base):
-        for shrink_head in (False, True):
-            chosen = config | {"width_multiplier": candidate, "shrink_head": shrink_head}
+        for ends in _ENDS:
+            chosen = config | {"width_multiplier": candidate} | ends
             if not any(_misshapen(tensors, places(skeleton(**chosen), table))):
                 return chosen
     return config | {"width_multiplier": round(channels / base, 2) or 0.01}
@@ -230,10 +272,13 @@ def _misshapen(tensors: Mapping[str, Tensor], wanted: Mapping[str, Place]) -> It
 
 
 def relay(tensor: Tensor, source: str, target: str) -> Tensor:
-    """Reorder axes from one layout to another; axes that the target lacks have size 1 and go."""
+    """Reorder axes from one layout to another; axes that one lacks have size 1 in the other."""
     gone = [axis for axis, letter in enumerate(source) if letter not in target]
     kept = [letter for letter in source if letter in target]
-    return tensor.squeeze(gone).permute([kept.index(letter) for letter in target]).contiguous()
+    tensor = tensor.squeeze(gone).permute([kept.index(letter) for letter in target if letter in kept])
+    for axis, letter in enumerate(target):
+        tensor = tensor if letter in source else tensor.unsqueeze(axis)
+    return tensor.contiguous()
 
 
 # A file with more faults than this holds another network, and a few of them tell which.
