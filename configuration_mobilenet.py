@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -44,6 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 PADDINGS = ("same", "symmetric")
+POOLINGS = ("avg", "max")
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
 OUTPUT_STRIDES = (8, 16, 32)
 MAX_LABELS = 1 << 20
@@ -83,6 +84,12 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "batch_norm_eps": ("a number above 0", lambda v: _is_number(v) and v > 0),
     "batch_norm_momentum": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "classifier_dropout": ("a drop probability from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "pooling": _one_of(*POOLINGS),
+    "classifier_hidden_sizes": (
+        "a list of at most 8 integers from 1 to 65536",
+        lambda v: _is_list_of(v, lambda size: _is_integer(size) and 1 <= size <= 65536) and len(v) <= 8,
+    ),
+    "classifier_hidden_act": _one_of(*ACTIVATIONS),
     "channel_divisor": ("an integer from 1 to 1024", lambda v: _is_integer(v) and 1 <= v <= 1024),
     "shrink_head": _FLAG,
     "num_labels": (f"an integer from 0 to {MAX_LABELS}", lambda v: _is_integer(v) and 0 <= v <= MAX_LABELS),
@@ -135,6 +142,10 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
             default is PyTorch's own, with which the statistics follow within tens of steps.
         classifier_dropout: Probability of dropping a feature before the classifier. Default: 0.001 for V1, 0.2 for
             V2, as their reference implementations train.
+        pooling: What makes features of the last feature map: "avg", or "max" for its largest values.
+        classifier_hidden_sizes: Widths of fully connected layers between the pooled features and the classifier; by
+            default there are none.
+        classifier_hidden_act: Activation after each of them.
         channel_divisor: Scaled channels are rounded to a multiple of this. Default: 1 for V1, 8 for V2.
         shrink_head: Whether a width multiplier below 1 shrinks the last 1x1 convolution of V2 too; in no published
             checkpoint it does.
@@ -184,6 +195,9 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         classifier_dropout: float | None = None,
         channel_divisor: int | None = None,
         shrink_head: bool = False,
+        pooling: str = "avg",
+        classifier_hidden_sizes: Sequence[int] = (),
+        classifier_hidden_act: str = "relu",
         out_features: list[str] | None = None,
         out_indices: list[int] | None = None,
         **kwargs: Any,
@@ -207,6 +221,9 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.classifier_dropout = table.classifier_dropout if classifier_dropout is None else classifier_dropout
         self.channel_divisor = table.channel_divisor if channel_divisor is None else channel_divisor
         self.shrink_head = shrink_head
+        self.pooling = pooling
+        self.classifier_hidden_sizes = classifier_hidden_sizes
+        self.classifier_hidden_act = classifier_hidden_act
         # transformers takes no tuples.
         out_features, out_indices = (list(v) if isinstance(v, tuple) else v for v in (out_features, out_indices))
         self.out_features = out_features
@@ -231,6 +248,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         """Set a field if its value is allowed: in __init__, by an argument of from_pretrained, or later."""
         name = self.attribute_map.get(name, name)
         _check(name, value)
+        if name == "classifier_hidden_sizes":
+            value = list(value)  # transformers takes no tuples
         if _is_fixed(type(self), name):
             raise ValueError(f"{name} must be left as {type(self).__name__} defines it, got {value!r}.")
         super().__setattr__(name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from transformers.utils import logging
 
 from .architectures_mobilenet import Block
 from .configuration_mobilenet import MobileNetConfig
-from .layers_mobilenet import Conv2d, ConvNormAct, DepthwiseSeparable, InvertedResidual
+from .layers_mobilenet import ACTIVATION_LAYERS, Conv2d, ConvNormAct, DepthwiseSeparable, InvertedResidual
 
 
 try:
@@ -39,6 +40,8 @@ MAX_CLASSIFIER_WEIGHTS = 1 << 28
 
 # By the kind of block, which is a word: transformers may import a file twice, and then there are two of a class.
 LAYERS = {"conv": ConvNormAct.of, "separable": DepthwiseSeparable, "inverted": InvertedResidual}
+
+POOLINGS = {"avg": lambda x: x.mean((-2, -1)), "max": lambda x: x.amax((-2, -1))}
 
 
 def build(config: MobileNetConfig, block: Block) -> nn.Module:
@@ -184,7 +187,7 @@ class MobileNetModel(MobileNetPreTrainedModel):
                 x = block(x)
                 if output_hidden_states:
                     hidden_states.append(x)
-        pooled = self.head(x).mean((-2, -1)) if self.pools else None
+        pooled = POOLINGS[self.config.pooling](self.head(x)) if self.pools else None
         output = BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=x,
             pooler_output=pooled,
@@ -199,11 +202,20 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
-        features = config.feature_channels
+        widths = [config.feature_channels, *config.classifier_hidden_sizes]
+        for before, after in pairwise(widths):
+            if before * after > MAX_CLASSIFIER_WEIGHTS:
+                allowed = MAX_CLASSIFIER_WEIGHTS // before
+                raise ValueError(
+                    f"classifier_hidden_sizes must be at most {allowed} for {before} features, got {after}."
+                )
+        features = widths[-1]
         if config.num_labels * features > MAX_CLASSIFIER_WEIGHTS:
             allowed = MAX_CLASSIFIER_WEIGHTS // features
             raise ValueError(f"num_labels must be at most {allowed} for {features} features, got {config.num_labels}.")
         self.backbone = MobileNetModel(config)
+        act = ACTIVATION_LAYERS[config.classifier_hidden_act]
+        self.hidden = nn.Sequential(*(layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), act())))
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(features, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
@@ -236,7 +248,7 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
         """
         (return_dict,) = self._want(return_dict=return_dict)
         features = self.backbone(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
-        logits = self.classifier(self.dropout(features.pooler_output))
+        logits = self.classifier(self.dropout(self.hidden(features.pooler_output)))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         output = ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=features.hidden_states)
         return output if return_dict else output.to_tuple()
@@ -251,7 +263,7 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
 
     has_attentions = False
     # The head's weights come with a classifier's checkpoint, and a backbone has no use for them.
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^(backbone\.)?head\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^(backbone\.)?head\.", r"^(hidden|classifier)\."]
 
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__(config)

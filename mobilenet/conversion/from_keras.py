@@ -1,23 +1,28 @@
-"""Keras applications' MobileNet and MobileNetV2: .h5, .weights.h5 and .keras."""
+"""Keras' files: .h5 and .keras by the graph that they hold, .weights.h5 by the names of Keras applications."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import MAX_BYTES, Checkpoint, Options, Oracle, Origin, first_line, understanding
+from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line, understanding
+from .graph import SAME, Act, Add, Conv, Graph, Match, Norm, Op, Other, Pad, Pool, Reshape, match, table
+from .graph import Affine
+from .labels import beside
 from .names import Convention, ConversionError, Part, Row, Table, closest, measure
+from .preprocessing import find, published
 
 
 KERAS = Convention(
@@ -82,9 +87,75 @@ TABLES = (
 )
 
 
+
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_ARCHIVED = ("config.json", "model.weights.h5")  # in a .keras archive
+_MODELS = ("Functional", "Model", "Sequential")
+MAX_DEPTH = 16  # of models in models
+
+# Layers that do nothing but in training.
+_IDENTITIES = {
+    *("InputLayer", "Identity", "Dropout", "SpatialDropout2D", "AlphaDropout", "GaussianDropout", "GaussianNoise"),
+    *("ActivityRegularization", "RandAugment", "AugMix", "CutMix", "MixUp"),
+    *(
+        f"Random{what}"
+        for what in (
+            *("Brightness", "ColorDegeneration", "ColorJitter", "Contrast", "ElasticTransform", "Erasing", "Flip"),
+            *("GaussianBlur", "Grayscale", "Height", "Hue", "Invert", "Perspective", "Posterization", "Rotation"),
+            *("Saturation", "Sharpness", "Shear", "Translation", "Width", "Zoom"),
+        )
+    ),
+}
+_SIZES = ("Resizing", "CenterCrop", "RandomCrop")
+_ARITHMETIC = {
+    **{"TrueDivide": "DIV", "Divide": "DIV", "Subtract": "SUB", "Multiply": "MUL", "Add": "ADD"},
+    **{"math.truediv": "DIV", "math.divide": "DIV", "math.subtract": "SUB", "math.multiply": "MUL", "math.add": "ADD"},
+    **{"__operators__.add": "ADD", "__operators__.sub": "SUB"},
+}
+_ACTIVATIONS = {"swish": "silu", "hard_silu": "hardswish", "hard_swish": "hardswish", "linear": None}
+_ACTIVATION_LAYERS = ("Activation", "ELU", "LeakyReLU", "PReLU", "ReLU", "Softmax", "ThresholdedReLU")
+_POOLS = {
+    **{"GlobalAveragePooling2D": "avg", "GlobalMaxPooling2D": "max"},
+    **{"AveragePooling2D": "avg", "MaxPooling2D": "max"},
+}
+_KNOWN = {
+    *_IDENTITIES,
+    *_SIZES,
+    *_MODELS,
+    *_ACTIVATION_LAYERS,
+    *_POOLS,
+    *_ARITHMETIC,
+    *("BatchNormalization", "Conv2D", "Dense", "DepthwiseConv2D", "Flatten", "Normalization", "Rescaling", "Reshape"),
+    "ZeroPadding2D",
+}
+# Where Keras may look for what a configuration names: nothing there does more than compute.
+_MODULES = re.compile(
+    r"keras|(tf_keras|keras)\.(src\.)?(engine\.)?"
+    r"(layers|models|initializers|regularizers|constraints|activations|dtype_policies|ops\.numpy|sequential|functional)"
+    r"(\.[a-z0-9_.]+)?"
+)
+
+
 def detect(origin: Origin) -> bool:
-    """Whether a path is a file of Keras."""
-    return origin.path.suffix in (".h5", ".hdf5", ".keras")
+    """Whether a path is a file of Keras, whatever its name."""
+    return origin.path.suffix in (".h5", ".hdf5", ".keras") or origin.starts_with(_HDF5) or _is_archive(origin.path)
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return set(_ARCHIVED) <= set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+class Stored(NamedTuple):
+    """What a file of Keras holds."""
+
+    config: dict[str, Any] | None  # of the network; None where there are weights alone
+    # Weights by the way to a layer, through the models that it lies in, and by their names; a file of weights alone
+    # has the layer's name for a way.
+    weights: dict[tuple[str, ...], dict[str, Tensor]]
 
 
 def read(origin: Origin, options: Options) -> Checkpoint:
@@ -94,54 +165,47 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         ConversionError: The file is broken, or holds another network.
         ImportError: h5py is not installed.
     """
-    with _weights(origin.path) as (weights, config):
-        tensors, config = _load(weights, config, origin.path)
-    table, share = closest(tensors, TABLES)
-    if share < 0.5:
-        raise ConversionError(f"{origin.path}: holds no MobileNet or MobileNetV2 of Keras applications.")
+    stored = _load(origin.path)
     with understanding(origin.path):
-        epsilons = _collect(config, "BatchNormalization", "epsilon")
-        shapes = _collect(config, "InputLayer", "batch_shape") or _collect(config, "InputLayer", "batch_input_shape")
-    # mobilenet_1_0_224_tf.h5, mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224.h5
-    named = re.search(r"_(\d{2,3})(_tf)?\.h5$", origin.path.name)
-    with understanding(origin.path):
-        image_size = shapes[0][1] if shapes else int(named[1]) if named else None
-        if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
-            raise ConversionError(f"{origin.path}: the input must have a size of pixels, got {image_size!r}.")
-    fields = measure(tensors, table) | {"image_size": options.size(image_size)}
-    notes = []
-    if fields["architecture"] == "mobilenet_v1":
-        # Before its strided convolutions, Keras' V1 pads one row after the last, whatever the size.
-        if fields["image_size"] % 32 not in (0, 31):
-            raise ConversionError(
-                f"{origin.path}: for Keras' MobileNet (V1), image_size must be a multiple of 32, or one less, got "
-                f"{fields['image_size']}: at other sizes Keras pads as no other source does."
-            )
-        notes.append("For pictures whose size is no multiple of 32 (or one less), Keras pads V1 in another way.")
-    if epsilons:
-        fields["batch_norm_eps"] = epsilons[0]
+        if stored.config is None:
+            return _read_weights(origin, stored, options)
+        reader = Reader(stored, origin.path)
+        found = match(reader.graph, str(origin.path), options.size(None))
+    count, size = found.config["num_labels"], reader.graph.size
+    labels, numbered = beside(origin.path, count)
+    processor, feed, said = find(
+        options,
+        "keras",
+        size,
+        publisher=published(origin.path.name, count, numbered),
+        scaling=found.scaling,
+    )
     return Checkpoint(
-        kind="Keras applications",
-        tensors=tensors,
-        table=table,
-        config=fields,
-        processor=options.processor("keras", image_size),
+        kind="a Keras file",
+        tensors=found.tensors,
+        table=table(found.config),
+        config=found.config | {"image_size": options.size(size)},
+        processor=processor,
+        feed=feed,
         files=[origin.path],
-        oracle=lambda: _oracle(origin.path, fields),
-        notes=notes,
+        oracle=lambda: _own_runtime(origin.path, reader, found, options.size(size)),
+        labels=labels,
+        license="apache-2.0" if count in (1000, 1001) else None,
+        prediction=found.prediction,
+        warnings=said,
     )
 
 
 @contextmanager
-def _weights(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _weights_file(path: Path) -> Iterator[tuple[Path, dict[str, Any] | None]]:
     """The HDF5 file of a path, and the configuration beside it in a .keras archive."""
-    if path.suffix != ".keras":
-        yield path, {}
+    if path.suffix != ".keras" and not _is_archive(path):
+        yield path, None
         return
     with tempfile.TemporaryDirectory() as folder:
         try:
             with zipfile.ZipFile(path) as archive:
-                if sum(archive.getinfo(name).file_size for name in ("config.json", "model.weights.h5")) > MAX_BYTES:
+                if sum(archive.getinfo(name).file_size for name in _ARCHIVED) > MAX_BYTES:
                     raise ConversionError(f"{path}: unpacks to more than {MAX_BYTES} bytes.")
                 config = json.loads(archive.read("config.json"))
                 weights = Path(archive.extract("model.weights.h5", folder))
@@ -153,77 +217,109 @@ def _weights(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield weights, config
 
 
-def _load(weights: Path, config: dict[str, Any], origin: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by layer and weight, such as "conv1/kernel", and the network's configuration if there is one."""
+def _load(path: Path) -> Stored:
+    """Read the weights of a file, and the network's configuration if there is one.
+
+    Raises:
+        ConversionError: The file is broken, or too large.
+        ImportError: h5py is not installed.
+    """
     try:
         import h5py
     except ImportError as error:
         raise ImportError("a file of Keras needs h5py: pip install 'mobilenet[keras]'") from error
-    try:
-        with h5py.File(weights) as file:
-            if "model_config" in file.attrs:
-                config = json.loads(file.attrs["model_config"])
-            arrays = dict(_arrays(file))
-            for name, array in arrays.items():
-                if array.external or array.is_virtual or array.file.filename != file.filename:
-                    raise ConversionError(f"{origin}: {name} lies in another file.")
-            if sum(array.nbytes for array in arrays.values()) > MAX_BYTES:  # a small file may say so of empty ones
-                raise ConversionError(f"{origin}: its weights have more than {MAX_BYTES} bytes.")
-            return {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}, config
-    except ConversionError:
-        raise
-    except Exception as error:  # h5py says for few causes what a broken file raises
-        raise ConversionError(f"{origin}: truncated or corrupt: {first_line(error)}") from error
+    with _weights_file(path) as (weights, config):
+        try:
+            with h5py.File(weights) as file:
+                arrays = dict(_datasets(file, path))
+                if sum(array.nbytes for array in arrays.values()) > MAX_BYTES:  # a small file may say so of empty ones
+                    raise ConversionError(f"{path}: its weights have more than {MAX_BYTES} bytes.")
+                if "model_config" in file.attrs:
+                    config = json.loads(file.attrs["model_config"])
+                    if not isinstance(config, dict):
+                        raise ConversionError(f"{path}: model_config must be a JSON object.")
+                if "layers" in file and "layer_names" not in file.attrs:
+                    named = dict(_variables(file, (config or {}).get("config") if config else None))
+                else:
+                    named = dict(_named_weights(file.get("model_weights", file), config is None))
+                if config is None and not named:
+                    raise ConversionError(f"{path}: is HDF5, but holds neither a network nor weights of Keras.")
+                return Stored(
+                    config,
+                    {
+                        way: {name: torch.from_numpy(np.asarray(arrays[at])) for name, at in parts.items()}
+                        for way, parts in named.items()
+                    },
+                )
+        except ConversionError:
+            raise
+        except Exception as error:  # h5py says for few causes what a broken file raises
+            raise ConversionError(f"{path}: truncated or corrupt: {first_line(error)}") from error
 
 
-def _arrays(file: Any) -> Iterator[tuple[str, Any]]:
-    """Every weight of a file, in the layout of Keras 3 or in the older one."""
-    if "layers" in file:
-        for layer in file["layers"].values():
-            values = layer.get("vars")
-            if not values:
-                continue
-            names = ("gamma", "beta", "moving_mean", "moving_variance") if len(values) == 4 else ("kernel", "bias")
-            for index, name in zip(sorted(values, key=int), names, strict=False):
-                yield f"{values.attrs['name']}/{name}", values[index]
-        return
-    file = file.get("model_weights", file)
+def _datasets(group: Any, origin: Path, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Every array of a file by its full name, none of which lies in another file."""
+    import h5py
+
+    if depth > 4 * MAX_DEPTH:
+        raise ConversionError(f"{origin}: has groups in groups to a depth that no network has.")
+    for name in group:
+        link, value = group.get(name, getlink=True), None
+        at = f"{group.name.rstrip('/')}/{name}"
+        if isinstance(link, h5py.HardLink):
+            value = group[name]
+        if value is None or (
+            isinstance(value, h5py.Dataset)
+            and (value.external or value.is_virtual or value.file.filename != group.file.filename)
+        ):
+            raise ConversionError(f"{origin}: {at.lstrip('/')} lies in another file.")
+        if isinstance(value, h5py.Dataset):
+            yield value.name, value
+        else:
+            yield from _datasets(value, origin, depth + 1)
+
+
+def _named_weights(file: Any, flat: bool) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
+    """Weights in the older layout, where a layer has a list of their names."""
     for layer in file.attrs["layer_names"]:
         group = file[layer]
+        layer = _text(layer)
+        found: dict[tuple[str, ...], dict[str, str]] = {}
         for weight in group.attrs["weight_names"]:
-            weight, layer = (text.decode() if isinstance(text, bytes) else text for text in (weight, layer))
-            name = weight.rpartition("/")[2].removesuffix(":0").removeprefix("depthwise_")
-            yield f"{layer}/{name}", group[weight]
+            *_, inner, name = ["", *_text(weight).split("/")]
+            name = name.partition(":")[0]
+            name = name.removeprefix("depthwise_") if name.startswith("depthwise_kernel") else name
+            found.setdefault((layer, inner), {})[name] = group[weight].name
+        # Whatever its weights are called, a layer that is no model has all of its group.
+        for (_, inner), parts in found.items():
+            yield (layer if len(found) == 1 and not flat else inner,) if flat else (layer, inner), parts
+        if len(found) == 1:
+            yield (layer,), next(iter(found.values()))
 
 
-def _collect(config: dict[str, Any], layer: str, field: str) -> list[Any]:
-    """A field of every layer of a class, in a network's configuration."""
-    layers: Sequence[dict[str, Any]] = config.get("config", {}).get("layers", [])
-    found = [entry["config"].get(field) for entry in layers if entry.get("class_name") == layer]
-    return [value for value in found if value is not None]
+def _text(name: str | bytes) -> str:
+    return name.decode() if isinstance(name, bytes) else name
 
 
-def _oracle(path: Path, fields: dict[str, Any]) -> Oracle:
-    os.environ.setdefault("KERAS_BACKEND", "torch")
-    import keras
+def _variables(
+    group: Any, config: Mapping[str, Any] | None, way: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
+    """Weights in the layout of Keras 3, where variables have numbers: by what they are called in `_PARTS`."""
+    layers = (config or {}).get("layers", [])
+    counts: dict[str, int] = {}
+    names = {}
+    for layer in layers:  # layers have the names of their classes there, counted
+        key = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", layer["class_name"]).lower()
+        counts[key] = counts.get(key, -1) + 1
+        names[f"{key}_{counts[key]}" if counts[key] else key] = layer
+    for key, child in group.get("layers", {}).items():
+        values = child.get("vars", {})
+        name = _text(values.attrs["name"]) if "name" in getattr(values, "attrs", {}) else None
+        layer = next((layer for layer in layers if layer["config"].get("name") == name), None) or names.get(key, {})
+        name = name or layer.get("config", {}).get("name", key)
+        if "layers" in child:
+            yield from _variables(child, layer.get("config"), (*way, name) if config else ())
+        elif values:
+            yield (*way, name), {index: values[index].name for index in sorted(values, key=int)}
 
-    build = {
-        "mobilenet_v1": keras.applications.MobileNet,
-        "mobilenet_v2": keras.applications.MobileNetV2,
-    }[fields["architecture"]]
-    size = fields["image_size"]
-    model = build(
-        input_shape=(size, size, fields["num_channels"]),
-        alpha=fields.get("width_multiplier", 1.0),
-        classes=fields["num_labels"],
-        classifier_activation=None,
-        weights=None,
-    )
-    with _weights(path) as (weights, _):
-        model.load_weights(weights)
 
-    def logits(pixel_values: Tensor) -> Tensor:
-        outputs = model(pixel_values.permute(0, 2, 3, 1).numpy(), training=False)
-        return torch.from_numpy(keras.ops.convert_to_numpy(outputs))
-
-    return Oracle(f"Keras' {build.__name__}", keras.__version__, logits)

@@ -16,8 +16,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line, understanding
-from .from_tflite import Graph, interpreter
+from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
+from .from_tflite import twin
 from .names import Convention, ConversionError, Part, Row, Table, closest, measure
 from .progress import open_file, track
 
@@ -122,9 +122,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     def oracle() -> Oracle:
         if not twins:
             raise NoOracleError("slim runs on TensorFlow 1 alone, and there is no TFLite file beside the checkpoint")
-        with understanding(origin.path):
-            graph = Graph(twins[0], origin.path)
-        return interpreter(graph, "the archive's TFLite file in LiteRT", options.size(image_size))
+        return twin(twins[0], origin.path, "the archive's TFLite file in LiteRT", options.size(image_size))
 
     return Checkpoint(
         kind="a TensorFlow slim checkpoint",

@@ -117,7 +117,7 @@ def _layers(model: nn.Module, table: Table) -> Iterator[tuple[str, nn.Module, st
             continue
         # Such as backbone.stages.1.2.expand.conv, backbone.stem.norm, classifier
         stage, block, role = re.fullmatch(
-            r"(?:backbone\.)?(?:stages\.(\d+)\.(\d+)\.)?(\w+)(?:\.conv|\.norm)?", path
+            r"(?:backbone\.)?(?:stages\.(\d+)\.(\d+)\.)?(\w+(?:\.\d+)?)(?:\.conv|\.norm)?", path
         ).groups()
         values = numbers.get((stage, block), {})
         row = table.rows.get(f"first.{role}") if values.get("index") == 0 else None
@@ -206,7 +206,7 @@ def measure(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Any]:
     if not channels:
         return config
     base = ARCHITECTURES[config["architecture"]].rows[-1].channels
-    for candidate in _candidates(channels / base):
+    for candidate in candidates(channels / base):
         for shrink_head in (False, True):
             chosen = config | {"width_multiplier": candidate, "shrink_head": shrink_head}
             if not any(_misshapen(tensors, places(skeleton(**chosen), table))):
@@ -214,7 +214,7 @@ def measure(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Any]:
     return config | {"width_multiplier": round(channels / base, 2) or 0.01}
 
 
-def _candidates(ratio: float) -> list[float]:
+def candidates(ratio: float) -> list[float]:
     """Width multipliers that may have given a ratio of rounded channels: published ones, then short ones."""
     tables = ARCHITECTURES.values()
     published = {width for table in tables for variants in table.published for width in variants.widths}

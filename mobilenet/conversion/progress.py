@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 import rich.progress
 from rich.console import Console
 
+from mobilenet.text import clean
+
 
 _console = Console(stderr=True)
 
@@ -29,3 +31,8 @@ def open_file(path: Path) -> AbstractContextManager[BinaryIO]:
 def status(description: str) -> AbstractContextManager[Any]:
     """Say what takes its time."""
     return _console.status(description)
+
+
+def warn(text: str) -> None:
+    """Say on the console what a person must know of a result."""
+    _console.print(f"Warning: {clean(text)}", highlight=False, markup=False, soft_wrap=True)
