@@ -178,9 +178,7 @@ def test_a_quantized_classifier_loses_the_scale_of_the_background(data: Path, tm
 )
 def test_other_networks_are_refused(name: str, reason: str, data: Path, tmp_path: Path) -> None:
     source = data / "tflite" / name
-    assert_fails_without_a_trace(
-        source, tmp_path / "output", f"{source}: {reason}"
-    )
+    assert_fails_without_a_trace(source, tmp_path / "output", f"{source}: {reason}")
 
 
 def test_broken_files_are_refused(data: Path, tmp_path: Path) -> None:

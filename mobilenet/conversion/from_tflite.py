@@ -20,7 +20,6 @@ from .graph import (
     SAME,
     Act,
     Add,
-    Affine,
     Conv,
     Graph,
     Match,
@@ -30,6 +29,7 @@ from .graph import (
     Pool,
     Reshape,
     Scale,
+    affine,
     match,
     table,
 )
@@ -362,23 +362,6 @@ class File:
                         if mean and std and all(value > 0 for value in std):
                             return [value / 255 for value in mean], [value / 255 for value in std]
         return None
-
-
-def affine(kind: str, value: Tensor, is_first: bool, common: dict[str, Any]) -> Op:
-    """Arithmetic of a value with a constant, which may stand first, by its kind: ADD, SUB, MUL or DIV."""
-    if value.numel() != max(value.shape, default=1) or (value.ndim and value.numel() > 1 and value.shape[-1] == 1):
-        return Other(**common, what=f"the operator {kind} with a constant of shape {list(value.shape)}")
-    value = value.reshape(-1) if value.numel() > 1 else value.reshape(())
-    one, zero = torch.ones(()), torch.zeros(())
-    if kind == "DIV" and is_first:
-        return Other(**common, what="a division by it")
-    factor, offset = {
-        "ADD": (one, value),
-        "SUB": (-one, value) if is_first else (one, -value),
-        "MUL": (value, zero),
-        "DIV": (1 / value.double(), zero),
-    }[kind]
-    return Affine(**common, factor=factor, offset=offset)
 
 
 def _pads(pads: Sequence[Sequence[int]]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -131,6 +131,23 @@ class Other(Op):
     what: str
 
 
+def affine(kind: str, value: Tensor, is_first: bool, common: dict[str, Any]) -> Op:
+    """Arithmetic of a value with a constant, which may stand first, by its kind: ADD, SUB, MUL or DIV."""
+    if value.numel() != max(value.shape, default=1) or (value.ndim and value.numel() > 1 and value.shape[-1] == 1):
+        return Other(**common, what=f"the operator {kind} with a constant of shape {list(value.shape)}")
+    value = value.reshape(-1) if value.numel() > 1 else value.reshape(())
+    one, zero = torch.ones(()), torch.zeros(())
+    if kind == "DIV" and is_first:
+        return Other(**common, what="a division by it")
+    factor, offset = {
+        "ADD": (one, value),
+        "SUB": (-one, value) if is_first else (one, -value),
+        "MUL": (value, zero),
+        "DIV": (1 / value.double(), zero),
+    }[kind]
+    return Affine(**common, factor=factor, offset=offset)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Graph:
     """A network as its file draws it."""
