@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from . import from_google, from_keras, from_slim, from_state_dict, from_tflite, from_timm, from_torchvision
+from . import from_google, from_keras, from_onnx, from_slim, from_state_dict, from_tflite, from_timm, from_torchvision
 from .checkpoint import Checkpoint, Options, Origin, download
 from .names import ConversionError
 
 
-_SOURCES = (from_google, from_timm, from_slim, from_keras, from_tflite, from_state_dict)
+_SOURCES = (from_onnx, from_google, from_timm, from_slim, from_keras, from_tflite, from_state_dict)
 
 
 def read_source(given: str, revision: str | None = None, options: Options | None = None) -> tuple[Origin, Checkpoint]:
