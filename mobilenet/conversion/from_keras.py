@@ -403,7 +403,9 @@ class Reader:
                 values, constants = _call(call)
                 made = self.layer(layer, way, [(scope, *value) for value in values], constants, node)
                 self.aliases[scope, name, node, 0] = made
-        return (scope, *ends[0])
+        name, node, index = ends[0]
+        # Keras counts the call with which a nested model was made, and does not write it.
+        return (scope, name, node if (scope, name, node, index) in self.aliases else node - 1, index)
 
     def look(self, layer: Mapping[str, Any]) -> None:
         """Take the shape of the network's input from the first layer that says it."""
@@ -834,11 +836,17 @@ def _load_model(keras: Any, path: Path) -> Any:
         except (TypeError, ValueError):
             if suffix == ".keras":
                 raise
-        _modernize(copy)
-        return keras.saving.load_model(copy, **options)
+        config = _modernize(copy)
+        try:
+            return keras.saving.load_model(copy, **options)
+        except (TypeError, ValueError):
+            # Of arithmetic between layers, Keras 3 writes into .h5 what it reads from .keras alone.
+            model = keras.saving.deserialize_keras_object(config, safe_mode=True)
+            model.load_weights(copy)
+            return model
 
 
-def _modernize(path: Path) -> None:
+def _modernize(path: Path) -> dict[str, Any]:
     """Leave out what Keras 2 writes of a depthwise convolution and Keras 3 does not know: its groups, always 1."""
     import h5py
 
@@ -852,4 +860,6 @@ def _modernize(path: Path) -> None:
         return {key: without(value) for key, value in config.items()}
 
     with h5py.File(path, "r+") as file:
-        file.attrs["model_config"] = json.dumps(without(json.loads(file.attrs["model_config"])))
+        config = without(json.loads(file.attrs["model_config"]))
+        file.attrs["model_config"] = json.dumps(config)
+        return config

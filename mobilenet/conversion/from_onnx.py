@@ -137,9 +137,7 @@ class File:
         except Exception as error:  # protobuf and onnx say for few causes what a broken file raises
             raise ConversionError(f"{path}: truncated or corrupt, or no ONNX file: {first_line(error)}") from error
         if domains:
-            raise ConversionError(
-                f"{path}: has operators of {', '.join(sorted(domains))}, which only its maker knows."
-            )
+            raise ConversionError(f"{path}: has operators of {', '.join(sorted(domains))}, which no runtime knows.")
         if not model.graph.node:
             raise ConversionError(f"{path}: truncated or corrupt, or no ONNX file: it holds no operators.")
         return model
@@ -301,7 +299,7 @@ class File:
         """A constant as real numbers."""
         if name not in self.constants:
             raise ValueError(f"{name} must be a constant")
-        return torch.from_numpy(np.asarray(self.constants[name], np.float32))
+        return torch.from_numpy(np.array(self.constants[name], np.float32))
 
     def conv(self, kind: str, fields: Mapping[str, Any], names: list[str], data: tuple[str, ...], common: dict) -> Op:
         """Translate a convolution, or a product with a matrix."""
@@ -383,7 +381,7 @@ class File:
             return Other(**common, what=f"the operator {kind} of two values")
         if kind not in _ARITHMETIC or len(data) != 1:
             return Other(**common, what=f"the operator {kind}")
-        value = torch.from_numpy(np.asarray(next(self.constants[n] for n in names if n in self.constants), np.float64))
+        value = torch.from_numpy(np.array(next(self.constants[n] for n in names if n in self.constants), np.float64))
         if value.numel() == 1:
             value = value.reshape(())
         elif data[0] not in self.flat:  # channels are the third axis from the end

@@ -449,48 +449,53 @@ class _Matcher:
         Raises:
             ConversionError: The graph follows none to its end.
         """
+        # Which blocks end in a sum depends on the width.
+        convs = [item for item in items if not isinstance(item, Add)]
         best: tuple[int, dict[str, Any], list[Step]] = (-1, {}, [])
         for architecture in ARCHITECTURES:
             for output_stride in OUTPUT_STRIDES[::-1]:
                 fields = {"architecture": architecture, "output_stride": output_stride}
-                steps = expected(MobileNetConfig(**fields))
-                same = next(
-                    (index for index, step in enumerate(steps) if _form(items, index) != step.form), len(steps)
-                )
+                steps = [step for step in expected(MobileNetConfig(**fields)) if step.kind != "add"]
+                same = _agreement(convs, steps)
                 if same > best[0]:
                     best = same, fields, steps
         same, fields, steps = best
         title = ARCHITECTURES[fields["architecture"]].title
-        if same < len(steps):
-            rule = f"is what {title} has for layer {same + 1} ({steps[same].name.removeprefix('backbone.')})"
-            if same >= len(items):
-                raise self.refuse("the end of the network", f"comes where {title} has {steps[same].words}")
-            item = items[same]
-            raise self.refuse(item.name, f"is {_words(item)}: {steps[same].words} {rule}")
-        fields |= {"num_channels": self.graph.channels}
-        return self.width(fields, items, title)
+        self.require(convs, steps, same, title)
+        fields, steps = self.width(fields | {"num_channels": self.graph.channels}, convs, title)
+        self.require(items, steps, _agreement(items, steps), title)
+        return fields, steps
 
-    def width(self, fields: dict[str, Any], items: list[Any], title: str) -> tuple[dict[str, Any], list[Step]]:
+    def require(self, items: list[Any], steps: list[Step], same: int, title: str) -> None:
+        """Raise ConversionError unless as many items as there are steps are the same."""
+        if same == len(steps):
+            return
+        step = steps[same]
+        if same >= len(items):
+            raise self.refuse("the end of the network", f"comes where {title} has {step.words}")
+        name = step.name.removeprefix("backbone.")
+        raise self.refuse(items[same].name, f"is {_words(items[same])}: {title} has {step.words} there ({name})")
+
+    def width(self, fields: dict[str, Any], convs: list[Any], title: str) -> tuple[dict[str, Any], list[Step]]:
         """Add the width multiplier that gives a network its channels.
 
         Raises:
             ConversionError: No multiplier does.
         """
-        steps = expected(MobileNetConfig(**fields))
-        last = max(index for index, step in enumerate(steps) if step.kind == "conv" and ".stages." in step.name)
-        ratio = items[last].out_channels / steps[last].out_channels
+        steps = [step for step in expected(MobileNetConfig(**fields)) if step.kind == "conv"]
+        last = max(index for index, step in enumerate(steps) if ".stages." in step.name)
+        ratio = convs[last].out_channels / steps[last].out_channels
         nearest: tuple[int, Any] = (-1, None)
         for multiplier in candidates(ratio):
             for extra in ({}, {"shrink_head": True}, {"channel_divisor": 1}, {"channel_divisor": 8}):
                 chosen = fields | {"width_multiplier": multiplier} | extra
                 steps = expected(MobileNetConfig(**chosen))
-                fits = [
-                    _channels(item) == (step.in_channels, step.out_channels) for item, step in _convs(items, steps)
-                ]
+                pairs = list(zip(convs, (step for step in steps if step.kind == "conv"), strict=False))
+                fits = [(i.in_channels, i.out_channels) == (step.in_channels, step.out_channels) for i, step in pairs]
                 if all(fits):
                     return chosen, steps
                 if fits.index(False) > nearest[0]:
-                    nearest = fits.index(False), (multiplier, list(_convs(items, steps))[fits.index(False)])
+                    nearest = fits.index(False), (multiplier, pairs[fits.index(False)])
         multiplier, (item, step) = nearest[1]
         raise self.refuse(
             item.name,
@@ -683,6 +688,11 @@ def _affine(op: Norm | Affine) -> tuple[Tensor, Tensor]:
     return factor, op.shift.double() - op.mean.double() * factor
 
 
+def _agreement(items: list[Any], steps: list[Step]) -> int:
+    """How many items, from the first on, have the form of a network's steps."""
+    return next((index for index, step in enumerate(steps) if _form(items, index) != step.form), len(steps))
+
+
 def _form(items: list[Any], index: int) -> tuple | None:
     """The form of a step, as an item of a graph has it."""
     item = items[index] if index < len(items) else None
@@ -720,12 +730,3 @@ def _words(item: Any) -> str:
         Affine: "a scaling",
         Reshape: "a reshaping",
     }[type(item)]
-
-
-def _channels(item: Unit) -> tuple[int, int]:
-    return item.in_channels, item.out_channels
-
-
-def _convs(items: list[Any], steps: list[Step]) -> Iterator[tuple[Unit, Step]]:
-    """The convolutions of a graph beside those of a network; a graph may have more items than steps."""
-    return ((item, step) for item, step in zip(items, steps, strict=False) if step.kind == "conv")
