@@ -3,8 +3,9 @@
 python tests/variants.py 300 0 pictures/*.jpg
 KERAS_BACKEND=tensorflow python tests/variants.py 300 0 pictures/*.jpg .tflite
 
-writes as many with Keras and with torch.onnx (or with tf.lite's converter), from a seed on, converts each, and compares
-what the source itself makes of photographs with what the converted network makes of them. Each must be refused or equal.
+writes as many with Keras and with torch.onnx (or with tf.lite's converter), from a seed on, converts each, and
+compares what the source itself makes of photographs with what the converted network makes of them. Each must be
+refused or equal.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ class Variant:
     def has_place(self) -> bool:
         """Whether our network can be it."""
         ours = all(
-            getattr(self, name) in good for name, (good, _) in CHOICES.items() if name not in ("sums", "hidden_act")
+            getattr(self, name) in good
+            for name, (good, _) in CHOICES.items()
+            if name not in ("sums", "hidden_act", "suffix")
         )
         sums = self.sums == "all" or (self.version == 1 and self.sums != "one more")  # V1 has none to miss
         return (
@@ -615,6 +618,7 @@ def main() -> None:
             except WrongError as error:
                 result = "WRONG"
                 print(seed, error, flush=True)
+        print(seed, result, "|", variant.differences, file=sys.stderr)
         kind = result if result.startswith(("converted", "equal", "WRONG")) else "refused"
         counts[f"{kind} {variant.suffix}"] += 1
     print(dict(sorted(counts.items())))
