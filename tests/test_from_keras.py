@@ -148,7 +148,7 @@ def test_files_of_keras_2_are_read(keras: ModuleType, tmp_path: Path) -> None:
 def test_a_size_at_which_keras_pads_otherwise_is_refused(keras: ModuleType, tmp_path: Path) -> None:
     source = save(network(keras, 1, 0.25, 97), tmp_path / "model.keras")
     assert_fails_without_a_trace(
-        source, tmp_path / "output", "image_size must be a multiple of 32, or one less, got 97"
+        source, tmp_path / "output", "an image_size that is a multiple of 32, or one less, got 97"
     )
 
 

@@ -393,11 +393,14 @@ class _Matcher:
         current, pads = self.graph.input, None
         self.outputs = {current: -1}  # the item after which a value stands
         for op in ops:
-            if isinstance(op, Other):
-                raise self.refuse(op.name, f"is {op.what}, which has no place in it")
             last = items[-1] if items else None
-            if current not in op.inputs or (len(op.inputs) > 1 and not isinstance(op, Add)):
-                raise self.refuse(op.name, "does not take what the layer before it gives")
+            if not isinstance(op, Other) and (
+                current not in op.inputs or (len(op.inputs) > 1 and not isinstance(op, Add))
+            ):
+                what = "on a branch, which does not take what the layer before it gives"
+                op = Other(name=op.name, inputs=op.inputs, output=op.output, what=what)
+            if isinstance(op, Other):
+                return [*items, op]  # nothing after it has a place either
             if pads and not isinstance(op, (Conv, Pad)):
                 raise self.refuse(op.name, "comes after padding, which only convolutions do")
             unit = last if isinstance(last, Unit) and last.act is None else None
@@ -461,7 +464,9 @@ class _Matcher:
                     best = same, fields, steps
         same, fields, steps = best
         title = ARCHITECTURES[fields["architecture"]].title
-        self.require(convs, steps, same, title)
+        if same < len(steps):  # dilation, which is rare, would only confuse
+            steps = [step for step in expected(MobileNetConfig(fields["architecture"])) if step.kind != "add"]
+            self.require(convs, steps, _agreement(convs, steps), title)
         fields, steps = self.width(fields | {"num_channels": self.graph.channels}, convs, title)
         self.require(items, steps, _agreement(items, steps), title)
         return fields, steps
@@ -557,11 +562,13 @@ class _Matcher:
             fits = {name for name, pads in (("same", same), ("symmetric", ((reach, reach),) * 2)) if pads == given}
             if not names & fits:
                 (top, bottom), (left, right) = given
+                keras = given == ((0, 1), (0, 1)) and self.size % 32 not in (0, 31)
+                hint = f" (as Keras does for an image_size that is a multiple of 32, or one less, got {self.size})"
+                hint = hint if keras else ""
                 raise self.refuse(
                     unit.name,
                     f"pads {size}x{size} pixels by {top} and {bottom} rows, {left} and {right} columns: all must pad "
-                    "as TensorFlow's SAME does, or all alike on both sides (for Keras' MobileNet, V1, image_size must "
-                    f"be a multiple of 32, or one less, got {self.size})",
+                    f"as TensorFlow's SAME does, or all alike on both sides{hint}",
                 )
             names &= fits
             size = -(-size // step.stride)
@@ -723,6 +730,8 @@ def _words(item: Any) -> str:
         return words + (f" with dilation {conv.dilation[0]}" if max(conv.dilation) > 1 else "")
     if isinstance(item, Act):
         return f"the activation {item.function}"
+    if isinstance(item, Other):
+        return item.what
     return {
         Add: "a sum",
         Pool: "a pooling",
