@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -56,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = (
 _LATER = {"repeat_multiplier": 1.0, "anti_aliasing": "none", "scale_stem": True, "grow_head": True}
 
 PADDINGS = ("same", "symmetric")
+POOLINGS = ("avg", "max")
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
 ANTI_ALIASING = ("none", "average", "blur")
 OUTPUT_STRIDES = (8, 16, 32)
@@ -102,6 +103,12 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "batch_norm_eps": ("a number above 0", lambda v: _is_number(v) and v > 0),
     "batch_norm_momentum": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "classifier_dropout": ("a drop probability from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "pooling": _one_of(*POOLINGS),
+    "classifier_hidden_sizes": (
+        "a list of at most 8 integers from 1 to 65536",
+        lambda v: _is_list_of(v, lambda size: _is_integer(size) and 1 <= size <= 65536) and len(v) <= 8,
+    ),
+    "classifier_hidden_act": _one_of(*ACTIVATIONS),
     "channel_divisor": ("an integer from 1 to 1024", lambda v: _is_integer(v) and 1 <= v <= 1024),
     "scale_stem": _FLAG,
     "shrink_head": _FLAG,
@@ -163,6 +170,10 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
             default is PyTorch's own, with which the statistics follow within tens of steps.
         classifier_dropout: Probability of dropping a feature before the classifier. Default: 0.001 for V1, 0.2 for
             the others, as their reference implementations train.
+        pooling: What makes features of the last feature map: "avg", or "max" for its largest values.
+        classifier_hidden_sizes: Widths of fully connected layers between the pooled features and the classifier; by
+            default there are none.
+        classifier_hidden_act: Activation after each of them.
         channel_divisor: Scaled channels are rounded to a multiple of this. Default: 1 for V1, 8 for the others.
         scale_stem: Whether the width multiplier scales the first convolution; in timm's networks of width 0.5 and
             less, and in mobilenetv2_120d, it does not.
@@ -217,6 +228,9 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         classifier_dropout: float | None = None,
         channel_divisor: int | None = None,
         shrink_head: bool = False,
+        pooling: str = "avg",
+        classifier_hidden_sizes: Sequence[int] = (),
+        classifier_hidden_act: str = "relu",
         out_features: list[str] | None = None,
         out_indices: list[int] | None = None,
         repeat_multiplier: float = 1.0,
@@ -251,6 +265,9 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         if repeat_multiplier != 1 and not table.repeats:
             expected = f"1 for {architecture}, which prints every block"
             raise ValueError(f"repeat_multiplier must be {expected}, got {repeat_multiplier!r}.")
+        self.pooling = pooling
+        self.classifier_hidden_sizes = classifier_hidden_sizes
+        self.classifier_hidden_act = classifier_hidden_act
         # transformers takes no tuples.
         out_features, out_indices = (list(v) if isinstance(v, tuple) else v for v in (out_features, out_indices))
         self.out_features = out_features
@@ -275,6 +292,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         """Set a field if its value is allowed: in __init__, by an argument of from_pretrained, or later."""
         name = self.attribute_map.get(name, name)
         _check(name, value)
+        if name == "classifier_hidden_sizes":
+            value = list(value)  # transformers takes no tuples
         if _is_fixed(type(self), name):
             raise ValueError(f"{name} must be left as {type(self).__name__} defines it, got {value!r}.")
         super().__setattr__(name, value)

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +28,13 @@ from transformers.utils import logging
 
 from mobilenet.conversion import Checkpoint, ConversionError, Options, read_source
 from mobilenet.conversion.card import write_card
+from mobilenet.conversion.checkpoint import RANGES
 from mobilenet.conversion.labels import known, read_labels
 from mobilenet.conversion.names import rename
 from mobilenet.conversion.proof import BATCH, Comparison, find_pictures, prove
 from mobilenet.conversion.unfold import unfold_batch_norm
 from mobilenet.draw import draw_images
+from mobilenet.progress import warn
 from mobilenet.repository import staged
 from mobilenet.text import clean
 
@@ -53,6 +55,10 @@ def convert(
     revision: str | None = None,
     recipe: str | None = None,
     image_size: int | None = None,
+    pixel_range: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    fit: str | None = None,
     labels: str | None = None,
     drop_background: bool = False,
     unfold: bool = False,
@@ -69,6 +75,11 @@ def convert(
         revision: Branch, tag or commit of a Hub id.
         recipe: Preprocessing, a key of RECIPES; by default, what the source records, or its publisher's recipe.
         image_size: Side of the pictures in pixels; by default, what the source records, or 224.
+        pixel_range: What the network sees of pixels, a key of RANGES; by default, what the source records, or as the
+            recipe says.
+        mean: Mean of values in 0 to 1, one or one for each channel; with `std`, instead of a range.
+        std: Deviation of values in 0 to 1.
+        fit: How pictures become squares, a key of FITS; by default, as the recipe says.
         labels: File of labels, "imagenet" or "imagenet-background"; by default, the source's own, or those of
             ImageNet for 1000 and 1001 classes.
         drop_background: Whether to leave out class 0, "background", so that ImageNet's classes count from 0.
@@ -76,7 +87,8 @@ def convert(
         fuse: Whether to fold batch norms into the convolutions: for inference, from a third of the tensors.
         verify: Whether to load the result back and compare it with the source's own runtime.
         verify_on: Folder of pictures to compare on, and to take the statistics of unfolded batch norms from; by
-            default, synthetic ones.
+            default, synthetic ones. Where it has a folder for each class, or a labels.csv with the columns "file" and
+            "label", accuracy is measured under each plausible recipe.
         overwrite: Whether to replace a repository that exists.
 
     Returns:
@@ -91,10 +103,12 @@ def convert(
         raise ValueError("unfold and fuse exclude each other.")
     with staged(Path(output), overwrite, source) as folder, tempfile.TemporaryDirectory() as scratch:
         pictures = find_pictures(Path(verify_on)) if verify_on else []
-        origin, checkpoint = read_source(source, revision, Options(recipe, image_size))
+        options = Options(recipe, image_size, pixel_range, mean, std, fit)
+        origin, checkpoint = read_source(source, revision, options)
         choose_labels(checkpoint, labels, drop_background)
         if checkpoint.config["num_channels"] == 1:
-            keep_gray(checkpoint.processor)
+            for processor in filter(None, (checkpoint.processor, checkpoint.feed)):
+                keep_gray(processor)
         if not pictures and (verify or unfold):
             pictures = draw_images(Path(scratch))
         model = build(checkpoint, origin.given)
@@ -116,6 +130,9 @@ def convert(
         if verify:
             classes = slice(1 if drop_background else 0, None)
             comparisons, caveats = prove(folder, model, checkpoint, pictures, classes)
+            checkpoint.warnings += caveats
+        for warning in checkpoint.warnings:
+            warn(warning)
         with writing(folder):
             write_card(model.config, origin, checkpoint, comparisons, caveats).save(folder / "README.md")
     return comparisons
@@ -143,12 +160,18 @@ def writing(folder: Path) -> Iterator[None]:
 def choose_labels(checkpoint: Checkpoint, labels: str | None, drop_background: bool) -> None:
     """Give a checkpoint the labels that a user wants; or its own; or, by their number, those it probably has."""
     count = checkpoint.config["num_labels"]
-    if labels:
+    if count == 0:
+        if labels:
+            raise ConversionError("labels are for classifiers: this network ends in features.")
+        checkpoint.notes.append("The source has no classifier: what the network gives are features.")
+    elif labels:
         checkpoint.labels = read_labels(labels, count, drop_background)
     elif not checkpoint.labels:
         checkpoint.labels = known(count)
         guess = (
-            f"the labels are those of ImageNet, since there are {count}" if checkpoint.labels else "labels are numbers"
+            f"the labels are those of ImageNet, since there are {count}"
+            if checkpoint.labels
+            else "labels are numbers (--labels names them)"
         )
         checkpoint.notes.append(f"The source does not name its classes: {guess}.")
 
@@ -210,6 +233,13 @@ def _stop(*_: object) -> None:
     sys.exit(143)  # as a shell reports SIGTERM; temporary folders are removed on the way out
 
 
+def _numbers(name: str, text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{name} must be numbers with commas between them, got {text!r}.") from error
+
+
 def command(
     source: Annotated[
         str, typer.Argument(help="Hub id, folder, file, or name of published weights.", show_default=False)
@@ -238,6 +268,26 @@ def command(
     fuse: Annotated[
         bool, typer.Option("--fuse", help="Fold batch norms into the convolutions: faster, for inference only.")
     ] = False,
+    pixel_range: Annotated[
+        str | None,
+        typer.Option(
+            "--range",
+            help=f"What the network sees of pixels: {', '.join(RANGES)}. By default as the source records it.",
+            show_default=False,
+        ),
+    ] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(help="Mean of values in 0 to 1, or one for each channel: 0.485,0.456,0.406.", show_default=False),
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Deviation, likewise.", show_default=False)] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            help="How pictures become squares: crop to the middle, stretch, or pad. By default as the recipe says.",
+            show_default=False,
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -253,7 +303,11 @@ def command(
     ] = None,
     verify_on: Annotated[
         Path | None,
-        typer.Option(help="Folder of pictures to compare on; by default, synthetic ones.", show_default=False),
+        typer.Option(
+            help="Folder of pictures to compare on; by default, synthetic ones. With a folder for each class, or a "
+            "labels.csv, accuracy is measured under each plausible recipe.",
+            show_default=False,
+        ),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with the source's runtime.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a repository that exists.")] = False,
@@ -269,6 +323,7 @@ def command(
       mobilenet_v1_1.0_224.tgz            slim: archive or .ckpt (tensorflow)
       mobilenet_1_0_224_tf.h5             Keras: .h5, .weights.h5, .keras (h5py)
       mobilenet_v2_1.0_224_quant.tflite   TFLite, any bits (ai-edge-litert)
+      mobilenetv2-12.onnx                 ONNX, any bits, or a repository of it (onnx)
     """
     signal.signal(signal.SIGTERM, _stop)
     logging.disable_progress_bar()  # one bar is enough
@@ -279,6 +334,10 @@ def command(
             revision=revision,
             recipe=recipe,
             image_size=image_size,
+            pixel_range=pixel_range,
+            mean=_numbers("mean", mean),
+            std=_numbers("std", std),
+            fit=fit,
             labels=labels,
             drop_background=drop_background,
             unfold=unfold,

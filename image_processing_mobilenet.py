@@ -12,6 +12,7 @@ import torch
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from .preprocessing_mobilenet import (
+    FITS,
     OPTIONS,
     RECIPES,
     UnreadableImageError,
@@ -29,7 +30,8 @@ class MobileNetImageProcessor(BaseImageProcessor):
 
     Args:
         do_resize: Whether to resize.
-        size: {"shortest_edge": pixels}, {"height": pixels, "width": pixels}, or an integer for the shortest edge.
+        size: {"shortest_edge": pixels}, {"longest_edge": pixels}, {"height": pixels, "width": pixels}, or an integer
+            for the shortest edge.
         resample: Filter, as a member of PIL.Image.Resampling; bilinear by default.
         do_center_crop: Whether to crop the center; a smaller picture is padded with black.
         crop_size: {"height": pixels, "width": pixels}, or an integer for a square.
@@ -72,8 +74,7 @@ class MobileNetImageProcessor(BaseImageProcessor):
             raise ValueError(f"name must be one of {', '.join(RECIPES)}, got {name!r}.")
         recipe = RECIPES[name]
         options = {
-            "size": {"shortest_edge": int(image_size / recipe.crop_fraction)},
-            "crop_size": image_size,
+            **FITS[recipe.fit](image_size, int(image_size / recipe.crop_fraction)),
             "resample": recipe.resample,
             "image_mean": recipe.mean,
             "image_std": recipe.std,

@@ -6,6 +6,7 @@ They need torch alone, and are complete without what makes them fast on a CPU, w
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -369,6 +370,7 @@ class Features:
 
         self.stem = build(config.stem_block)
         self.stages = nn.ModuleList(nn.ModuleList(map(build, stage)) for stage in config.stages)
+        self.pooling = config.pooling
         if with_head:
             self.head = build(config.head_block) if config.head_block else nn.Identity()
             self.pre_logits = build(config.pre_logits_block) if config.pre_logits_block else nn.Identity()
@@ -392,8 +394,19 @@ class Features:
 
     def pool(self, x: Tensor) -> Tensor:
         """Pooled features of a feature map, of shape (B, config.feature_channels)."""
-        pooled = self.head(x).mean((-2, -1))
+        x = self.head(x)
+        pooled = x.amax((-2, -1)) if self.pooling == "max" else x.mean((-2, -1))
         return self.pre_logits(pooled[:, :, None, None]).flatten(1)
+
+
+def hidden_layers(config: MobileNetConfig) -> nn.Sequential:
+    """What lies between pooled features and classifier: fully connected layers, or nothing.
+
+    Shape: (B, config.feature_channels) -> (B, the last of config.classifier_hidden_sizes)
+    """
+    widths = [config.feature_channels, *config.classifier_hidden_sizes]
+    act = ACTIVATION_LAYERS[config.classifier_hidden_act]
+    return nn.Sequential(*(layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), act())))
 
 
 def fuse(network: nn.Module) -> None:
@@ -526,4 +539,5 @@ __all__ = [
     "MultiQueryAttention",
     "ResidualBlock",
     "fuse",
+    "hidden_layers",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,7 @@ from .layers_mobilenet import (
     LayerScale,
     MultiQueryAttention,
     fuse,
+    hidden_layers,
 )
 
 
@@ -226,11 +228,17 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
-        features = config.feature_channels
+        widths = [config.feature_channels, *config.classifier_hidden_sizes]
+        for before, after in pairwise(widths):
+            if before * after > MAX_WEIGHTS:
+                allowed = f"{MAX_WEIGHTS // before} for {before} features"
+                raise ValueError(f"classifier_hidden_sizes must be at most {allowed}, got {after}.")
+        features = widths[-1]
         if config.num_labels * features > MAX_WEIGHTS:
             allowed = MAX_WEIGHTS // features
             raise ValueError(f"num_labels must be at most {allowed} for {features} features, got {config.num_labels}.")
         self.backbone = MobileNetModel(config)
+        self.hidden = hidden_layers(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(features, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
@@ -263,7 +271,7 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
         """
         (return_dict,) = self._want(return_dict=return_dict)
         features = self.backbone(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
-        logits = self.classifier(self.dropout(features.pooler_output))
+        logits = self.classifier(self.dropout(self.hidden(features.pooler_output)))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         output = ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=features.hidden_states)
         return output if return_dict else output.to_tuple()
@@ -278,7 +286,10 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
 
     has_attentions = False
     # The head's weights come with a classifier's checkpoint, and a backbone has no use for them.
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^(backbone\.)?(head|pre_logits)\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+        r"^(backbone\.)?(head|pre_logits)\.",
+        r"^(hidden|classifier)\.",
+    ]
 
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__(config)

@@ -21,12 +21,25 @@ from PIL.Image import Resampling
 
 
 class Recipe(NamedTuple):
-    """How a family of checkpoints was evaluated: resize the shortest edge, crop the center, normalise."""
+    """How a family of checkpoints was evaluated: resize, crop the center, normalise."""
 
     resample: int
     crop_fraction: float  # crop size over shortest edge
     mean: tuple[float, float, float]  # of RGB in 0 to 1
     std: tuple[float, float, float]
+    fit: str = "crop"  # a key of FITS
+
+
+# How a picture of any shape becomes a square: options for a side in pixels, and for the shortest edge to crop from.
+FITS = {
+    "crop": lambda side, edge: {"size": {"shortest_edge": edge}, "crop_size": side},
+    "stretch": lambda side, edge: {
+        "size": {"height": side, "width": side},
+        "crop_size": side,
+        "do_center_crop": False,
+    },
+    "pad": lambda side, edge: {"size": {"longest_edge": side}, "crop_size": side},
+}
 
 
 _HALF = (0.5, 0.5, 0.5)
@@ -45,6 +58,10 @@ RECIPES = {
     # the same file: mobilenetv1_100.ra4_e3600_r224_in1k, and mobilenetv1_125.ra4_e3600_r224_in1k
     "timm_ra4": Recipe(Resampling.BICUBIC, 0.875, _HALF, _HALF),
     "timm_ra4_125": Recipe(Resampling.BICUBIC, 0.9, _HALF, _HALF),
+    # The snippet that comes with an exported model: ImageOps.fit, which crops nothing but the longer edge
+    "teachable_machine": Recipe(Resampling.LANCZOS, 1.0, _HALF, _HALF),
+    # tensorflow/lite-support: ImageClassifier of the TFLite Task Library
+    "task_library": Recipe(Resampling.BILINEAR, 1.0, _HALF, _HALF, "stretch"),
     # timm/models/mobilenetv3.py: most mobilenetv4_*; some, evaluated at a larger size than they were trained at;
     # mobilenetv4_conv_small.e3600_r256_in1k; mobilenetv3_large_100.miil_in21k
     "timm_95": Recipe(Resampling.BICUBIC, 0.95, _IMAGENET_MEAN, _IMAGENET_STD),
@@ -368,9 +385,10 @@ def _read_size(name: str, size: Any, square: bool) -> dict[str, int]:
         size = dict(size)
     size = {key: value for key, value in size.items() if value is not None} if isinstance(size, Mapping) else None
     if size is None or set(size) not in (
-        [{"height", "width"}] if square else [{"height", "width"}, {"shortest_edge"}]
+        [{"height", "width"}] if square else [{"height", "width"}, {"shortest_edge"}, {"longest_edge"}]
     ):
-        allowed = "an integer, (height, width)" + ("" if square else ', {"shortest_edge"}') + ' or {"height", "width"}'
+        edges = "" if square else ', {"shortest_edge"}, {"longest_edge"}'
+        allowed = f'an integer, (height, width){edges} or {{"height", "width"}}'
         raise ValueError(f"{name} must be {allowed}, got {size!r}.")
     _positive(name, *size.values())
     return {key: int(value) for key, value in size.items()}
@@ -487,11 +505,12 @@ def _enough(options: dict[str, Any]) -> tuple[int, int]:
 
 
 def _target_size(width: int, height: int, size: dict[str, int]) -> tuple[int, int]:
-    """Width and height to resize to; the longer edge is rounded down, as transformers and torchvision do."""
+    """Width and height to resize to; the other edge is rounded down, as transformers and torchvision do."""
     if "height" in size:
         return size["width"], size["height"]
-    short, edge = min(width, height), size["shortest_edge"]
-    return max(1, int(edge * width / short)), max(1, int(edge * height / short))
+    ((name, edge),) = size.items()
+    given = (min if name == "shortest_edge" else max)(width, height)
+    return max(1, int(edge * width / given)), max(1, int(edge * height / given))
 
 
 def _resize_and_crop(image: Image.Image, options: dict[str, Any]) -> Image.Image:
@@ -608,6 +627,7 @@ def _look_up(table: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 __all__ = [
+    "FITS",
     "OPTIONS",
     "RECIPES",
     "Recipe",

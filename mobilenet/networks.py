@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .configuration_mobilenet import MobileNetConfig
-from .layers_mobilenet import Features, fuse
+from .layers_mobilenet import Features, fuse, hidden_layers
 
 
 class BareFeatures(Features, nn.Module):
@@ -33,10 +33,12 @@ class BareClassifier(nn.Module):
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__()
         self.backbone = BareFeatures(config)
-        self.classifier = nn.Linear(config.feature_channels, config.num_labels)
+        self.hidden = hidden_layers(config)
+        features = [config.feature_channels, *config.classifier_hidden_sizes][-1]
+        self.classifier = nn.Linear(features, config.num_labels)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.classifier(self.backbone.pool(self.backbone.features(pixel_values)))
+        return self.classifier(self.hidden(self.backbone.pool(self.backbone.features(pixel_values))))
 
 
 def check_weights(wrong: list[str]) -> None:

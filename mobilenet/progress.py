@@ -11,6 +11,8 @@ import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mobilenet.text import clean
+
 
 _console = Console(stderr=True)
 
@@ -37,3 +39,8 @@ def progress_bar(text: str, quiet: bool = False) -> Progress:
     console = Console()
     columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+
+
+def warn(text: str) -> None:
+    """Say on the console what a person must know of a result."""
+    _console.print(f"Warning: {clean(text)}", highlight=False, markup=False, soft_wrap=True)

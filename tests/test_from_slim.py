@@ -61,15 +61,15 @@ def slim_v2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def slim_v1(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The folded tensors of a TFLite file of MobileNetV1, as slim stores them: under norms that do nothing."""
-    names = {"CONV_2D_0": "MobilenetV1/Conv2d_0", "CONV_2D_14": "MobilenetV1/Logits/Conv2d_1c_1x1"}
-    for number in range(1, 14):
-        names[f"DEPTHWISE_CONV_2D_{number - 1}"] = f"MobilenetV1/Conv2d_{number}_depthwise"
-        names[f"CONV_2D_{number}"] = f"MobilenetV1/Conv2d_{number}_pointwise"
+    layers = [f"MobilenetV1/Conv2d_{n}_{kind}" for n in range(1, 14) for kind in ("depthwise", "pointwise")]
+    layers = ["MobilenetV1/Conv2d_0", *layers, "MobilenetV1/Logits/Conv2d_1c_1x1"]
+    weights, biases = ([t for name, t in tensors.items() if name.endswith(part)] for part in (".weight", ".bias"))
     result = {}
-    for operator, layer in names.items():
-        filters, bias = tensors[f"{operator}/filter"], tensors[f"{operator}/bias"]
+    for layer, filters, bias in zip(layers, weights, biases, strict=True):
         depthwise = layer.endswith("_depthwise")
-        result[f"{layer}/{'depthwise_' if depthwise else ''}weights"] = filters.permute(1, 2, 3, 0)
+        filters = filters[:, :, None, None] if filters.ndim == 2 else filters
+        order = (2, 3, 0, 1) if depthwise else (2, 3, 1, 0)
+        result[f"{layer}/{'depthwise_' if depthwise else ''}weights"] = filters.permute(*order)
         if layer.endswith("1x1"):
             result[f"{layer}/biases"] = bias
         else:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from . import from_google, from_keras, from_slim, from_state_dict, from_tflite, from_timm, from_torchvision
+from . import from_google, from_keras, from_onnx, from_slim, from_state_dict, from_tflite, from_timm, from_torchvision
 from .checkpoint import Checkpoint, Options, Origin, download
 from .names import ConversionError
 
 
-_SOURCES = (from_google, from_timm, from_slim, from_keras, from_tflite, from_state_dict)
+_SOURCES = (from_onnx, from_google, from_timm, from_slim, from_keras, from_tflite, from_state_dict)
 
 
 def read_source(given: str, revision: str | None = None, options: Options | None = None) -> tuple[Origin, Checkpoint]:
@@ -44,7 +44,39 @@ def read_source(given: str, revision: str | None = None, options: Options | None
                 raise
             except ValueError as error:  # of a configuration or a processor that the source describes
                 raise ConversionError(f"{given}: {error}") from error
-    raise ConversionError(f"{given}: no known source of a MobileNet.")
+    raise ConversionError(f"{given}: no known source of a MobileNet: {_describe(origin)}")
+
+
+# The first bytes of files that are something else.
+_SIGNATURES = {
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"GIF8": "a picture",
+    b"%PDF": "a document",
+    b"<": "text such as HTML, as a failed download leaves it",
+    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file that it stands for",
+}
+_KNOWN = (
+    "a repository of transformers or timm, a state dict (.safetensors, .pth, .bin), slim's checkpoint or archive, "
+    "Keras' .h5 or .keras, .tflite or .onnx"
+)
+
+
+def _describe(origin: Origin) -> str:
+    """What a path holds, and what was expected."""
+    if origin.path.is_dir():
+        names = sorted(path.name for path in origin.path.iterdir())
+        saved = "saved_model.pb" in names
+        held = (
+            "TensorFlow's SavedModel: load it with Keras or tf.lite and save it as .keras or .tflite"
+            if saved
+            else (f"a folder of {', '.join(names[:5])}" if names else "an empty folder")
+        )
+    else:
+        held = next(
+            (what for start, what in _SIGNATURES.items() if origin.starts_with(start)), "a file of no known kind"
+        )
+    return f"it is {held}. Known are {_KNOWN}."
 
 
 __all__ = ["Checkpoint", "ConversionError", "Options", "Origin", "read_source"]

@@ -31,7 +31,7 @@ def write_card(
     data = ModelCardData(
         license=checkpoint.license,
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag="image-classification" if config.num_labels else "image-feature-extraction",
         tags=["vision", "mobilenet", f"arxiv:{architecture.paper}"],
         datasets=["imagenet-1k"] if config.num_labels in (1000, 1001) else None,
         metrics=["accuracy"],
@@ -40,15 +40,16 @@ def write_card(
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {architecture.title}, width {config.width_multiplier:g}, {config.image_size} pixels",
-        f"Converted from {checkpoint.kind}. {config.num_labels} classes. "
-        f"Paper: [arXiv:{architecture.paper}](https://arxiv.org/abs/{architecture.paper}).",
+        f"Converted from {checkpoint.kind}. "
+        + (f"{config.num_labels} classes. " if config.num_labels else "Features, without a classifier. ")
+        + f"Paper: [arXiv:{architecture.paper}](https://arxiv.org/abs/{architecture.paper}).",
         _USE,
         *([_FINE_TUNE] if config.has_batch_norm else []),
         "## Source",
         _source(origin, checkpoint),
         "## Verification",
         *([_table(Comparison.COLUMNS, [comparison.cells for comparison in comparisons])] if comparisons else []),
-        *caveats,
+        *dict.fromkeys([*caveats, *checkpoint.warnings]),
         f"Made with {', '.join(_versions())}.",
         *(["## Notes", *checkpoint.notes] if checkpoint.notes else []),
     ]

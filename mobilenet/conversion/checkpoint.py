@@ -7,7 +7,7 @@ import hashlib
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.integrity import is_as_announced
+from mobilenet.preprocessing_mobilenet import FITS, RECIPES
 from mobilenet.progress import open_file
 
 from .names import ConversionError, Table
@@ -42,6 +43,14 @@ class Origin(NamedTuple):
     revision: str | None = None  # the commit on the Hub
     url: str | None = None
 
+    def starts_with(self, *signatures: bytes, at: int = 0) -> bool:
+        """Whether it is a file with one of these bytes at an offset, whatever its name."""
+        if not self.path.is_file():
+            return False
+        with self.path.open("rb") as file:
+            head = file.read(at + 16)[at:]
+        return any(head.startswith(signature) for signature in signatures)
+
 
 class Oracle(NamedTuple):
     """The source's own runtime."""
@@ -49,10 +58,21 @@ class Oracle(NamedTuple):
     name: str
     version: str
     logits: Callable[[Tensor], Tensor]  # of pixel values of shape (B, C, H, W)
+    predictions: Callable[[Tensor], Tensor] | None = None  # what the source makes of them by itself; None: logits
+    is_half: bool = False  # whether it computes in 16 bits
 
 
 class NoOracleError(Exception):
     """A source that has no runtime to compare with: the message says why."""
+
+
+# What a network sees of pixels, as people say it: mean and deviation of values in 0 to 1.
+RANGES: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+    "0..1": ((0.0,), (1.0,)),
+    "-1..1": ((0.5,), (0.5,)),
+    "0..255": ((0.0,), (1 / 255,)),
+    "imagenet": (RECIPES["torchvision"].mean, RECIPES["torchvision"].std),
+}
 
 
 class Options(NamedTuple):
@@ -60,10 +80,45 @@ class Options(NamedTuple):
 
     recipe: str | None = None
     image_size: int | None = None
+    pixel_range: str | None = None  # a key of RANGES
+    mean: Sequence[float] | None = None  # of values in 0 to 1; with `std`, a range of another kind
+    std: Sequence[float] | None = None
+    fit: str | None = None  # a key of FITS
 
-    def processor(self, recipe: str, image_size: int | None) -> MobileNetImageProcessor:
-        """Preprocessing by a recipe for a size, unless the user wants another recipe or size."""
-        return MobileNetImageProcessor.from_recipe(self.recipe or recipe, self.size(image_size))
+    def values(self) -> tuple[list[float], list[float]] | None:
+        """Mean and deviation that the user asks for.
+
+        Raises:
+            ValueError: They contradict each other.
+        """
+        if self.pixel_range is not None and self.pixel_range not in RANGES:
+            raise ValueError(f"pixel_range must be one of {', '.join(RANGES)}, got {self.pixel_range!r}.")
+        if (self.mean is None) != (self.std is None) or (self.mean is not None and self.pixel_range is not None):
+            raise ValueError("mean and std must be given together, and without a range.")
+        given = (
+            RANGES[self.pixel_range] if self.pixel_range else (self.mean, self.std) if self.mean is not None else None
+        )
+        return given and (list(given[0]), list(given[1]))
+
+    def processor(self, recipe: str, image_size: int | None, **known: Any) -> MobileNetImageProcessor:
+        """Preprocessing by a recipe for a size, unless the user wants something else.
+
+        Args:
+            recipe: A key of RECIPES.
+            image_size: Side of the pictures, if it is recorded.
+            **known: Options of the processor that the source records.
+
+        Raises:
+            ValueError: An option is not what it allows.
+        """
+        side = self.size(image_size)
+        if self.fit is not None:
+            if self.fit not in FITS:
+                raise ValueError(f"fit must be one of {', '.join(FITS)}, got {self.fit!r}.")
+            known |= FITS[self.fit](side, int(side / 0.875))
+        if values := self.values():
+            known |= {"image_mean": values[0], "image_std": values[1]}
+        return MobileNetImageProcessor.from_recipe(self.recipe or recipe, side, **known)
 
     def size(self, recorded: int | None) -> int:
         """The size that pictures are cropped to; 224 where nobody knows."""
@@ -84,6 +139,9 @@ class Checkpoint:
     labels: list[str] | None = None
     license: str | None = "apache-2.0"  # None where it is not known
     notes: list[str] = field(default_factory=list)  # for the model card
+    warnings: list[str] = field(default_factory=list)  # for the card and for the console
+    prediction: str | None = None  # a key of graph.PREDICTIONS: what the source makes of its logits
+    feed: MobileNetImageProcessor | None = None  # what the source itself takes, where it scales pixels in part
     quantization: dict[str, Any] | None = None  # scales of a quantized source
 
 

@@ -99,7 +99,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         files.append(folder / "preprocessor_config.json")
         recorded = read_json(files[-1])
     with understanding(files[-1]):
-        processor = _processor(recorded, processor)
+        processor = recorded_processor(recorded, processor)
     return Checkpoint(
         kind=f"transformers' {expected}",
         tensors=read_torch(files[1]),
@@ -136,7 +136,8 @@ def _translate(theirs: Any) -> dict[str, Any]:
     return fields
 
 
-def _processor(recorded: dict[str, Any], default: MobileNetImageProcessor) -> MobileNetImageProcessor:
+def recorded_processor(recorded: dict[str, Any], default: MobileNetImageProcessor) -> MobileNetImageProcessor:
+    """Preprocessing as a preprocessor_config.json has it; what it does not say is as in a default."""
     known = default.to_dict()
     del known["image_processor_type"]  # the native class's, in what was recorded
     return MobileNetImageProcessor(

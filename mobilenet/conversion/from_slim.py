@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mobilenet.progress import open_file, track
 
-from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line, understanding
-from .from_tflite import Graph, interpreter
+from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
+from .from_tflite import twin
 from .names import Convention, ConversionError, Part, Row, Table, closest, measure
 
 
@@ -123,9 +123,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     def oracle() -> Oracle:
         if not twins:
             raise NoOracleError("slim runs on TensorFlow 1 alone, and there is no TFLite file beside the checkpoint")
-        with understanding(origin.path):
-            graph = Graph(twins[0], origin.path)
-        return interpreter(graph, "the archive's TFLite file in LiteRT", options.size(image_size))
+        return twin(twins[0], origin.path, "the archive's TFLite file in LiteRT", options.size(image_size))
 
     return Checkpoint(
         kind="a TensorFlow slim checkpoint",

@@ -2,115 +2,58 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
-from mobilenet.layers_mobilenet import same_padding
+from torch import Tensor
 
 from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, first_line, understanding
-from .names import Convention, ConversionError, Part, Row, Table, measure, skeleton
-
-
-TFLITE = Convention(
-    conv={"weight": Part("/filter", "OHWI"), "bias": Part("/bias", "O")},
-    depthwise={"weight": Part("/filter", "IHWO"), "bias": Part("/bias", "O")},
-    norm={},
-    linear={"weight": Part("/filter", "OHWI"), "bias": Part("/bias", "O")},
+from .graph import (
+    BYTES,
+    SAME,
+    Act,
+    Add,
+    Conv,
+    Graph,
+    Match,
+    Op,
+    Other,
+    Pad,
+    Pool,
+    Reshape,
+    Scale,
+    affine,
+    match,
+    table,
 )
-
-# Names of tensors are for the eye alone and differ from file to file: what tells a layer is its operator, counted in
-# the order in which the operators run.
-_FOLDED = {"use_batch_norm": False}
-TABLES = (
-    Table(
-        {"architecture": "mobilenet_v1", **_FOLDED},
-        {
-            "stem": Row("CONV_2D_0"),
-            "block.depthwise": Row("DEPTHWISE_CONV_2D_{index}"),
-            "block.pointwise": Row("CONV_2D_{from_1}"),
-            "classifier": Row("CONV_2D_14"),
-        },
-        TFLITE,
-    ),
-    Table(
-        {"architecture": "mobilenet_v2", **_FOLDED},
-        {
-            "stem": Row("CONV_2D_0"),
-            "first.project": Row("CONV_2D_1"),
-            "block.expand": Row("CONV_2D_{even}"),
-            "block.depthwise": Row("DEPTHWISE_CONV_2D_{index}"),
-            "block.project": Row("CONV_2D_{odd}"),
-            "head": Row("CONV_2D_34"),
-            "classifier": Row("CONV_2D_35"),
-        },
-        TFLITE,
-    ),
-)
+from .labels import beside
+from .names import ConversionError
+from .preprocessing import find, published
 
 
-# Operators that change the form of values, and nothing else.
-_NEUTRAL = ("QUANTIZE", "DEQUANTIZE", "RESHAPE", "SQUEEZE", "PAD")
-# Operators that compute a form; where they compute anything else, a layer does not follow the one before it.
-_IGNORED = ("SHAPE", "STRIDED_SLICE", "PACK")
-_ACTIVATIONS = {0: None, 1: "relu", 3: "relu6"}
-_BYTES = {"UINT8": (0, 255), "INT8": (-128, 127)}
-_CONSTANTS = ("FLOAT32", "FLOAT16", "INT32", "INT64", *_BYTES)
+# Operators that change neither values nor form, as far as real numbers go.
+_ALIASES = ("QUANTIZE", "DEQUANTIZE", "CAST", "TRANSPOSE")
+_RESHAPES = ("RESHAPE", "SQUEEZE", "EXPAND_DIMS")
+_ACTIVATIONS = {"LOGISTIC": "sigmoid", "HARD_SWISH": "hardswish"} | {
+    name: name.lower()
+    for name in ("RELU", "RELU6", "RELU_N1_TO_1", "RELU_0_TO_1", "TANH", "ELU", "LEAKY_RELU", "LOG_SOFTMAX", "PRELU")
+}
+_POOLS = {"AVERAGE_POOL_2D": "avg", "MAX_POOL_2D": "max", "MEAN": "avg", "REDUCE_MAX": "max"}
+_FUSED = {0: None, 1: "relu", 2: "relu_n1_to_1", 3: "relu6", 4: "tanh", 5: "sign_bit"}
+_CONSTANTS = ("float32", "float16", "int32", "int64", *BYTES)
 _SAME = 0  # schema.Padding
 _MAX_LABELS = 1 << 20  # bytes
 
 
-class Step(NamedTuple):
-    """An operator that a network must have, in the order of execution."""
-
-    operators: tuple[str, ...]
-    name: str  # our layer whose output it makes
-    conv: nn.Conv2d | None = None
-    activated: bool = False
-
-
-def expected(model: nn.Module) -> list[Step]:
-    """The operators of a network."""
-    steps = []
-
-    def add(name: str, unit: nn.Module) -> None:
-        operator = "DEPTHWISE_CONV_2D" if name.endswith(".depthwise") else "CONV_2D"
-        steps.append(Step((operator,), name, unit.conv, unit.conv.activated))
-
-    add("backbone.stem", model.backbone.stem)
-    for stage, blocks in enumerate(model.backbone.stages):
-        for index, block in enumerate(blocks):
-            name = f"backbone.stages.{stage}.{index}"
-            for role, unit in block.named_children():
-                if hasattr(unit, "conv"):  # the first block's expansion is an identity
-                    add(f"{name}.{role}", unit)
-            if getattr(block, "has_shortcut", False):
-                steps.append(Step(("ADD",), name))
-    if model.config.head_channels:
-        add("backbone.head", model.backbone.head)
-    return [
-        *steps,
-        Step(("AVERAGE_POOL_2D", "MEAN"), "backbone.pooler_output"),
-        Step(("CONV_2D", "FULLY_CONNECTED"), "classifier"),
-    ]
-
-
-class Node(NamedTuple):
-    """An operator of a file; tensors are numbers."""
-
-    operator: str
-    options: Any
-    inputs: list[int]
-    output: int
-
-
-class Graph:
-    """The operators and constants of a TFLite file.
+class File:
+    """A TFLite file, of which `graph` is the network.
 
     Raises:
         ConversionError: The file is broken.
@@ -128,236 +71,302 @@ class Graph:
             Interpreter(model_content=data)  # checks every offset, which the schema's classes do not
             model = schema.ModelT.InitFromPackedBuf(data, 0)
         except Exception as error:
-            raise ConversionError(f"{path}: truncated or corrupt: {first_line(error)}") from error
+            said = first_line(error)
+            # The runtime reads a file whole before it looks for kernels of its operators.
+            lacks = "Didn't find op" in said or "custom op" in said
+            what = "is intact, but LiteRT does not run it" if lacks else "truncated or corrupt, or no TFLite file"
+            raise ConversionError(f"{path}: {what}: {said}") from error
         if len(model.subgraphs) != 1:
             raise ConversionError(f"{path}: must hold one graph, got {len(model.subgraphs)}.")
-        operators = _names(schema.BuiltinOperator)
-        self.types = _names(schema.TensorType)
-        self.buffers = model.buffers
         graph = model.subgraphs[0]
-        self.values = graph.tensors
-        self.input, self.output = int(graph.inputs[0]), int(graph.outputs[0])
-        self.neutral: dict[int, Node] = {}
-        self.nodes: list[Node] = []
-        for operator in graph.operators:
-            code = model.operatorCodes[operator.opcodeIndex]
-            node = Node(
-                operators[max(code.builtinCode, code.deprecatedBuiltinCode)],
-                operator.builtinOptions,
-                [int(number) for number in operator.inputs],
-                int(operator.outputs[0]),
+        if len(graph.inputs) != 1 or len(graph.outputs) != 1:
+            counts = f"{len(graph.inputs)} and {len(graph.outputs)}"
+            raise ConversionError(
+                f"{path}: is no classifier, which has one input and one output: it has {counts}, as a detector has."
             )
-            if node.operator in _NEUTRAL:
-                self.neutral[node.output] = node
-            elif node.operator not in _IGNORED:
-                self.nodes.append(node)
+        self.model, self.values, self.buffers = model, graph.tensors, model.buffers
+        self.types = {n: name.lower() for name, n in vars(schema.TensorType).items() if isinstance(n, int)}
+        self.input, self.output = int(graph.inputs[0]), int(graph.outputs[0])
         for number in (self.input, self.output):
-            if self.type(number) not in ("FLOAT32", *_BYTES):
+            if self.type(number) not in ("float32", *BYTES):
                 raise ConversionError(
                     f"{path}: input and output must be float32, uint8 or int8, got {self.type(number)}."
                 )
+        self.aliases: dict[int, int] = {}
+        self.layouts: dict[int, str] = {}
+        self.ops: list[Op] = []
+        operators = {n: name for name, n in vars(schema.BuiltinOperator).items() if isinstance(n, int)}
+        for index, operator in enumerate(graph.operators):
+            code = model.operatorCodes[operator.opcodeIndex]
+            kind = operators[max(code.builtinCode, code.deprecatedBuiltinCode)]
+            self.add(f"{kind} {index}", kind, operator.builtinOptions, [int(n) for n in operator.inputs], operator)
+        self.graph = self.read()
+
+    def read(self) -> Graph:
+        """The network."""
+        shape, layout = self.shape(self.input), self.layouts.get(self.input, "NHWC")
+        sizes = dict(zip(layout, shape, strict=len(shape) == 4)) if len(shape) == 4 else {}
+        if not sizes or sizes["H"] != sizes["W"]:
+            raise ConversionError(
+                f"{self.path}: is no MobileNet that can be converted: the input must be square, of shape "
+                f"(1, size, size, channels), got {shape}."
+            )
+        return Graph(
+            ops=self.ops,
+            input=self.input,
+            output=self.source(self.output),
+            channels=sizes["C"],
+            size=sizes["H"],
+            scales={n: scale for n in range(len(self.values)) if (scale := self.scale(n)) and self.type(n) in BYTES},
+        )
+
+    def add(self, name: str, kind: str, options: Any, inputs: list[int], operator: Any) -> None:
+        """Translate an operator."""
+        output = int(operator.outputs[0])
+        label = self.values[output].name
+        name = f"{name} ({label.decode(errors='replace')})" if label else name
+        first = inputs[0]
+        constants = [number for number in inputs if number >= 0 and self.is_constant(number)]
+        data = tuple(self.source(number) for number in inputs if number >= 0 and number not in constants)
+        common = {"name": name, "inputs": data[:1], "output": output}
+        if not data:
+            if kind in _ALIASES:
+                self.aliases[output] = first
+            return
+        layout = self.layouts.get(first, "NHWC")
+        if kind in _ALIASES and (kind != "CAST" or self.type(output) == "float32"):
+            if kind == "TRANSPOSE":
+                order = self.constant(inputs[1]).tolist()
+                if order == [0, 2, 3, 1] and data == (self.input,):
+                    self.layouts[first] = layout = "NCHW"
+                layout = "".join(layout[axis] for axis in order)
+            self.aliases[output], self.layouts[output] = first, layout
+        elif kind in _RESHAPES:
+            self.ops.append(Reshape(**common))
+        elif layout != "NHWC" and kind not in _POOLS:
+            self.ops.append(Other(**common, what=f"{kind} of channels that come first"))
+        elif kind in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED") and len(data) == 1:
+            self.add_conv(kind, options, inputs, common)
+        elif kind in ("PAD", "PADV2") and not (kind == "PADV2" and self.real(inputs[2]).any()):
+            pads = self.constant(inputs[1]).tolist()
+            outside = len(pads) != 4 or any(pads[0]) or any(pads[3])
+            op = Other(**common, what=f"padding of {pads}") if outside else Pad(**common, pads=_pads(pads[1:3]))
+            self.ops.append(op)
+        elif kind in ("ADD", "SUB", "MUL", "DIV"):
+            self.add_arithmetic(kind, options, inputs, data, common)
+        elif kind in _POOLS:
+            self.add_pool(kind, options, inputs, layout, common)
+        elif kind in _ACTIVATIONS:
+            self.ops.append(Act(**common, function=_ACTIVATIONS[kind]))
+        elif kind == "SOFTMAX":
+            self.ops.append(Act(**common, function="softmax" if options.beta == 1 else f"softmax of {options.beta}"))
+        elif kind == "GELU":
+            self.ops.append(Act(**common, function="approximate gelu" if options.approximate else "gelu"))
+        else:
+            self.ops.append(Other(**(common | {"inputs": data}), what=f"the operator {kind}"))
+
+    def add_conv(self, kind: str, options: Any, inputs: list[int], common: dict[str, Any]) -> None:
+        """Translate a convolution or a fully connected layer."""
+        weight, groups = self.real(inputs[1]), 1
+        if weight.ndim == 2:
+            weight = weight[:, :, None, None]
+        elif kind == "DEPTHWISE_CONV_2D":
+            weight = weight.permute(3, 0, 1, 2)
+            groups = self.shape(inputs[0])[-1]
+        else:
+            weight = weight.permute(0, 3, 1, 2)
+        bias = self.real(inputs[2]) if len(inputs) > 2 and inputs[2] >= 0 else None
+        fields: dict[str, Any] = {}
+        if kind != "FULLY_CONNECTED":
+            fields = {
+                "stride": (options.strideH, options.strideW),
+                "dilation": (options.dilationHFactor, options.dilationWFactor),
+                "pads": SAME if options.padding == _SAME else ((0, 0), (0, 0)),
+            }
+        self.activated(
+            Conv(
+                **common,
+                **fields,
+                weight=weight.contiguous(),
+                bias=bias,
+                groups=groups,
+                implied=self.implied(common["output"]),
+                scale=self.scale(self.source(inputs[1])),
+            ),
+            options,
+        )
+
+    def add_arithmetic(
+        self, kind: str, options: Any, inputs: list[int], data: tuple[int, ...], common: dict[str, Any]
+    ) -> None:
+        """Translate arithmetic: a sum of two values, or of a value and a constant, and so on."""
+        common |= {"inputs": data}
+        if len(data) == 2:
+            gate = next((op for op in self.ops if isinstance(op, Act) and op.output in data), None)
+            if kind == "MUL" and gate and gate.function == "sigmoid" and set(data) == {gate.output, *gate.inputs}:
+                op: Op = Act(**(common | {"inputs": gate.inputs}), function="silu")
+            else:
+                op = Add(**common) if kind == "ADD" else Other(**common, what=f"the operator {kind} of two values")
+        else:
+            value = self.real(next(number for number in inputs if self.is_constant(number)))
+            first = self.is_constant(inputs[0])
+            op = affine(kind, value, first, common)
+        self.activated(op, options)
+
+    def activated(self, op: Op, options: Any) -> None:
+        """Add an operation and the activation that is fused with it."""
+        fused = _FUSED.get(options.fusedActivationFunction, "unknown")
+        if fused:
+            linear = replace(op, output=("linear", op.output))
+            self.ops += [linear, Act(name=op.name, inputs=(linear.output,), output=op.output, function=fused)]
+        else:
+            self.ops.append(op)
+
+    def add_pool(self, kind: str, options: Any, inputs: list[int], layout: str, common: dict[str, Any]) -> None:
+        """Translate a pooling over the whole picture; or over windows of which there is one."""
+        if kind in ("MEAN", "REDUCE_MAX"):
+            axes = {layout[axis] for axis in self.constant(inputs[1]).reshape(-1).tolist()}
+            window, whole = None, axes == {"H", "W"}
+        else:
+            window = options.filterHeight, options.filterWidth
+            whole = layout == "NHWC" and self.shape(common["output"])[1:3] == [1, 1]
+        op = (
+            Pool(**common, kind=_POOLS[kind], window=window) if whole else Other(**common, what="no pooling of it all")
+        )
+        self.ops.append(op)
+
+    def shape(self, number: int) -> list[int]:
+        """The shape of a tensor."""
+        shape = self.values[number].shape
+        return [] if shape is None else [int(size) for size in shape]
 
     def type(self, number: int) -> str:
-        """The type of a tensor, such as "FLOAT32"."""
+        """The type of a tensor, such as "float32"."""
         return self.types[self.values[number].type]
 
-    def source(self, number: int) -> int:
-        """The tensor that a tensor is another form of."""
-        for _ in self.neutral:  # no chain is longer, though it may be a ring
-            if number not in self.neutral:
+    def source(self, number: Any) -> Any:
+        """The value that a tensor is another form of."""
+        for _ in range(len(self.aliases) + 1):  # no chain is longer, though it may be a ring
+            if number not in self.aliases:
                 break
-            number = self.neutral[number].inputs[0]
+            number = self.aliases[number]
         return number
 
-    def padding(self, number: int) -> np.ndarray | None:
-        """What an explicit PAD adds before and after each axis (NHWC) of the tensor that it makes, if one does."""
-        for _ in self.neutral:
-            if number not in self.neutral:
-                break
-            node = self.neutral[number]
-            if node.operator == "PAD":
-                return self.constant(node.inputs[1])
-            number = node.inputs[0]
-        return None
+    def is_constant(self, number: int) -> bool:
+        """Whether a file holds the values of a tensor."""
+        source = self.source(number)
+        return (
+            isinstance(source, int)
+            and source != self.input
+            and self.buffers[self.values[source].buffer].data is not None
+        )
 
     def constant(self, number: int) -> np.ndarray:
         """The values of a constant as they are stored."""
         value = self.values[self.source(number)]
         data = self.buffers[value.buffer].data
-        name = self.types[value.type]
-        if data is None or value.sparsity is not None or name not in _CONSTANTS:
+        kind = self.types[value.type]
+        if data is None or value.sparsity is not None or kind not in _CONSTANTS:
             raise ConversionError(f"{self.path}: {value.name.decode()} must be a dense constant of a common type.")
-        return np.frombuffer(bytes(data), name.lower()).reshape(value.shape)
+        return np.frombuffer(bytes(data), kind).reshape(self.shape(self.source(number)))
 
     def real(self, number: int) -> Tensor:
         """The values of a constant as real numbers."""
+        number = self.source(number)
         values = self.constant(number).astype(np.float64)
-        scale, zero_point, axis = self.scale(self.source(number))
-        if scale is not None:
+        quantization = self.values[number].quantization
+        if quantization is not None and quantization.scale is not None and len(quantization.scale):
+            scale = np.asarray(quantization.scale, np.float64)
+            given = quantization.zeroPoint
+            zero_point = np.zeros(scale.size) if given is None else np.asarray(given, np.float64)
             form = [1] * values.ndim
-            form[axis if scale.size > 1 else 0] = scale.size
+            if values.ndim:
+                form[int(quantization.quantizedDimension) if scale.size > 1 else 0] = scale.size
             values = (values - zero_point.reshape(form)) * scale.reshape(form)
-        return torch.from_numpy(values.astype(np.float32))
+        return torch.from_numpy(np.asarray(values, np.float32))
 
-    def scale(self, number: int) -> tuple[np.ndarray | None, np.ndarray | None, int]:
-        """Scale and zero point of a quantized tensor, one or one for each channel of an axis."""
+    def scale(self, number: int) -> Scale | None:
+        """Scale and zero point of a quantized tensor, one or one for each channel."""
         quantization = self.values[number].quantization
         if quantization is None or quantization.scale is None or not len(quantization.scale):
-            return None, None, 0
-        scale = np.asarray(quantization.scale, np.float64)
-        zero_point = quantization.zeroPoint
-        zero_point = np.zeros(scale.size) if zero_point is None else np.asarray(zero_point, np.float64)
-        return scale, zero_point, int(quantization.quantizedDimension)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights by operator, such as "CONV_2D_0/filter"; a fully connected layer is a 1x1 convolution."""
-        result: dict[str, Tensor] = {}
-        counts = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 0}
-        for node in self.nodes:
-            operator = "CONV_2D" if node.operator == "FULLY_CONNECTED" else node.operator
-            if operator in counts:
-                filters = self.real(node.inputs[1])
-                name = f"{operator}_{counts[operator]}"
-                counts[operator] += 1
-                result[f"{name}/filter"] = filters[:, None, None] if filters.ndim == 2 else filters
-                has_bias = len(node.inputs) > 2 and node.inputs[2] >= 0
-                result[f"{name}/bias"] = self.real(node.inputs[2]) if has_bias else torch.zeros(len(filters))
-        return result
-
-    def agreement(self, steps: list[Step]) -> int:
-        """How many operators, from the first on, are those of a network."""
-        same = [node.operator in step.operators for node, step in zip(self.nodes, steps, strict=False)]
-        return same.index(False) if False in same else len(same)
-
-    def check(self, steps: list[Step]) -> dict[str, Any]:
-        """Compare operators, their order and their options with those of a network.
-
-        Returns:
-            The fields of the configuration that the options decide.
-
-        Raises:
-            ConversionError: The file holds another network; the message names the first operator that differs.
-        """
-        agreed = self.agreement(steps)
-        rest = [node.operator for node in self.nodes[agreed:]]
-        if agreed < len(steps):
-            got = rest[0] if rest else "the end"
-            raise self.another(f"operator {agreed} must be {' or '.join(steps[agreed].operators)}", got)
-        if rest not in ([], ["SOFTMAX"]):
-            raise self.another("only SOFTMAX may follow the classifier", ", ".join(rest))
-        current = entry = self.input  # what a layer, and what its block, starts from
-        block = ""
-        paddings, activations = {"same", "symmetric"}, set()
-        for node, step in zip(self.nodes, steps, strict=False):
-            if block != (block := ".".join(step.name.split(".")[:4])):
-                entry = current
-            adds = node.operator == "ADD"
-            data = {self.source(number) for number in node.inputs[: 1 + adds]}
-            if data != ({current, entry} if adds else {current}):
-                raise self.another(f"{step.name} must follow the layer before it", node.operator)
-            current = node.output
-            if step.conv is None:
-                continue
-            options = node.options
-            if (options.strideH, options.strideW) != step.conv.stride:
-                raise self.another(f"{step.name} must have stride {step.conv.stride[0]}", options.strideH)
-            if (options.dilationHFactor, options.dilationWFactor) != (1, 1):
-                raise self.another(f"{step.name} must have no dilation", options.dilationHFactor)
-            if step.conv.kernel_size[0] > 1:
-                paddings &= self.paddings(node)
-            if step.activated:
-                activations.add(self.activation(node))
-            elif options.fusedActivationFunction:
-                raise self.another(f"{step.name} must be linear", _ACTIVATIONS.get(options.fusedActivationFunction))
-        if not paddings:
-            raise self.another("layers must all pad as SAME does, or all by 1 on each side", "other paddings")
-        if len(activations) != 1 or None in activations:
-            raise self.another("activations must all be RELU, or all RELU6", ", ".join(map(str, activations)))
-        return {"padding": "same" if "same" in paddings else "symmetric", "hidden_act": activations.pop()}
-
-    def another(self, rule: str, got: Any) -> ConversionError:
-        """The error for a network that is not ours."""
-        return ConversionError(f"{self.path}: is no MobileNet V1 or V2 classifier: {rule}, got {got}.")
-
-    def paddings(self, node: Node) -> set[str]:
-        """What our configuration calls the padding of a 3x3 convolution; it may have both names."""
-        sizes = self.values[self.source(node.inputs[0])].shape[1:3]
-        totals = [same_padding(int(size), 3, node.options.strideH, 1) for size in sizes]
-        same = [[total // 2, total - total // 2] for total in totals]
-        explicit = self.padding(node.inputs[0])
-        if node.options.padding == _SAME:
-            given = same if explicit is None else None
-        else:
-            given = [[0, 0], [0, 0]] if explicit is None else explicit[1:3].tolist()
-        return {name for name, pads in (("same", same), ("symmetric", [[1, 1], [1, 1]])) if pads == given}
-
-    def activation(self, node: Node) -> str | None:
-        """The activation that a convolution ends in; a quantized one may leave it to the range of its output."""
-        fused = _ACTIVATIONS.get(node.options.fusedActivationFunction)
-        if fused is None and self.type(node.output) in _BYTES:
-            scale, zero_point, _ = self.scale(node.output)
-            low, high = _BYTES[self.type(node.output)]
-            return "relu6" if zero_point[0] == low and (high - low) * scale[0] < 6.1 else None
-        return fused
-
-    @property
-    def logits(self) -> int:
-        """The tensor that softmax sees, or the output where there is no softmax."""
-        return self.nodes[-1].inputs[0] if self.nodes[-1].operator == "SOFTMAX" else self.output
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether weights are of 8 bits."""
-        convolutions = [node for node in self.nodes if node.operator in ("CONV_2D", "DEPTHWISE_CONV_2D")]
-        return any(self.type(node.inputs[1]) in _BYTES for node in convolutions)
-
-    @property
-    def image_size(self) -> int:
-        """Side of the pictures that the network takes."""
-        shape = [int(size) for size in self.values[self.input].shape]
-        if len(shape) != 4 or shape[1] != shape[2]:
-            raise self.another("the input must be square, of shape (1, size, size, channels)", shape)
-        return shape[1]
-
-    def normalization(self) -> tuple[float, float] | None:
-        """Mean and deviation, of values in 0 to 1, that make bytes real as the file does; None for a float input."""
-        if self.type(self.input) not in _BYTES:
             return None
-        scale, zero_point, _ = self.scale(self.input)
-        low = _BYTES[self.type(self.input)][0]
-        return float(zero_point[0] - low) / 255, 1 / (255 * float(scale[0]))
+        scale = np.asarray(quantization.scale, np.float64)
+        given = quantization.zeroPoint
+        zero_point = np.zeros(scale.size, int) if given is None else np.asarray(given, int)
+        return Scale(self.type(number), tuple(scale.tolist()), tuple(zero_point.tolist()))
 
-    def quantization(self, steps: list[Step]) -> dict[str, Any]:
-        """How the file quantizes: activations by the layer whose output they are, weights by our names."""
-        outputs = {"pixel_values": self.input}
-        outputs |= {step.name: node.output for node, step in zip(self.nodes, steps, strict=False)}
-        activations, weights = {}, {}
-        for name, number in outputs.items():
-            if self.type(number) in _BYTES:
-                scale, zero_point, _ = self.scale(number)
-                low, high = ((edge - zero_point[0]) * scale[0] for edge in _BYTES[self.type(number)])
-                activations[name] = {
-                    "dtype": self.type(number).lower(),
-                    "scale": float(scale[0]),
-                    "zero_point": int(zero_point[0]),
-                    "min": float(low),
-                    "max": float(high),
-                }
-        for node, step in zip(self.nodes, steps, strict=False):
-            if len(node.inputs) > 1 and step.operators[0].endswith("CONV_2D"):
-                number = self.source(node.inputs[1])
-                scale, zero_point, _ = self.scale(number)
-                if scale is not None:
-                    weights[f"{step.name}.weight" if step.conv is None else f"{step.name}.conv.weight"] = {
-                        "dtype": self.type(number).lower(),
-                        "scale": scale.tolist(),
-                        "zero_point": zero_point.astype(int).tolist(),
-                    }
-        return {"activations": activations, "weights": weights}
+    def implied(self, number: int) -> str | None:
+        """The activation that a quantized convolution leaves to the range of its output."""
+        scale = self.scale(number)
+        if scale is None or scale.dtype not in BYTES or scale.zero_point[0] != BYTES[scale.dtype][0]:
+            return None
+        return "relu6" if scale.bounds[1] < 6.1 else None
+
+    def normalization(self) -> tuple[list[float], list[float]] | None:
+        """Mean and deviation, of values in 0 to 1, that the file records; None where it does not."""
+        scale = self.scale(self.input)
+        if scale is not None and scale.dtype in BYTES:
+            low = BYTES[scale.dtype][0]
+            return [(scale.zero_point[0] - low) / 255], [1 / (255 * scale.scale[0])]
+        try:
+            return self.metadata()
+        except (struct.error, IndexError, TypeError, ValueError, OverflowError):
+            return None
+
+    def metadata(self) -> tuple[list[float], list[float]] | None:
+        """What the file's metadata says of its input.
+
+        Source: lite-support/metadata/metadata_schema.fbs: ModelMetadata, SubGraphMetadata, TensorMetadata,
+        ProcessUnit and NormalizationOptions, whose fields are numbered as they stand there.
+        """
+        from flatbuffers import encode, number_types
+        from flatbuffers.table import Table as Fields
+
+        entry = next((e for e in self.model.metadata or [] if e.name == b"TFLITE_METADATA"), None)
+        data = entry and self.buffers[entry.buffer].data
+        if data is None:
+            return None
+        buffer = bytearray(bytes(data))
+
+        def at(fields: Fields, index: int) -> int:
+            offset = fields.Offset(4 + 2 * index)
+            return offset + fields.Pos if offset else 0
+
+        def child(fields: Fields, index: int) -> Fields | None:
+            place = at(fields, index)
+            return Fields(buffer, fields.Indirect(place)) if place else None
+
+        def first(fields: Fields | None, index: int) -> list[Fields]:
+            place = fields and at(fields, index)
+            if not place:
+                return []
+            start = fields.Vector(place - fields.Pos)
+            count = min(fields.VectorLen(place - fields.Pos), 64)
+            return [Fields(buffer, fields.Indirect(start + 4 * i)) for i in range(count)]
+
+        def floats(fields: Fields, index: int) -> list[float]:
+            place = at(fields, index)
+            if not place:
+                return []
+            start, count = fields.Vector(place - fields.Pos), min(fields.VectorLen(place - fields.Pos), 4)
+            return [float(fields.Get(number_types.Float32Flags, start + 4 * i)) for i in range(count)]
+
+        root = Fields(buffer, encode.Get(number_types.UOffsetTFlags.packer_type, buffer, 0))
+        for graph in first(root, 3)[:1]:
+            for tensor in first(graph, 2)[:1]:
+                for unit in first(tensor, 4):
+                    kind = at(unit, 0)
+                    options = child(unit, 1)
+                    if kind and unit.Get(number_types.Uint8Flags, kind) == 1 and options:
+                        mean, std = floats(options, 0), floats(options, 1)
+                        if mean and std and all(value > 0 for value in std):
+                            return [value / 255 for value in mean], [value / 255 for value in std]
+        return None
 
 
-def _names(enumeration: type) -> dict[int, str]:
-    return {value: name for name, value in vars(enumeration).items() if isinstance(value, int)}
+def _pads(pads: Sequence[Sequence[int]]) -> tuple[tuple[int, int], tuple[int, int]]:
+    rows, columns = (tuple(map(int, pair)) for pair in pads)
+    return rows, columns
 
 
 _NOTE = """The weights are those of 8 bits, as real numbers. How the source quantizes is kept in `quantization.json`:
@@ -369,7 +378,7 @@ scale * (byte - zero point)."""
 
 def detect(origin: Origin) -> bool:
     """Whether a path is a file of TFLite."""
-    return origin.path.suffix == ".tflite"
+    return origin.path.suffix == ".tflite" or origin.starts_with(b"TFL3", at=4)
 
 
 def read(origin: Origin, options: Options) -> Checkpoint:
@@ -380,31 +389,43 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         ImportError: ai-edge-litert is not installed.
     """
     with understanding(origin.path):
-        graph = Graph(origin.path.read_bytes(), origin.path)
-        table = max(TABLES, key=lambda table: graph.agreement(expected(skeleton(**table.config))))
-        tensors = graph.tensors()
-        config = measure(tensors, table)
-        steps = expected(skeleton(**config))
-        config |= graph.check(steps)
-        normalization = graph.normalization()
-        quantization = graph.quantization(steps) if graph.is_quantized else None
-    processor = options.processor("google", graph.image_size)
-    if normalization and options.recipe is None:
-        # The network's own scale: the recipe's is off by up to half a level.
-        processor.image_mean, processor.image_std = ([value] * config["num_channels"] for value in normalization)
-
-    return Checkpoint(
-        kind=f"a {'quantized' if graph.is_quantized else 'float'} TFLite file",
-        tensors=tensors,
-        table=table,
-        config=config | {"image_size": options.size(graph.image_size)},
-        processor=processor,
-        files=[origin.path],
-        oracle=lambda: interpreter(graph, "LiteRT", options.size(graph.image_size)),
-        labels=_labels(origin.path, config["num_labels"]),
-        quantization=quantization,
-        notes=[_NOTE] if quantization else [],
+        file = File(origin.path.read_bytes(), origin.path)
+        found = match(file.graph, str(origin.path), file.graph.size)
+        recorded = file.normalization()
+    count, size = found.config["num_labels"], file.graph.size
+    labels, numbered = beside(origin.path, count)
+    processor, feed, said = find(
+        options,
+        "google",
+        size,
+        publisher=published(origin.path.name, count, numbered),
+        recorded=recorded,
+        scaling=found.scaling,
     )
+    return Checkpoint(
+        kind=f"a {'quantized' if found.quantization else 'float'} TFLite file",
+        tensors=found.tensors,
+        table=table(found.config),
+        config=found.config | {"image_size": options.size(size)},
+        processor=processor,
+        feed=feed,
+        files=[origin.path],
+        oracle=lambda: interpreter(file, found, "LiteRT", options.size(size)),
+        labels=_labels(origin.path, count) or labels,
+        license="apache-2.0" if count in (1000, 1001) else None,
+        quantization=found.quantization,
+        prediction=found.prediction,
+        notes=[_NOTE] if found.quantization else [],
+        warnings=said,
+    )
+
+
+def twin(data: bytes, path: Path, name: str, image_size: int) -> Oracle:
+    """Run a TFLite file that comes with another checkpoint."""
+    with understanding(path):
+        file = File(data, path)
+        found = match(file.graph, str(path), file.graph.size)
+    return interpreter(file, found, name, image_size)
 
 
 def _labels(path: Path, count: int) -> list[str] | None:
@@ -421,14 +442,14 @@ def _labels(path: Path, count: int) -> list[str] | None:
     return None
 
 
-def interpreter(graph: Graph, name: str, image_size: int) -> Oracle:
+def interpreter(file: File, found: Match, name: str, image_size: int) -> Oracle:
     """Run a TFLite file on pictures of a size.
 
     Raises:
         NoOracleError: The file takes pictures of another size.
     """
-    if image_size != graph.image_size:
-        raise NoOracleError(f"the TFLite file takes pictures of {graph.image_size} pixels, not of {image_size}")
+    if image_size != file.graph.size:
+        raise NoOracleError(f"the TFLite file takes pictures of {file.graph.size} pixels, not of {image_size}")
     from importlib.metadata import version
 
     from ai_edge_litert.interpreter import Interpreter
@@ -436,28 +457,37 @@ def interpreter(graph: Graph, name: str, image_size: int) -> Oracle:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # keeping every tensor takes memory; the logits need it
-            runtime = Interpreter(model_content=graph.data, experimental_preserve_all_tensors=True)
+            runtime = Interpreter(model_content=file.data, experimental_preserve_all_tensors=True)
         runtime.allocate_tensors()
     except (RuntimeError, ValueError) as error:
-        raise ConversionError(f"{graph.path}: LiteRT does not run it: {first_line(error)}") from error
+        raise ConversionError(f"{file.path}: LiteRT does not run it: {first_line(error)}") from error
     details = {tensor["index"]: tensor for tensor in runtime.get_tensor_details()}
-    given, result = details[graph.input], details[graph.logits]
+    given = details[file.input]
+    first = file.layouts.get(file.input, "NHWC") == "NCHW"
 
-    def logits(pixel_values: Tensor) -> Tensor:
-        rows = []
-        for picture in pixel_values.permute(0, 2, 3, 1).numpy():
+    def run(number: int, pixel_values: Tensor) -> Tensor:
+        result, rows = details[number], []
+        for picture in (pixel_values if first else pixel_values.permute(0, 2, 3, 1)).numpy():
             runtime.set_tensor(given["index"], _quantized(picture[None], given))
             runtime.invoke()
-            rows.append(_real(runtime.get_tensor(result["index"]), result).reshape(-1))
+            values = _real(runtime.get_tensor(result["index"]), result)
+            if values.ndim == 4 and not found.config["num_labels"]:  # features that the file does not pool
+                values = values.max((1, 2)) if found.config.get("pooling") == "max" else values.mean((1, 2))
+            rows.append(values.reshape(-1))
         return torch.from_numpy(np.stack(rows))
 
-    return Oracle(name, version("ai-edge-litert"), logits)
+    return Oracle(
+        name,
+        version("ai-edge-litert"),
+        lambda pixel_values: run(found.logits, pixel_values),
+        (lambda pixel_values: run(file.output, pixel_values)) if found.prediction else None,
+    )
 
 
 def _quantized(values: np.ndarray, details: dict[str, Any]) -> np.ndarray:
     scale, zero_point = details["quantization"]
     if not scale:
-        return values.astype(np.float32)
+        return values.astype(details["dtype"])
     limits = np.iinfo(details["dtype"])
     return np.clip(np.rint(values / scale + zero_point), limits.min, limits.max).astype(details["dtype"])
 

@@ -1,10 +1,9 @@
-"""Names of classes: from a file, or of ImageNet as installed packages know them."""
+"""Names of classes: from a file, or of ImageNet."""
 
 from __future__ import annotations
 
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,34 @@ IMAGENET, GOOGLE = "imagenet", "imagenet-background"
 _SETS = {1000: IMAGENET, 1001: GOOGLE}
 
 
-def imagenet() -> list[str] | None:
-    """ImageNet's 1000 labels, such as "tench, Tinca tinca"; None where no installed package knows them."""
-    timm = find_spec("timm")
-    if timm and timm.submodule_search_locations:
-        folder = Path(timm.submodule_search_locations[0], "data", "_info")
-        lines = (folder / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8").splitlines()
-        lemmas = dict(line.split("\t", 1) for line in lines)
-        return [lemmas[synset] for synset in (folder / "imagenet_synsets.txt").read_text().split()]
-    if find_spec("torchvision"):
-        from torchvision.models import MobileNet_V2_Weights
+def imagenet() -> list[str]:
+    """ImageNet's 1000 labels, such as "tench, Tinca tinca".
 
-        return list(MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"])
-    return None
+    Source: the words of WordNet 3.0 (wordnet.princeton.edu) for the 1000 synsets of ILSVRC 2012, as image-net.org has
+    them.
+    """
+    return Path(__file__).with_name("imagenet_labels.txt").read_text(encoding="utf-8").splitlines()
 
 
 def known(count: int) -> list[str] | None:
     """The labels that a network of so many classes usually has: ImageNet's, with or without background."""
-    labels = imagenet() if count in _SETS else None
-    return ["background", *labels] if labels and count == 1001 else labels
+    return ["background"] * (count - 1000) + imagenet() if count in _SETS else None
+
+
+def beside(path: Path, count: int) -> tuple[list[str] | None, bool]:
+    """Labels in a labels.txt beside a file, and whether each has its number, as Teachable Machine writes them.
+
+    Labels that are not as many as classes are none.
+    """
+    try:
+        labels = _read_file(path.with_name("labels.txt"))
+    except ConversionError:
+        return None, False
+    numbers = [label.partition(" ") for label in labels]
+    numbered = all(number == str(index) and name for index, (number, _, name) in enumerate(numbers))
+    if len(labels) != count or count == 0:
+        return None, False
+    return [name for _, _, name in numbers] if numbered else labels, numbered
 
 
 def read_labels(source: str, count: int, drops_background: bool = False) -> list[str]:
@@ -48,13 +56,8 @@ def read_labels(source: str, count: int, drops_background: bool = False) -> list
     Raises:
         ConversionError: There is no such file, it holds no labels, or another number of them than of classes.
     """
-    if source in _SETS.values():
-        size = 1000 + (source == GOOGLE)
-        labels = known(size)
-        if labels is None:
-            raise ConversionError(f"{source} labels come with timm or torchvision, and neither is installed.")
-    else:
-        labels = _read_file(Path(source).expanduser())
+    named = source in _SETS.values()
+    labels = known(1000 + (source == GOOGLE)) if named else _read_file(Path(source).expanduser())
     if drops_background and isinstance(labels, list) and len(labels) == count - 1:
         labels = ["background", *labels]
     return check(labels, count, source)

@@ -248,7 +248,7 @@ def measure(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Any]:
         repeats = min((1.0, 1.2, 1.4), key=strangers)  # timm's; the first where none fits better
         config |= {"repeat_multiplier": repeats} if repeats != 1 else {}
     base = architecture.rows[-1].channels
-    for candidate in _candidates(channels / base):
+    for candidate in candidates(channels / base):
         for ends in _ENDS:
             chosen = config | {"width_multiplier": candidate} | ends
             if not any(_misshapen(tensors, places(skeleton(**chosen), table))):
@@ -256,7 +256,7 @@ def measure(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Any]:
     return config | {"width_multiplier": round(channels / base, 2) or 0.01}
 
 
-def _candidates(ratio: float) -> list[float]:
+def candidates(ratio: float) -> list[float]:
     """Width multipliers that may have given a ratio of rounded channels: published ones, then short ones."""
     tables = ARCHITECTURES.values()
     published = {width for table in tables for variants in table.published for width in variants.widths}

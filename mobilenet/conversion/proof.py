@@ -20,6 +20,7 @@ from mobilenet.find_images import EXTENSIONS
 from mobilenet.progress import status, track
 
 from .checkpoint import Checkpoint, NoOracleError, Oracle
+from .graph import PREDICTIONS
 from .names import ConversionError
 
 
@@ -31,16 +32,25 @@ class Comparison(NamedTuple):
 
     against: str
     pictures: int
-    largest: float  # difference of two logits
+    largest: float  # difference of two logits, or probabilities
     mean: float
-    agreement: float  # share of pictures with the same top-1
+    agreement: float  # share of pictures with the same top-1; of several labels each, share of the same yes and no
     limits: dict[str, float]  # on `largest` or `mean`
 
     COLUMNS = ("compared with", "pictures", "largest difference", "mean difference", "limit", "same top-1")
 
     @classmethod
-    def of(cls, against: str, ours: Tensor, theirs: Tensor, **limits: float) -> Comparison:
-        """Compare logits of shape (B, num_labels).
+    def of(
+        cls, against: str, ours: Tensor, theirs: Tensor, threshold: float | None = None, **limits: float
+    ) -> Comparison:
+        """Compare logits, or probabilities, of shape (B, num_labels).
+
+        Args:
+            against: What ours is compared with.
+            ours: Of the converted network.
+            theirs: Of the source.
+            threshold: Where a label is given to a picture; by default, the label of the largest value is.
+            **limits: On `largest` or `mean`.
 
         Raises:
             ConversionError: They differ by more than the limits, or in shape.
@@ -50,13 +60,16 @@ class Comparison(NamedTuple):
                 f"{against} gives logits of shape {tuple(theirs.shape)}, the converted network {tuple(ours.shape)}."
             )
         difference = (ours - theirs).abs()
-        same = (ours.argmax(-1) == theirs.argmax(-1)).float()
+        if threshold is None:
+            same = (ours.argmax(-1) == theirs.argmax(-1)).float()
+        else:
+            same = ((ours > threshold) == (theirs > threshold)).float()
         result = cls(against, len(ours), difference.max().item(), difference.mean().item(), same.mean().item(), limits)
         for name, limit in limits.items():
             value = getattr(result, name)
             if not value <= limit:  # true for NaN too
                 raise ConversionError(
-                    f"the converted network is another than {against}: the {name} difference of logits is "
+                    f"the converted network is another than {against}: the {name} difference is "
                     f"{value:.3g}, {limit:.3g} is allowed; nothing was written."
                 )
         return result
@@ -89,10 +102,17 @@ def rounded(model: nn.Module, activations: dict[str, dict[str, Any]]) -> Iterato
         low, high = {"uint8": (0, 255), "int8": (-128, 127)}[activations[name]["dtype"]]
         return lambda _, inputs, output: ((output / scale + zero_point).round().clamp(low, high) - zero_point) * scale
 
-    modules = {name: module for name, module in model.named_modules() if name in activations}
-    if "backbone.pooler_output" in activations:
-        modules["backbone.pooler_output"] = model.dropout  # what sees it next
-    hooks = [module.register_forward_hook(rounding(name)) for name, module in modules.items()]
+    # What a hidden layer gives is rounded after its activation, which is a module of its own.
+    after = {f"hidden.{index}": f"hidden.{index + 1}" for index in range(0, len(model.hidden), 2)}
+    modules = dict(model.named_modules())
+    hooks = [
+        modules[after.get(name, name)].register_forward_hook(rounding(name))
+        for name in activations
+        if after.get(name, name) in modules
+    ]
+    if "backbone.pooler_output" in activations:  # before what sees it next
+        hook = rounding("backbone.pooler_output")
+        hooks.append(model.hidden.register_forward_pre_hook(lambda module, inputs: hook(module, None, inputs[0])))
     try:
         yield
     finally:
@@ -126,13 +146,17 @@ def prove(
         caveats.append(f"Not compared with the source's own runtime: {error}.")
     quantized = checkpoint.quantization is not None
     activations = checkpoint.quantization["activations"] if quantized else {}
-    batches: dict[str, list[Tensor]] = {"ours": [], "theirs": [], "ours rounded": []}
+    batches: dict[str, list[Tensor]] = {"ours": [], "theirs": [], "predictions": [], "ours rounded": []}
     for start in track(range(0, len(pictures), BATCH), "comparing"):
-        batch = checkpoint.processor(pictures[start : start + BATCH], return_tensors="pt").pixel_values
+        paths = pictures[start : start + BATCH]
+        batch = checkpoint.processor(paths, return_tensors="pt").pixel_values
         with torch.no_grad():
             batches["ours"].append(model(batch).logits)
             if oracle:
-                batches["theirs"].append(oracle.logits(batch)[:, classes])
+                given = checkpoint.feed(paths, return_tensors="pt").pixel_values if checkpoint.feed else batch
+                batches["theirs"].append(oracle.logits(given)[:, classes])
+                if oracle.predictions and classes == slice(0, None):
+                    batches["predictions"].append(oracle.predictions(given))
             if oracle and activations:
                 with rounded(model, activations):
                     batches["ours rounded"].append(model(batch).logits)
@@ -140,20 +164,40 @@ def prove(
     ours, theirs = logits["ours"], logits.get("theirs")
     comparisons = []
     if oracle:
-        name = f"{oracle.name} {oracle.version}"
-        if activations:
-            # A step is one level of the file's logits. Integer kernels round between layers in ways of their own.
-            step = activations["classifier"]["scale"]
-            comparisons.append(Comparison.of(f"{name}, rounding alike", logits["ours rounded"], theirs, mean=4 * step))
-            comparisons.append(Comparison.of(f"{name}, not rounding", ours, theirs))
-        elif quantized:
-            # Only weights are of 8 bits, and they are the same here; the runtime rounds activations as they come.
-            comparisons.append(Comparison.of(name, ours, theirs, mean=0.1 * theirs.std().item()))
-        else:
-            comparisons.append(Comparison.of(name, ours, theirs, largest=limit(theirs)))
+        comparisons += _compare(oracle, checkpoint.quantization, logits)
+        if "predictions" in logits:
+            predict = PREDICTIONS[checkpoint.prediction]
+            sigmoid = checkpoint.prediction == "sigmoid"
+            limits = {} if quantized else {"largest": 2e-3 if oracle.is_half else limit(theirs)}
+            comparisons.append(
+                Comparison.of(
+                    f"{oracle.name}, {checkpoint.prediction.replace('_', ' of ')}",
+                    predict(ours),
+                    logits["predictions"],
+                    0.5 if sigmoid else None,
+                    **limits,
+                )
+            )
     loaded = load_back(folder, pictures)
     comparisons.append(Comparison.of("the repository, loaded anew", ours, loaded, largest=limit(ours)))
     return comparisons, caveats
+
+
+def _compare(oracle: Oracle, quantization: dict[str, Any] | None, logits: dict[str, Tensor]) -> list[Comparison]:
+    """Compare logits with those of a runtime, as closely as its arithmetic allows."""
+    name, ours, theirs = f"{oracle.name} {oracle.version}", logits["ours"], logits["theirs"]
+    if quantization and "classifier" in quantization["activations"]:
+        # A step is one level of the file's logits. Integer kernels round between layers in ways of their own.
+        step = quantization["activations"]["classifier"]["scale"]
+        allowed = max(4 * step, 0.1 * theirs.std().item())
+        alike = Comparison.of(f"{name}, rounding alike", logits["ours rounded"], theirs, mean=allowed)
+        return [alike, Comparison.of(f"{name}, not rounding", ours, theirs)]
+    if quantization:
+        # Weights of 8 bits are the same here; the runtime rounds activations as they come.
+        return [Comparison.of(name, ours, theirs, mean=0.1 * theirs.std().item())]
+    if oracle.is_half:
+        return [Comparison.of(f"{name}, in 16 bits", ours, theirs, mean=0.01 * theirs.std().item())]
+    return [Comparison.of(name, ours, theirs, largest=limit(theirs))]
 
 
 # What a user would type. This package is not imported, so the code that runs is the repository's own.
