@@ -11,8 +11,9 @@ import torch
 from oracles import logits
 
 from convert_checkpoint import build, convert
-from mobilenet.conversion import Checkpoint, ConversionError, Options, read_source
+from mobilenet.conversion import Checkpoint, Options, RepositoryError, read_source
 from mobilenet.conversion.names import Table, places
+from mobilenet.repository import RepositoryError
 
 
 ODD_SIZES = ((97, 130), (161, 95))
@@ -26,7 +27,7 @@ def read(path: Path | str, **options: object) -> Checkpoint:
 def assert_fails_without_a_trace(source: Path | str, output: Path, *parts: str, **options: object) -> None:
     """A conversion ends in one clear error, and leaves neither an output nor temporary files."""
     before = {path: path.stat().st_mtime_ns for path in output.parent.rglob("*") if path.is_file()}
-    with pytest.raises(ConversionError) as error:
+    with pytest.raises(RepositoryError) as error:
         convert(str(source), output, **options)
     for part in parts:
         assert part in str(error.value), error.value

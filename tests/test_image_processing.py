@@ -70,8 +70,9 @@ def assert_levels(ours: torch.Tensor, theirs: torch.Tensor, one_level: float) ->
 def test_photographs_equal_transformers_under_every_recipe(photographs, name):
     recipe = RECIPES[name]
     ours = MobileNetImageProcessor.from_recipe(name)
+    stretches = {"size": {"height": 224, "width": 224}, "do_center_crop": False}
     theirs = native(
-        size={"shortest_edge": int(224 / recipe.crop_fraction)},
+        **(stretches if recipe.fit == "stretch" else {"size": {"shortest_edge": int(224 / recipe.crop_fraction)}}),
         resample=recipe.resample,
         image_mean=list(recipe.mean),
         image_std=list(recipe.std),
