@@ -70,6 +70,14 @@ RECIPES = {
     "timm_miil": Recipe(Resampling.BILINEAR, 0.875, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 
+# What a network sees of pixels, as people say it: mean and deviation of values in 0 to 1.
+RANGES: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+    "0..1": ((0.0,), (1.0,)),
+    "-1..1": ((0.5,), (0.5,)),
+    "0..255": ((0.0,), (1 / 255,)),
+    "imagenet": (_IMAGENET_MEAN, _IMAGENET_STD),
+}
+
 
 class UnreadableImageError(ValueError):
     """A picture that cannot be read: the message names it and says why."""
@@ -629,6 +637,7 @@ def _look_up(table: np.ndarray, image: np.ndarray) -> np.ndarray:
 __all__ = [
     "FITS",
     "OPTIONS",
+    "RANGES",
     "RECIPES",
     "Recipe",
     "UnreadableImageError",

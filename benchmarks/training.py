@@ -30,9 +30,8 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mobilenet.convert_checkpoint import convert
-
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet.conversion.convert import convert
 from mobilenet.training.augment import Augment, Normalize
 from mobilenet.training.data import Pictures, Storage, decode, load_splits
 from mobilenet.training.options import Options

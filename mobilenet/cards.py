@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,3 +263,97 @@ await classify("photo.jpg");
 ```
 
 `dtype: "q8"` is `onnx/model_quantized.onnx`, what browsers load by default; `dtype: "fp32"` is `onnx/model.onnx`."""
+
+
+# Of conversions
+
+
+def conversion_card(
+    config: Any,
+    origin: Any,
+    checkpoint: Any,
+    columns: Sequence[str],
+    comparisons: Sequence[Any],
+    caveats: Sequence[str],
+) -> ModelCard:
+    """The card of a converted network.
+
+    Args:
+        config: Its configuration.
+        origin: Where the source comes from.
+        checkpoint: What was read from it.
+        columns: Of the table of comparisons.
+        comparisons: Its rows, which have cells.
+        caveats: What was not compared.
+    """
+    architecture = ARCHITECTURES[config.architecture]
+    data = ModelCardData(
+        license=checkpoint.license,
+        library_name="transformers",
+        pipeline_tag="image-classification" if config.num_labels else "image-feature-extraction",
+        tags=["vision", "mobilenet", f"arxiv:{architecture.paper}"],
+        datasets=["imagenet-1k"] if config.num_labels in (1000, 1001) else None,
+        metrics=["accuracy"],
+        base_model=origin.given if origin.revision else None,
+    )
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {architecture.title}, width {config.width_multiplier:g}, {config.image_size} pixels",
+        f"Converted from {checkpoint.kind}. "
+        + (f"{config.num_labels} classes. " if config.num_labels else "Features, without a classifier. ")
+        + f"Paper: [arXiv:{architecture.paper}](https://arxiv.org/abs/{architecture.paper}).",
+        _USE_CONVERTED,
+        *([_FINE_TUNE] if config.has_batch_norm else []),
+        "## Source",
+        _source(origin, checkpoint),
+        "## Parity",
+        *([_table(columns, [comparison.cells for comparison in comparisons])] if comparisons else []),
+        *dict.fromkeys([*caveats, *checkpoint.warnings]),
+        f"Made with {', '.join(_versions())}.",
+        *(["## Notes", *checkpoint.notes] if checkpoint.notes else []),
+    ]
+    return ModelCard("\n\n".join(sections) + "\n")
+
+
+_USE_CONVERTED = """## Use
+
+```python
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="path/to/this/repository", trust_remote_code=True)
+classify("photo.jpg")
+```
+
+`trust_remote_code` runs the six Python files of this repository: `architectures_mobilenet.py`,
+`configuration_mobilenet.py`, `image_processing_mobilenet.py`, `layers_mobilenet.py`, `modeling_mobilenet.py` and
+`preprocessing_mobilenet.py`. After `import mobilenet`, the installed package, it is not needed."""
+
+_FINE_TUNE = """## Fine-tune
+
+`mobilenet train pictures --model path/to/this/repository --output fine-tuned`, or any training loop for PyTorch."""
+
+
+def _source(origin: Any, checkpoint: Any) -> str:
+    given = f"[{origin.given}]({origin.url})" if origin.url else markdown(Path(origin.given).name)
+    where = f"{given} at revision `{origin.revision}`" if origin.revision else given
+    return f"{where}\n\n" + _table(
+        ("file", "SHA-256"), [(markdown(path.name), f"`{sha256(path)}`") for path in checkpoint.files]
+    )
+
+
+def _versions() -> list[str]:
+    try:
+        own = [f"mobilenet {version('mobilenet')}"]
+    except PackageNotFoundError:  # a clone
+        own = []
+    return [
+        *own,
+        f"transformers {version('transformers')}",
+        f"torch {version('torch')}",
+        f"Python {platform.python_version()}",
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

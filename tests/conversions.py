@@ -10,8 +10,8 @@ import pytest
 import torch
 from oracles import logits
 
-from convert_checkpoint import build, convert
-from mobilenet.conversion import Checkpoint, Options, RepositoryError, read_source
+from mobilenet.conversion import Checkpoint, Options, read_source
+from mobilenet.conversion.convert import build, convert
 from mobilenet.conversion.names import Table, places
 from mobilenet.repository import RepositoryError
 

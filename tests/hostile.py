@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from convert_checkpoint import build, choose_labels
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.conversion import (
     ConversionError,
@@ -33,6 +32,7 @@ from mobilenet.conversion import (
     from_torchvision,
     read_source,
 )
+from mobilenet.conversion.convert import build, choose_labels
 from mobilenet.conversion.names import Table, places, skeleton
 from mobilenet.loading import load
 

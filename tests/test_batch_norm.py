@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mobilenet.convert_checkpoint import convert
 from oracles import randomize_norms
 from PIL import Image
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from mobilenet import (
     MobileNetModel,
 )
 from mobilenet.batch_norm import align_batch_norm
+from mobilenet.conversion.convert import convert
 
 
 pytestmark = pytest.mark.any_version

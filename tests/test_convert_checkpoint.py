@@ -23,10 +23,10 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from typer.testing import CliRunner
 
 import convert_checkpoint
-from convert_checkpoint import build, convert
 from mobilenet import MobileNetForImageClassification
 from mobilenet.cli import app
 from mobilenet.conversion import proof
+from mobilenet.conversion.convert import build, convert
 
 
 SCRIPT = Path(convert_checkpoint.__file__)
@@ -396,7 +396,7 @@ def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path) -> None:
 HUB_CLIENT = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from convert_checkpoint import convert
+from mobilenet.conversion.convert import convert
 results = {}
 for source in sys.argv[3:]:
     name, _, revision = source.partition("@")

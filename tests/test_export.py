@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from mobilenet.convert_checkpoint import convert
 from oracles import randomize_norms
 from PIL import Image
 from torch import Tensor
@@ -22,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.cli import app
+from mobilenet.conversion.convert import convert
 from mobilenet.export import export
 from mobilenet.export.compare import Engine, ExportError
 

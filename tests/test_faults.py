@@ -76,7 +76,7 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
 # What takes its time to import.
-MODULES = [f"mobilenet.{name}" for name in ("convert_checkpoint", "export", "train", "trainer", "pictures", "report")]
+MODULES = [f"mobilenet.{name}" for name in ("conversion.convert", "export.export", "training.run")]
 MODULES += ["datasets", "kornia.augmentation", "matplotlib.pyplot", "onnxscript", "torch.utils.tensorboard"]
 MODULES += ["torchmetrics.classification", "transformers.exporters", "transformers.models.auto.modeling_auto"]
 Run = Callable[..., tuple[int, str]]
@@ -134,8 +134,8 @@ def everywhere(stages: list[str], faults: tuple[str, ...]) -> list[tuple[str, st
 
 # convert
 
-CONVERT = "mobilenet.convert_checkpoint."
-CONVERT_STAGES = [CONVERT + name for name in ("read_source", "choose_labels", "build", "write", "write_card")]
+CONVERT = "mobilenet.conversion.convert."
+CONVERT_STAGES = [CONVERT + name for name in ("read_source", "choose_labels", "build", "write", "conversion_card")]
 CONVERT_STAGES += ["mobilenet.conversion.checkpoint.load_file", "mobilenet.conversion.proof.load_back", "os.replace"]
 
 
@@ -173,7 +173,7 @@ def test_convert_survives_signals(run: Run, source: Path, tmp_path: Path, stage:
 
 
 @pytest.mark.parametrize(
-    ("stage", "fault"), [("write", "full disk"), ("write", "read-only"), ("write_card", "read-only")]
+    ("stage", "fault"), [("write", "full disk"), ("write", "read-only"), ("conversion_card", "read-only")]
 )
 def test_convert_says_where_it_cannot_write(run: Run, source: Path, tmp_path: Path, stage: str, fault: str) -> None:
     code, printed = run("convert", source, tmp_path / "out", "--no-verify", stage=CONVERT + stage, fault=fault)
@@ -187,7 +187,7 @@ def test_an_interrupted_overwrite_keeps_what_was_there(run: Run, source: Path, t
     assert run("convert", source, tmp_path / "out", "--no-verify")[0] == 0
     (tmp_path / "out" / "mine.txt").touch()
     arguments = ("convert", source, tmp_path / "out", "--no-verify", "--overwrite")
-    for stage in ("mobilenet.convert_checkpoint.write_card", "os.replace"):
+    for stage in ("mobilenet.conversion.convert.conversion_card", "os.replace"):
         assert_ended(fault, *run(*arguments, stage=stage, fault=fault))
         assert names(tmp_path / "out") == {*COMPLETE, "mine.txt"}
         assert names(tmp_path) == {"source", "out"}

@@ -10,9 +10,9 @@ from conversions import assert_fails_without_a_trace, assert_wrong_tables_are_no
 from oracles import logits, native, randomize_norms
 from transformers import MobileNetV1ForImageClassification, MobileNetV2Config, MobileNetV2ForImageClassification
 
-from convert_checkpoint import build
 from mobilenet import MobileNetConfig
 from mobilenet.conversion import from_google
+from mobilenet.conversion.convert import build
 
 
 NATIVE = {

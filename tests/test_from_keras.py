@@ -13,7 +13,7 @@ from conversions import assert_fails_without_a_trace, assert_wrong_tables_are_no
 from oracles import logits
 from torch import Tensor
 
-from convert_checkpoint import build, convert
+from mobilenet.conversion.convert import build, convert
 
 
 pytestmark = pytest.mark.any_version

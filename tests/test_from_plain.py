@@ -8,7 +8,7 @@ from conversions import ODD_SIZES, assert_wrong_tables_are_noticed, read
 from oracles import logits
 from torch import Tensor, nn
 
-from convert_checkpoint import build, convert
+from mobilenet.conversion.convert import build, convert
 
 
 pytestmark = pytest.mark.any_version

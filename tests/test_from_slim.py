@@ -12,8 +12,8 @@ from conversions import assert_fails_without_a_trace, assert_wrong_tables_are_no
 from oracles import logits
 from torch import Tensor
 
-from convert_checkpoint import build, convert
 from mobilenet.conversion import from_slim
+from mobilenet.conversion.convert import build, convert
 
 
 pytestmark = pytest.mark.any_version

@@ -10,8 +10,8 @@ from conversions import assert_fails_without_a_trace, assert_wrong_tables_are_no
 from oracles import logits
 from torch import Tensor
 
-from convert_checkpoint import build, convert
 from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet.conversion.convert import build, convert
 from mobilenet.conversion.proof import rounded
 
 

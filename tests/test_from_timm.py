@@ -11,9 +11,9 @@ from oracles import as_trained, import_timm, logits, timm_model
 from safetensors.torch import save_file
 from torch import nn
 
-from convert_checkpoint import build, convert
 from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.conversion import from_timm
+from mobilenet.conversion.convert import build, convert
 
 
 pytestmark = pytest.mark.any_version

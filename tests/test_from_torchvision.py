@@ -9,8 +9,8 @@ from conversions import ODD_SIZES, assert_fails_without_a_trace, assert_wrong_ta
 from oracles import copy_in_order, logits, randomize_norms, timm_model
 from torch import Tensor, nn
 
-from convert_checkpoint import build
 from mobilenet.conversion import from_torchvision, read_source
+from mobilenet.conversion.convert import build
 
 
 pytestmark = pytest.mark.any_version

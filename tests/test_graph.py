@@ -11,9 +11,9 @@ from conversions import assert_fails_without_a_trace, read
 from typer.testing import CliRunner
 from variants import Variant
 
-from convert_checkpoint import build, convert
 from mobilenet import MobileNetConfig
 from mobilenet.cli import app
+from mobilenet.conversion.convert import build, convert
 from mobilenet.conversion.graph import Act, Add, Affine, Conv, Graph, Pool, match, table
 from mobilenet.draw import draw_images
 
@@ -158,7 +158,7 @@ def test_a_number_that_is_off_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
         model.classifier.bias.data[0] += 0.01
         return model
 
-    monkeypatch.setattr("convert_checkpoint.build", off)
+    monkeypatch.setattr("mobilenet.conversion.convert.build", off)
     monkeypatch.setitem(convert.__globals__, "build", off)
     assert_fails_without_a_trace(path, tmp_path / "output", "the converted network is another than the file in Keras")
 

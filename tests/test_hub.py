@@ -21,9 +21,9 @@ from oracles import randomize_norms
 from packaging.version import Version
 from PIL import Image
 
-from convert_checkpoint import convert
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.conversion import ConversionError, checkpoint
+from mobilenet.conversion.convert import convert
 
 
 ROOT = Path(__file__).parents[1]

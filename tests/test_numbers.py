@@ -15,8 +15,8 @@ from conversions import read
 from oracles import FAMILY, logits, randomize_norms
 from torch import Tensor, nn
 
-from convert_checkpoint import build
 from mobilenet import MobileNetConfig, MobileNetForImageClassification
+from mobilenet.conversion.convert import build
 
 
 pytestmark = [pytest.mark.any_version, pytest.mark.usefixtures("one_thread")]

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import transformers
-from mobilenet.convert_checkpoint import convert
 from PIL import Image
+
+from mobilenet.conversion.convert import convert
 
 
 ROOT = Path(__file__).parents[1]

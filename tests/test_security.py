@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from convert_checkpoint import convert
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.cards import Measured, export_card, write_card
 from mobilenet.conversion import ConversionError
+from mobilenet.conversion.convert import convert
 from mobilenet.export.compare import Comparison
 from mobilenet.loading import load
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from convert_checkpoint import convert
 from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.cli import app
+from mobilenet.conversion.convert import convert
 
 
 def test_transformers_js_answers_as_torch(data: Path, cats: Path, tmp_path: Path) -> None:

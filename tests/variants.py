@@ -550,7 +550,7 @@ def attempt(variant: Variant, folder: Path, photographs: list[str], seed: int = 
     Raises:
         WrongError: The converted network says something else than its source, or has a place and was refused.
     """
-    from convert_checkpoint import build, keep_gray
+    from mobilenet.conversion.convert import build, keep_gray
     from mobilenet.conversion import ConversionError, Options, proof, read_source
     from mobilenet.conversion.graph import PREDICTIONS
 

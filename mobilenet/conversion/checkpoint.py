@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import pickle
 import zipfile
@@ -29,8 +28,7 @@ from torch import Tensor
 
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.integrity import is_as_announced
-from mobilenet.preprocessing_mobilenet import FITS, RECIPES
-from mobilenet.progress import open_file
+from mobilenet.preprocessing_mobilenet import FITS, RANGES
 
 from .names import ConversionError, Table
 
@@ -64,15 +62,6 @@ class Oracle(NamedTuple):
 
 class NoOracleError(Exception):
     """A source that has no runtime to compare with: the message says why."""
-
-
-# What a network sees of pixels, as people say it: mean and deviation of values in 0 to 1.
-RANGES: dict[str, tuple[Sequence[float], Sequence[float]]] = {
-    "0..1": ((0.0,), (1.0,)),
-    "-1..1": ((0.5,), (0.5,)),
-    "0..255": ((0.0,), (1 / 255,)),
-    "imagenet": (RECIPES["torchvision"].mean, RECIPES["torchvision"].std),
-}
 
 
 class Options(NamedTuple):
@@ -152,15 +141,6 @@ MAX_BYTES = 2 * 1024**3
 def first_line(error: BaseException) -> str:
     """What went wrong, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open_file(path) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
