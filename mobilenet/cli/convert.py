@@ -114,7 +114,7 @@ def convert(
     """
     signal.signal(signal.SIGTERM, _stop)
     module = import_module("mobilenet.conversion.convert")
-    module.logging.disable_progress_bar()  # one bar is enough
+    import_module("transformers.utils.logging").disable_progress_bar()  # one bar is enough
     comparisons = module.convert(
         source,
         output,

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, sha256
+from mobilenet.repository import sha256
+
+from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin
 from .names import TORCH, ConversionError, Row, Table, measure
 
 
