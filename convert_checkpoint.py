@@ -1,4 +1,4 @@
-"""Convert a MobileNet of any public source into a repository for transformers, and prove that it is the same network.
+"""Convert a MobileNet of any public source into a repository for transformers, and compare both.
 
 python convert_checkpoint.py google/mobilenet_v2_1.0_224 my-mobilenet
 """

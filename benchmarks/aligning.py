@@ -91,7 +91,7 @@ def main(
     }
     with tempfile.TemporaryDirectory() as folder:
         for name, weights in {"v1": v1, "v2": v2}.items():
-            convert(weights, Path(folder) / name, verify=False)
+            convert(weights, Path(folder) / name, compare=False)
 
         def decoded(row: Row) -> list[Pictures]:
             rows, first, last = sources[row.images]

@@ -160,7 +160,7 @@ class Results:
         self.accuracies = {Run(*run): accuracy for *run, accuracy in map(json.loads, lines)}
         self.decoded: dict[tuple[str, int], list[Pictures]] = {}
         self.converted = folder / "converted"
-        convert(weights, self.converted, verify=False)
+        convert(weights, self.converted, compare=False)
 
     def pictures(self, part: str, size: int) -> list[Pictures]:
         """Pictures to train on and to validate on: those of the table come first in the dataset, then the others."""

@@ -12,7 +12,7 @@ from oracles import logits
 
 from mobilenet.conversion import Checkpoint, Options, read_source
 from mobilenet.conversion.convert import build, convert
-from mobilenet.conversion.names import Table, places
+from mobilenet.conversion.rename import Table, places
 from mobilenet.repository import RepositoryError
 
 

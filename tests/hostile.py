@@ -33,7 +33,7 @@ from mobilenet.conversion import (
     read_source,
 )
 from mobilenet.conversion.convert import build, choose_labels
-from mobilenet.conversion.names import Table, places, skeleton
+from mobilenet.conversion.rename import Table, places, skeleton
 from mobilenet.loading import load
 
 

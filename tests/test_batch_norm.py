@@ -130,7 +130,7 @@ def test_google_s_weights_hold_in_training_mode(
     name: str, evaluation: float, training: float, data: Path, photographs: list[Path], tmp_path: Path
 ) -> None:
     """On photographs, the statistics of a batch serve nearly as well as the checkpoint's own."""
-    convert(str(data / "checkpoints" / name), tmp_path / "model", verify=False)
+    convert(str(data / "checkpoints" / name), tmp_path / "model", compare=False)
     model = MobileNetForImageClassification.from_pretrained(tmp_path / "model")
     processor = MobileNetImageProcessor.from_pretrained(tmp_path / "model")
     with (photographs[0].parent / "labels.csv").open(encoding="utf-8") as file:

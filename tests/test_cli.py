@@ -65,3 +65,17 @@ def test_the_example_comes_with_the_package():
     (best, *_) = json.loads(result.stdout)["predictions"]
     assert best["label"] == "cat"
     assert best["score"] > 0.9
+
+
+def test_options_keep_their_former_names(tmp_path):
+    """For a release, with a notice."""
+    arguments = ["convert", str(tmp_path / "nothing"), str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, "--no-verify", f"--verify-on={tmp_path}"])
+    assert result.exit_code == 1
+    first, second, error = result.stderr.splitlines()
+    assert first == "Notice: --no-verify is called --no-compare now."
+    assert second == "Notice: --verify-on is called --compare-on now."
+    assert error.startswith("Error: --compare-on must be a folder of ")
+    help_ = " ".join(CliRunner().invoke(app, ["convert", "--help"]).stdout.split())
+    assert "--compare-on" in help_
+    assert "--verify" not in help_

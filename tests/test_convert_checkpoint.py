@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import convert_checkpoint
 from mobilenet import MobileNetForImageClassification
 from mobilenet.cli import app
-from mobilenet.conversion import proof
+from mobilenet.conversion import parity
 from mobilenet.conversion.convert import build, convert
 
 
@@ -184,9 +184,9 @@ def test_a_revision_is_for_the_hub(small: Path, tmp_path: Path) -> None:
 def test_output_is_never_overwritten_unasked(converted: Path, small: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(converted, tmp_path / "output"))
     assert_fails_without_a_trace(small, output, f"{output} exists; --overwrite replaces it.")
-    convert(str(small), output, overwrite=True, verify=False)
+    convert(str(small), output, overwrite=True, compare=False)
     assert json.loads((output / "config.json").read_text())["width_multiplier"] == 0.25
-    assert "Not verified" in (output / "README.md").read_text()
+    assert "Not compared" in (output / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"output", "small"}
 
 
@@ -224,7 +224,7 @@ def test_overwriting_spares_clones_and_the_source(
 
 
 def test_missing_parents_of_the_output_are_made(small: Path, tmp_path: Path) -> None:
-    convert(str(small), tmp_path / "a" / "b", verify=False)
+    convert(str(small), tmp_path / "a" / "b", compare=False)
     assert (tmp_path / "a" / "b" / "model.safetensors").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"a", "small"}
 
@@ -232,15 +232,15 @@ def test_missing_parents_of_the_output_are_made(small: Path, tmp_path: Path) -> 
 def test_a_result_that_does_not_load_is_not_written(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proof, "_LOAD_BACK", "raise SystemExit('no such class')")
+    monkeypatch.setattr(parity, "_LOAD_BACK", "raise SystemExit('no such class')")
     assert_fails_without_a_trace(small, tmp_path / "output", "does not load: no such class")
 
 
 def test_a_result_that_loads_as_another_network_is_not_written(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = proof._LOAD_BACK.replace("with torch", "model.classifier.bias.data[7] += 0.01\nwith torch")
-    monkeypatch.setattr(proof, "_LOAD_BACK", script)
+    script = parity._LOAD_BACK.replace("with torch", "model.classifier.bias.data[7] += 0.01\nwith torch")
+    monkeypatch.setattr(parity, "_LOAD_BACK", script)
     assert_fails_without_a_trace(small, tmp_path / "output", "is another than the repository, loaded anew", "is 0.01")
 
 
@@ -256,19 +256,19 @@ def test_without_the_runtime_the_card_says_so(small: Path, tmp_path: Path, monke
 
 
 def test_pictures_of_the_user_are_compared(small: Path, tmp_path: Path, cats: Path) -> None:
-    native, _ = convert(str(small), tmp_path / "output", verify_on=cats.parent)
+    native, _ = convert(str(small), tmp_path / "output", compare_on=cats.parent)
     assert (native.pictures, native.agreement) == (9, 1)
     assert_fails_without_a_trace(
-        small, tmp_path / "other", "--verify-on must be a folder", verify_on=tmp_path / "none"
+        small, tmp_path / "other", "--compare-on must be a folder", compare_on=tmp_path / "none"
     )
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "broken.jpg").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"broken\.jpg: not a picture"):
-        convert(str(small), tmp_path / "other", verify_on=tmp_path / "pictures")
+        convert(str(small), tmp_path / "other", compare_on=tmp_path / "pictures")
 
 
 def test_dropping_the_background_keeps_the_other_classes(small: Path, tmp_path: Path) -> None:
-    convert(str(small), tmp_path / "output", drop_background=True, verify=False)
+    convert(str(small), tmp_path / "output", drop_background=True, compare=False)
     kept = build(read(small), "").classifier
     without = MobileNetForImageClassification.from_pretrained(tmp_path / "output").eval()
     assert without.classifier.weight.equal(kept.weight[1:])
@@ -276,7 +276,7 @@ def test_dropping_the_background_keeps_the_other_classes(small: Path, tmp_path: 
     assert without.config.num_labels == 1000
     assert without.config.id2label[281] == "tabby, tabby cat"
     assert without.config.label2id["tench, Tinca tinca"] == 0
-    convert(str(small), tmp_path / "output", drop_background=True, labels="imagenet", verify=False, overwrite=True)
+    convert(str(small), tmp_path / "output", drop_background=True, labels="imagenet", compare=False, overwrite=True)
     assert (
         MobileNetForImageClassification.from_pretrained(tmp_path / "output").config.id2label[281] == "tabby, tabby cat"
     )
@@ -291,7 +291,7 @@ def test_labels_come_from_files_and_known_sets(small: Path, tmp_path: Path, data
         (str(tmp_path / "labels.txt"), "class 0"),
         (str(tmp_path / "labels.json"), "number 0"),
     ):
-        convert(str(small), tmp_path / "output", labels=labels, verify=False, overwrite=True)
+        convert(str(small), tmp_path / "output", labels=labels, compare=False, overwrite=True)
         config = json.loads((tmp_path / "output" / "config.json").read_text())
         assert config["id2label"]["0"] == first
         if first == "background":
@@ -305,20 +305,20 @@ def test_labels_come_from_files_and_known_sets(small: Path, tmp_path: Path, data
 
 
 def test_recipe_and_size_are_options(small: Path, tmp_path: Path) -> None:
-    convert(str(small), tmp_path / "output", recipe="torchvision", image_size=160, verify=False)
+    convert(str(small), tmp_path / "output", recipe="torchvision", image_size=160, compare=False)
     processor = json.loads((tmp_path / "output" / "preprocessor_config.json").read_text())
     assert processor["size"] == {"shortest_edge": 182}
     assert processor["crop_size"] == {"height": 160, "width": 160}
     assert processor["image_mean"] == [0.485, 0.456, 0.406]
     assert json.loads((tmp_path / "output" / "config.json").read_text())["image_size"] == 160
     with pytest.raises(ValueError, match="name must be one of google, keras"):
-        convert(str(small), tmp_path / "other", recipe="cake", verify=False)
+        convert(str(small), tmp_path / "other", recipe="cake", compare=False)
 
 
 def test_fused_from_the_start(small: Path, tmp_path: Path, cats: Path) -> None:
-    comparisons = convert(str(small), tmp_path / "fused", fuse=True, verify_on=cats.parent)
+    comparisons = convert(str(small), tmp_path / "fused", fuse=True, compare_on=cats.parent)
     assert comparisons
-    convert(str(small), tmp_path / "plain", verify=False)
+    convert(str(small), tmp_path / "plain", compare=False)
     fused = load_file(tmp_path / "fused" / "model.safetensors")
     plain = load_file(tmp_path / "plain" / "model.safetensors")
     assert len(plain) == 27 * 6 + 2  # 27 convolutions with weight and norm, whose counter is a tensor too
@@ -335,13 +335,13 @@ def test_fused_from_the_start(small: Path, tmp_path: Path, cats: Path) -> None:
 
 
 def test_folding_and_unfolding_exclude_each_other(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unfold and fuse exclude each other"):
-        convert(str(small), tmp_path / "output", unfold=True, fuse=True)
+    with pytest.raises(ValueError, match="unfuse and fuse exclude each other"):
+        convert(str(small), tmp_path / "output", unfuse=True, fuse=True)
     assert not (tmp_path / "output").exists()
 
 
 def test_unfolding_is_for_folded_networks(small: Path, tmp_path: Path) -> None:
-    assert_fails_without_a_trace(small, tmp_path / "output", "--unfold-batch-norm is for networks", unfold=True)
+    assert_fails_without_a_trace(small, tmp_path / "output", "--unfuse is for networks", unfuse=True)
 
 
 def test_command_prints_the_proof_and_errors_in_one_line(small: Path, tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    run = run_script(small, tmp_path / "output", "--no-verify", preexec_fn=limit)
+    run = run_script(small, tmp_path / "output", "--no-compare", preexec_fn=limit)
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 1
     assert errors.startswith("Error: output cannot be written: ")
@@ -401,7 +401,7 @@ results = {}
 for source in sys.argv[3:]:
     name, _, revision = source.partition("@")
     try:
-        convert(name, f"{sys.argv[2]}/{len(results)}", revision=revision or None, verify=False)
+        convert(name, f"{sys.argv[2]}/{len(results)}", revision=revision or None, compare=False)
         results[source] = open(f"{sys.argv[2]}/{len(results)}/README.md").read()
     except ValueError as error:
         results[source] = str(error)

@@ -163,7 +163,7 @@ def test_onnx_takes_any_size_and_holds_no_needless_operator(tmp_path, options, o
 @pytest.fixture(scope="module")
 def real_model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real") / "model"
-    convert(str(data / "checkpoints" / "google_mobilenet_v1_0.75_192"), folder, verify=False)
+    convert(str(data / "checkpoints" / "google_mobilenet_v1_0.75_192"), folder, compare=False)
     return folder
 
 

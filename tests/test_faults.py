@@ -136,7 +136,7 @@ def everywhere(stages: list[str], faults: tuple[str, ...]) -> list[tuple[str, st
 
 CONVERT = "mobilenet.conversion.convert."
 CONVERT_STAGES = [CONVERT + name for name in ("read_source", "choose_labels", "build", "write", "conversion_card")]
-CONVERT_STAGES += ["mobilenet.conversion.checkpoint.load_file", "mobilenet.conversion.proof.load_back", "os.replace"]
+CONVERT_STAGES += ["mobilenet.conversion.checkpoint.load_file", "mobilenet.conversion.parity.load_back", "os.replace"]
 
 
 @pytest.fixture
@@ -161,13 +161,13 @@ COMPLETE = {
 )
 def test_convert_survives_signals(run: Run, source: Path, tmp_path: Path, stage: str, fault: str) -> None:
     before = checksums(source)
-    proves = ["--verify" if stage.endswith(".load_back") else "--no-verify"]
+    proves = ["--compare" if stage.endswith(".load_back") else "--no-compare"]
     assert_ended(fault, *run("convert", source, tmp_path / "out", *proves, stage=stage, fault=fault))
     assert not (tmp_path / "out").exists()
     assert checksums(source) == before
     if fault != "SIGKILL":  # after which nobody can tidy up
         assert names(tmp_path) == {"source"}
-    code, printed = run("convert", source, tmp_path / "out", "--no-verify")
+    code, printed = run("convert", source, tmp_path / "out", "--no-compare")
     assert code == 0, printed
     assert names(tmp_path / "out") == COMPLETE
 
@@ -176,7 +176,7 @@ def test_convert_survives_signals(run: Run, source: Path, tmp_path: Path, stage:
     ("stage", "fault"), [("write", "full disk"), ("write", "read-only"), ("conversion_card", "read-only")]
 )
 def test_convert_says_where_it_cannot_write(run: Run, source: Path, tmp_path: Path, stage: str, fault: str) -> None:
-    code, printed = run("convert", source, tmp_path / "out", "--no-verify", stage=CONVERT + stage, fault=fault)
+    code, printed = run("convert", source, tmp_path / "out", "--no-compare", stage=CONVERT + stage, fault=fault)
     assert_ended(fault, code, printed)
     assert printed.startswith("Error: out cannot be written: ")
     assert names(tmp_path) == {"source"}
@@ -184,9 +184,9 @@ def test_convert_says_where_it_cannot_write(run: Run, source: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("fault", ["SIGINT", "read-only"])
 def test_an_interrupted_overwrite_keeps_what_was_there(run: Run, source: Path, tmp_path: Path, fault: str) -> None:
-    assert run("convert", source, tmp_path / "out", "--no-verify")[0] == 0
+    assert run("convert", source, tmp_path / "out", "--no-compare")[0] == 0
     (tmp_path / "out" / "mine.txt").touch()
-    arguments = ("convert", source, tmp_path / "out", "--no-verify", "--overwrite")
+    arguments = ("convert", source, tmp_path / "out", "--no-compare", "--overwrite")
     for stage in ("mobilenet.conversion.convert.conversion_card", "os.replace"):
         assert_ended(fault, *run(*arguments, stage=stage, fault=fault))
         assert names(tmp_path / "out") == {*COMPLETE, "mine.txt"}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.conversion.convert import build, convert
-from mobilenet.conversion.proof import rounded
+from mobilenet.conversion.parity import rounded
 
 
 pytestmark = pytest.mark.any_version
@@ -140,7 +140,7 @@ def test_another_size_than_the_files_cannot_be_compared(data: Path, tmp_path: Pa
 
 def test_batch_norms_are_unfolded_for_fine_tuning(data: Path, tmp_path: Path, cats: Path) -> None:
     source = data / "tflite" / V1
-    convert(str(source), tmp_path / "output", unfold=True, drop_background=True, verify_on=cats.parent)
+    convert(str(source), tmp_path / "output", unfuse=True, drop_background=True, compare_on=cats.parent)
     model = MobileNetForImageClassification.from_pretrained(tmp_path / "output")
     processor = MobileNetImageProcessor.from_pretrained(tmp_path / "output")
     pictures = processor(
@@ -160,7 +160,7 @@ def test_batch_norms_are_unfolded_for_fine_tuning(data: Path, tmp_path: Path, ca
 
 
 def test_a_quantized_classifier_loses_the_scale_of_the_background(data: Path, tmp_path: Path) -> None:
-    convert(str(data / "tflite" / V2_PER_CHANNEL), tmp_path / "output", drop_background=True, verify=False)
+    convert(str(data / "tflite" / V2_PER_CHANNEL), tmp_path / "output", drop_background=True, compare=False)
     kept = json.loads((tmp_path / "output" / "quantization.json").read_text())["weights"]["classifier.weight"]
     whole = read(data / "tflite" / V2_PER_CHANNEL).quantization["weights"]["classifier.weight"]
     assert (kept["scale"], kept["zero_point"]) == (whole["scale"][1:], whole["zero_point"][1:])

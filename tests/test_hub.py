@@ -346,12 +346,12 @@ def test_a_failing_hub_ends_a_conversion(hub: Hub, google: str, tmp_path: Path, 
     folder.mkdir()
     hub.faults.append(fault)
     with pytest.raises(ConversionError, match=message):
-        convert(google, folder / "mobilenet", verify=False)
+        convert(google, folder / "mobilenet", compare=False)
     assert not list(folder.iterdir())
     hub.faults.clear()
     if fault.kind == "etag":
         shutil.rmtree(tmp_path / "cache")
-    convert(google, folder / "mobilenet", verify=False)
+    convert(google, folder / "mobilenet", compare=False)
     check_folder(folder / "mobilenet")
     (commit,) = hub.repositories[google].refs.values()
     assert commit in (folder / "mobilenet" / "README.md").read_text()

@@ -30,7 +30,7 @@ except ImportError:
 def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a reader of the README stands: a converted model, and a photograph."""
     folder = tmp_path_factory.mktemp("readme")
-    convert(str(data / "checkpoints" / "google_mobilenet_v2_1.0_224"), folder / "my-mobilenet", verify=False)
+    convert(str(data / "checkpoints" / "google_mobilenet_v2_1.0_224"), folder / "my-mobilenet", compare=False)
     with Image.open(data / "images" / "000000039769.png") as image:
         image.save(folder / "photo.jpg", quality=95)
     return folder

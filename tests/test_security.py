@@ -54,7 +54,7 @@ def load_model(folder: Path) -> object:
 
 
 def convert_beside(folder: Path) -> object:
-    return convert(str(folder), folder.with_name("converted"), verify=False)
+    return convert(str(folder), folder.with_name("converted"), compare=False)
 
 
 def write_pickle(folder: Path, content: object) -> None:

@@ -21,7 +21,7 @@ from mobilenet.conversion.convert import convert
 def test_transformers_js_answers_as_torch(data: Path, cats: Path, tmp_path: Path) -> None:
     """Its logits are torch's; its own image processor, which resizes otherwise, leads to the same labels."""
     model, exports = tmp_path / "model", tmp_path / "exports"
-    convert(str(data / "checkpoints" / "google_mobilenet_v2_1.0_224"), model, verify=False)
+    convert(str(data / "checkpoints" / "google_mobilenet_v2_1.0_224"), model, compare=False)
     pictures = shutil.copytree(
         data / "imagenet_sample", tmp_path / "pictures", ignore=lambda _, names: sorted(names)[60:]
     )

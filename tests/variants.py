@@ -550,8 +550,8 @@ def attempt(variant: Variant, folder: Path, photographs: list[str], seed: int = 
     Raises:
         WrongError: The converted network says something else than its source, or has a place and was refused.
     """
+    from mobilenet.conversion import ConversionError, Options, parity, read_source
     from mobilenet.conversion.convert import build, keep_gray
-    from mobilenet.conversion import ConversionError, Options, proof, read_source
     from mobilenet.conversion.graph import PREDICTIONS
 
     path, run = write(variant, folder, seed)
@@ -579,30 +579,30 @@ def attempt(variant: Variant, folder: Path, photographs: list[str], seed: int = 
     if not variant.has_place and expected.std(0).max() > 1e-3:
         # Equal all the same, as where a layer that is left out does nothing.
         return "equal, though it has no place"
-    with in_process(model, checkpoint):  # the proof must agree, but for what a random network makes of rounding
+    with in_process(model, checkpoint):  # the comparison must pass, but for what a random network makes of rounding
         try:
-            proof.prove(folder, model, checkpoint, photographs, slice(0, None))
+            parity.check_parity(folder, model, checkpoint, photographs, slice(0, None))
         except ConversionError:
-            return "converted, but for the proof's limit"
+            return "converted, but for the comparison's limit"
     return "converted" if expected.std(0).max() > 1e-4 else "converted, and constant"
 
 
 @contextmanager
 def in_process(model: Any, checkpoint: Any) -> Iterator[None]:
     """Leave out that a result is loaded back, which takes longer than all else."""
-    from mobilenet.conversion import proof
+    from mobilenet.conversion import parity
 
-    kept = proof.load_back
+    kept = parity.load_back
 
     def same(folder: Path, pictures: list[str]) -> Tensor:
         with torch.no_grad():
             return model(checkpoint.processor(pictures, return_tensors="pt").pixel_values).logits
 
-    proof.load_back = same
+    parity.load_back = same
     try:
         yield
     finally:
-        proof.load_back = kept
+        parity.load_back = kept
 
 
 def main() -> None:

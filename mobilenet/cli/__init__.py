@@ -25,6 +25,30 @@ COMMANDS = {
 }
 
 
+# Options by the names that they had before.
+RENAMED = {
+    "convert": {
+        "--no-verify": "--no-compare",
+        "--unfold-batch-norm": "--unfuse",
+        "--verify": "--compare",
+        "--verify-on": "--compare-on",
+    },
+    "export": {"--pictures": "--images"},
+}
+
+
+def rename_options(command: str, arguments: list[str]) -> list[str]:
+    """Arguments of a subcommand with the names that options have now, and a notice on stderr where one had another."""
+    renamed = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if (new := RENAMED.get(command, {}).get(name)) is not None:
+            typer.echo(f"Notice: {name} is called {new} now.", err=True)
+            argument = new + equals + value
+        renamed.append(argument)
+    return renamed
+
+
 class Group(TyperGroup):
     """The subcommands, each imported when it is to run."""
 
@@ -43,6 +67,7 @@ class Group(TyperGroup):
             single = typer.Typer(add_completion=False)
             single.command(name)(getattr(import_module(f".{name}", __package__), name))
             command = typer.main.get_command(single)
+            rest = rename_options(name, rest)
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:

@@ -46,11 +46,9 @@ def convert(
     drop_background: Annotated[
         bool, typer.Option("--drop-background", help="Leave out class 0 of Google's 1001 classes.")
     ] = False,
-    unfold: Annotated[
+    unfuse: Annotated[
         bool,
-        typer.Option(
-            "--unfold-batch-norm", help="Put batch norms back into a network that comes folded, to fine-tune it."
-        ),
+        typer.Option("--unfuse", help="Put batch norms back into a network that comes folded, to fine-tune it."),
     ] = False,
     fuse: Annotated[
         bool, typer.Option("--fuse", help="Fold batch norms into the convolutions: faster, for inference only.")
@@ -88,7 +86,7 @@ def convert(
             min=1, help="Side of the pictures; by default as the source records it, or 224.", show_default=False
         ),
     ] = None,
-    verify_on: Annotated[
+    compare_on: Annotated[
         Path | None,
         typer.Option(
             help="Folder of pictures to compare on; by default, synthetic ones. With a folder for each class, or a "
@@ -96,10 +94,10 @@ def convert(
             show_default=False,
         ),
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with the source's runtime.")] = True,
+    compare: Annotated[bool, typer.Option("--compare/--no-compare", help="Compare with the source's runtime.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a repository that exists.")] = False,
 ) -> None:
-    """Convert a MobileNet into a repository for transformers, and prove that it is the same network.
+    """Convert a MobileNet into a repository for transformers, and compare both.
 
     \b
     SOURCE is one of
@@ -127,10 +125,10 @@ def convert(
         fit=fit,
         labels=labels,
         drop_background=drop_background,
-        unfold=unfold,
+        unfuse=unfuse,
         fuse=fuse,
-        verify=verify,
-        verify_on=verify_on,
+        compare=compare,
+        compare_on=compare_on,
         overwrite=overwrite,
     )
     console = Console()

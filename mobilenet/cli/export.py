@@ -36,7 +36,7 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a repository that exists.")] = False,
 ) -> None:
-    """Write a network for another engine, and prove that it answers as torch does. No code of the source is run."""
+    """Write a network for another engine, and compare it with torch. No code of the source is run."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary folders are removed on the way out
     module = import_module("mobilenet.export.export")
     comparisons = module.export(

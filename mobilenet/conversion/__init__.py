@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import from_google, from_keras, from_onnx, from_slim, from_state_dict, from_tflite, from_timm, from_torchvision
 from .checkpoint import Checkpoint, Options, Origin, download
-from .names import ConversionError
+from .rename import ConversionError
 
 
 _SOURCES = (from_onnx, from_google, from_timm, from_slim, from_keras, from_tflite, from_state_dict)

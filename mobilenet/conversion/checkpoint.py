@@ -30,7 +30,7 @@ from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.integrity import is_as_announced
 from mobilenet.preprocessing_mobilenet import FITS, RANGES
 
-from .names import ConversionError, Table
+from .rename import ConversionError, Table
 
 
 class Origin(NamedTuple):

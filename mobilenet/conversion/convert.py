@@ -24,17 +24,17 @@ from mobilenet.repository import staged
 
 from . import Checkpoint, ConversionError, Options, read_source
 from .labels import known, read_labels
-from .names import rename
-from .proof import BATCH, Comparison, find_pictures, prove
-from .unfold import unfold_batch_norm
+from .parity import BATCH, Comparison, check_parity, find_pictures
+from .rename import rename
+from .unfuse import unfuse_batch_norm
 
 
-UNFOLDED = (
+UNFUSED = (
     "The source comes with its batch norms folded. They were put back, so that it can be fine-tuned; what the network "
     "computes is the same."
 )
 FUSED = "Batch norms are folded into the convolutions: for inference. To fine-tune, convert without `--fuse`."
-# Statistics of unfolded batch norms settle with fewer pictures than this.
+# Statistics of unfused batch norms settle with fewer pictures than this.
 MAX_STATISTICS = 256
 
 
@@ -51,10 +51,10 @@ def convert(
     fit: str | None = None,
     labels: str | None = None,
     drop_background: bool = False,
-    unfold: bool = False,
+    unfuse: bool = False,
     fuse: bool = False,
-    verify: bool = True,
-    verify_on: str | os.PathLike | None = None,
+    compare: bool = True,
+    compare_on: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> list[Comparison]:
     """Convert a checkpoint into a repository for transformers.
@@ -73,10 +73,10 @@ def convert(
         labels: File of labels, "imagenet" or "imagenet-background"; by default, the source's own, or those of
             ImageNet for 1000 and 1001 classes.
         drop_background: Whether to leave out class 0, "background", so that ImageNet's classes count from 0.
-        unfold: Whether to put batch norms back into a network that comes folded, so that it can be fine-tuned.
+        unfuse: Whether to put batch norms back into a network that comes folded, so that it can be fine-tuned.
         fuse: Whether to fold batch norms into the convolutions: for inference, from a third of the tensors.
-        verify: Whether to load the result back and compare it with the source's own runtime.
-        verify_on: Folder of pictures to compare on, and to take the statistics of unfolded batch norms from; by
+        compare: Whether to load the result back and compare it with the source's own runtime.
+        compare_on: Folder of pictures to compare on, and to take the statistics of unfused batch norms from; by
             default, synthetic ones. Where it has a folder for each class, or a labels.csv with the columns "file" and
             "label", accuracy is measured under each plausible recipe.
         overwrite: Whether to replace a repository that exists.
@@ -87,28 +87,28 @@ def convert(
     Raises:
         ConversionError: The source cannot be read or converted, or the result is another network.
         ImportError: The reader of the source is not installed.
-        ValueError: Both unfold and fuse are set.
+        ValueError: Both unfuse and fuse are set.
     """
-    if unfold and fuse:
-        raise ValueError("unfold and fuse exclude each other.")
+    if unfuse and fuse:
+        raise ValueError("unfuse and fuse exclude each other.")
     with staged(Path(output), overwrite, source) as folder, tempfile.TemporaryDirectory() as scratch:
-        pictures = find_pictures(Path(verify_on)) if verify_on else []
+        pictures = find_pictures(Path(compare_on)) if compare_on else []
         options = Options(recipe, image_size, pixel_range, mean, std, fit)
         origin, checkpoint = read_source(source, revision, options)
         choose_labels(checkpoint, labels, drop_background)
         if checkpoint.config["num_channels"] == 1:
             for processor in filter(None, (checkpoint.processor, checkpoint.feed)):
                 keep_gray(processor)
-        if not pictures and (verify or unfold):
+        if not pictures and (compare or unfuse):
             pictures = draw_images(Path(scratch))
         model = build(checkpoint, origin.given)
-        if unfold:
+        if unfuse:
             starts = range(0, min(len(pictures), MAX_STATISTICS), BATCH)
             process = checkpoint.processor
-            model = unfold_batch_norm(
+            model = unfuse_batch_norm(
                 model, (process(pictures[i : i + BATCH], return_tensors="pt").pixel_values for i in starts)
             )
-            checkpoint.notes.append(UNFOLDED)
+            checkpoint.notes.append(UNFUSED)
         if drop_background:
             leave_out_background(model, checkpoint.quantization)
         if fuse:
@@ -116,10 +116,10 @@ def convert(
             checkpoint.notes.append(FUSED)
         with writing(folder):
             write(folder, model, checkpoint)
-        comparisons, caveats = [], ["Not verified: converted with `--no-verify`."]
-        if verify:
+        comparisons, caveats = [], ["Not compared: converted with `--no-compare`."]
+        if compare:
             classes = slice(1 if drop_background else 0, None)
-            comparisons, caveats = prove(folder, model, checkpoint, pictures, classes)
+            comparisons, caveats = check_parity(folder, model, checkpoint, pictures, classes)
             checkpoint.warnings += caveats
         for warning in checkpoint.warnings:
             warn(warning)

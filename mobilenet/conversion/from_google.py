@@ -15,7 +15,7 @@ from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 
 from .checkpoint import Checkpoint, Options, Oracle, Origin, read_json, read_torch, understanding, weights_file
 from .labels import check
-from .names import TORCH, ConversionError, Row, Table
+from .rename import TORCH, ConversionError, Row, Table
 
 
 def _unit(name: str) -> Row:

@@ -37,8 +37,8 @@ from .graph import (
     table,
 )
 from .labels import beside
-from .names import Convention, ConversionError, Part, Row, Table, closest, measure
 from .preprocessing import find, published
+from .rename import Convention, ConversionError, Part, Row, Table, closest, infer_config
 
 
 KERAS = Convention(
@@ -707,7 +707,7 @@ def _read_weights(origin: Origin, stored: Stored, options: Options) -> Checkpoin
     # mobilenet_1_0_224_tf.h5, mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5
     named = re.search(r"_(\d{2,3})(_tf)?(_no_top)?\.h5$", origin.path.name)
     image_size = int(named[1]) if named else None
-    fields = measure(tensors, chosen) | fields | {"image_size": options.size(image_size)}
+    fields = infer_config(tensors, chosen) | fields | {"image_size": options.size(image_size)}
     if fields["architecture"] == "mobilenet_v1" and fields["image_size"] % 32 not in (0, 31):
         # Before its strided convolutions, Keras' V1 pads one row after the last, whatever the size.
         raise ConversionError(

@@ -43,8 +43,8 @@ from .graph import (
     table,
 )
 from .labels import beside, check
-from .names import ConversionError
 from .preprocessing import find, published
+from .rename import ConversionError
 
 
 _DOMAINS = ("", "ai.onnx", "com.microsoft")

@@ -13,7 +13,7 @@ from torch import Tensor
 from mobilenet.configuration_mobilenet import PRESETS
 
 from .checkpoint import Checkpoint, Options, Oracle
-from .names import TORCH, Row, Table, measure
+from .rename import TORCH, Row, Table, infer_config
 
 
 TABLE = Table(
@@ -34,7 +34,7 @@ def from_tensors(tensors: Mapping[str, Tensor], table: Table, options: Options, 
         kind="the plain depthwise separable network",
         tensors=dict(tensors),
         table=table,
-        config=measure(tensors, table) | {"image_size": options.size(None)},
+        config=infer_config(tensors, table) | {"image_size": options.size(None)},
         processor=options.processor("torchvision", None),
         files=[path],
         oracle=lambda: Oracle("the network written out in torch", torch.__version__, partial(_run, tensors)),

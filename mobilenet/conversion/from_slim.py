@@ -20,7 +20,7 @@ from mobilenet.progress import open_file, track
 
 from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
 from .from_tflite import twin
-from .names import Convention, ConversionError, Part, Row, Table, closest, measure
+from .rename import Convention, ConversionError, Part, Row, Table, closest, infer_config
 
 
 SLIM = Convention(
@@ -129,7 +129,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         kind="a TensorFlow slim checkpoint",
         tensors=tensors,
         table=table,
-        config=measure(tensors, table) | {"image_size": options.size(image_size)},
+        config=infer_config(tensors, table) | {"image_size": options.size(image_size)},
         processor=options.processor("google", image_size),
         files=files,
         oracle=oracle,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import from_plain, from_timm, from_torchvision
 from .checkpoint import Checkpoint, Options, Origin, read_torch
-from .names import ConversionError, closest
+from .rename import ConversionError, closest
 
 
 _SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".tar")

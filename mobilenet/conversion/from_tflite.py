@@ -34,8 +34,8 @@ from .graph import (
     table,
 )
 from .labels import beside
-from .names import ConversionError
 from .preprocessing import find, published
+from .rename import ConversionError
 
 
 # Operators that change neither values nor form, as far as real numbers go.

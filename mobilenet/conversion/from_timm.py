@@ -24,7 +24,7 @@ from .checkpoint import (
     weights_file,
 )
 from .labels import check
-from .names import TORCH, ConversionError, Row, Table, measure
+from .rename import TORCH, ConversionError, Row, Table, infer_config
 
 
 _CONFIG = {"padding": "symmetric", "batch_norm_eps": 1e-5, "channel_divisor": 8}
@@ -213,7 +213,7 @@ def _describe(
 ) -> Checkpoint:
     table = next(table for table in TABLES if table.config["architecture"] == network.architecture)
     table = table._replace(config=table.config | network.variant)
-    config = measure(tensors, table)
+    config = infer_config(tensors, table)
     name = name or _name(config)
     network = network_of(name) or network  # the width tells one of V1's recipes
     recipe, size = preprocessing(files[0].stem) or (network.recipe, network.image_size)

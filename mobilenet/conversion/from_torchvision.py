@@ -12,7 +12,7 @@ from torch import Tensor
 from mobilenet.repository import sha256
 
 from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin
-from .names import TORCH, ConversionError, Row, Table, measure
+from .rename import TORCH, ConversionError, Row, Table, infer_config
 
 
 _V2 = Table(
@@ -102,7 +102,7 @@ def download(name: str) -> Origin:
 
 def from_tensors(tensors: Mapping[str, Tensor], table: Table, options: Options, path: Path) -> Checkpoint:
     """Describe a state dict of torchvision."""
-    config = measure(tensors, table)
+    config = infer_config(tensors, table)
     recipe = "torchvision_v2" if sha256(path).startswith(_SECOND) else "torchvision"
     return Checkpoint(
         kind="torchvision",

@@ -18,7 +18,7 @@ from mobilenet.architectures_mobilenet import ARCHITECTURES
 from mobilenet.configuration_mobilenet import ACTIVATIONS, OUTPUT_STRIDES, MobileNetConfig
 from mobilenet.layers_mobilenet import fold, same_padding
 
-from .names import TORCH, ConversionError, Row, Table, candidates
+from .rename import TORCH, ConversionError, Row, Table, candidates
 
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # rows before and after, columns before and after

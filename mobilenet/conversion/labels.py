@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .names import ConversionError
+from .rename import ConversionError
 
 
 # Classes of ImageNet (ILSVRC 2012), and the one that Google's checkpoints put before them.

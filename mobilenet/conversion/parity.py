@@ -1,4 +1,4 @@
-"""The proof that a converted network is the same: its logits against those of the source's own runtime."""
+"""Parity of a converted network with its source: its logits against those of the source's own runtime."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mobilenet.progress import status, track
 
 from .checkpoint import Checkpoint, NoOracleError, Oracle
 from .graph import PREDICTIONS
-from .names import ConversionError
+from .rename import ConversionError
 
 
 BATCH = 16
@@ -120,7 +120,7 @@ def rounded(model: nn.Module, activations: dict[str, dict[str, Any]]) -> Iterato
             hook.remove()
 
 
-def prove(
+def check_parity(
     folder: Path, model: nn.Module, checkpoint: Checkpoint, pictures: Sequence[str], classes: slice
 ) -> tuple[list[Comparison], list[str]]:
     """Compare a network with its source's runtime, and with the repository that was written, loaded back.
@@ -251,5 +251,5 @@ def find_pictures(folder: Path) -> list[str]:
     """
     found = sorted(str(path.absolute()) for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
     if not found:
-        raise ConversionError(f"--verify-on must be a folder of pictures, got {folder}, which holds none.")
+        raise ConversionError(f"--compare-on must be a folder of pictures, got {folder}, which holds none.")
     return found

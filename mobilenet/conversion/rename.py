@@ -213,7 +213,7 @@ _ENDS = (
 )
 
 
-def measure(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Any]:
+def infer_config(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Any]:
     """Read width, classes and input channels off the shapes of a source's tensors.
 
     What a missing tensor would tell is left at its default: the strict renaming will name the tensor.
@@ -271,7 +271,7 @@ def _misshapen(tensors: Mapping[str, Tensor], wanted: Mapping[str, Place]) -> It
             yield f"{name} {list(tensors[name].shape)} instead of {list(place.source_shape)}"
 
 
-def relay(tensor: Tensor, source: str, target: str) -> Tensor:
+def permute_layout(tensor: Tensor, source: str, target: str) -> Tensor:
     """Reorder axes from one layout to another; axes that one lacks have size 1 in the other."""
     gone = [axis for axis, letter in enumerate(source) if letter not in target]
     kept = [letter for letter in source if letter in target]
@@ -321,5 +321,5 @@ def rename(tensors: Mapping[str, Tensor], table: Table, model: nn.Module, origin
     for name, place in wanted.items():
         if name in tensors:
             kind = torch.int64 if place.optional else model.dtype
-            result[place.name] = relay(tensors[name], place.source_layout, place.layout).to(kind)
+            result[place.name] = permute_layout(tensors[name], place.source_layout, place.layout).to(kind)
     return result

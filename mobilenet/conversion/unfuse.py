@@ -12,11 +12,11 @@ from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.layers_mobilenet import ConvNormAct
 from mobilenet.modeling_mobilenet import MobileNetForImageClassification
 
-from .names import ConversionError
+from .rename import ConversionError
 
 
 @torch.no_grad()
-def unfold_batch_norm(
+def unfuse_batch_norm(
     model: MobileNetForImageClassification, batches: Iterable[Tensor]
 ) -> MobileNetForImageClassification:
     """Put a batch norm behind every convolution, without changing what the network computes.
@@ -32,14 +32,14 @@ def unfold_batch_norm(
         ConversionError: The network has batch norms.
     """
     if model.config.has_batch_norm:
-        raise ConversionError("--unfold-batch-norm is for networks whose batch norms are folded; these are not.")
+        raise ConversionError("--unfuse is for networks whose batch norms are folded; these are not.")
     config = MobileNetConfig(**{**model.config.to_dict(), "use_batch_norm": True, "fused": False})
-    unfolded = MobileNetForImageClassification(config).eval()
-    unfolded.classifier.load_state_dict(model.classifier.state_dict())
+    unfused = MobileNetForImageClassification(config).eval()
+    unfused.classifier.load_state_dict(model.classifier.state_dict())
     for name, unit in model.named_modules():
         if isinstance(unit, ConvNormAct):
-            target = unfolded.get_submodule(name)
+            target = unfused.get_submodule(name)
             target.conv.weight.copy_(unit.conv.weight)
             target.norm.weight.fill_((1 + target.norm.eps) ** 0.5)  # as the variance is 1
             target.norm.bias.copy_(unit.conv.bias)
-    return align_batch_norm(unfolded, batches)
+    return align_batch_norm(unfused, batches)
