@@ -31,6 +31,20 @@ WIDTHS = [("mobilenet_v1", w) for w in (0.25, 0.5, 0.75, 1.0)] + [
 ]
 
 
+# The stem and the blocks of each stage, added up: where stages end among the hidden states.
+ENDS = {
+    "mobilenet_v1": (0, 1, 3, 5, 11, 13),
+    "mobilenet_v2": (0, 1, 3, 6, 13, 17),
+    "mobilenet_v3_large": (0, 1, 3, 6, 12, 15),
+    "mobilenet_v3_small": (0, 1, 3, 8, 11),
+    "mobilenet_edgetpu": (0, 1, 5, 9, 17, 22),
+    "mobilenet_v4_conv_small": (0, 2, 4, 10, 16),
+    "mobilenet_v4_conv_medium": (0, 1, 3, 11, 22),
+    "mobilenet_v4_conv_large": (0, 1, 3, 14, 27),
+    "mobilenet_v4_hybrid_medium": (0, 1, 3, 15, 31),
+}
+
+
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """Equal up to the rounding of the type, relative to the largest value."""
     assert theirs.std() > 0
@@ -100,6 +114,34 @@ def test_logits_equal_timm(name, config):
     config = MobileNetConfig(**config, padding="symmetric", batch_norm_eps=1e-5, num_labels=1000)
     theirs = timm_model(name)
     assert_same_network(ours_like(theirs, config), theirs)
+
+
+@pytest.mark.parametrize("output_stride", [32, 16, 8])
+@pytest.mark.parametrize(
+    ("name", "architecture", "width"),
+    [
+        ("mobilenetv3_large_100", "mobilenet_v3_large", 1.0),
+        ("mobilenetv3_small_075", "mobilenet_v3_small", 0.75),
+        ("mobilenetv4_conv_small", "mobilenet_v4_conv_small", 1.0),
+        ("mobilenetv4_hybrid_medium", "mobilenet_v4_hybrid_medium", 1.0),
+    ],
+)
+def test_feature_maps_equal_timm(name, architecture, width, output_stride):
+    """At every output stride: past it, strides become dilation in the same blocks as there."""
+    theirs = timm_model(name, features_only=True, output_stride=output_stride).double()
+    common = {"padding": "symmetric", "batch_norm_eps": 1e-5, "output_stride": output_stride}
+    ours = MobileNetModel(MobileNetConfig(architecture, width, **common)).double().eval()
+    # Theirs has no convolution after the pooling.
+    names = [key for key in ours.state_dict() if not key.startswith("pre_logits")]
+    ours.load_state_dict(dict(zip(names, theirs.state_dict().values(), strict=True)), strict=False)
+    pictures = torch.randn(1, 3, 97, 130).double()
+    with torch.no_grad():
+        expected = theirs(pictures)
+        output = ours(pictures, output_hidden_states=True)
+        # Their last map is what our head makes of the last stage.
+        maps = [*(output.hidden_states[end] for end in ENDS[architecture][-5:-1]), ours.head(output.last_hidden_state)]
+    for our_map, their_map in zip(maps, expected, strict=True):
+        assert_same(our_map, their_map)
 
 
 class PlainSeparableNetwork(nn.Module):
@@ -307,20 +349,6 @@ def test_exports_with_dynamic_batch_height_and_width(architecture):
 
 
 # Outputs
-
-
-# The stem and the blocks of each stage, added up: where stages end among the hidden states.
-ENDS = {
-    "mobilenet_v1": (0, 1, 3, 5, 11, 13),
-    "mobilenet_v2": (0, 1, 3, 6, 13, 17),
-    "mobilenet_v3_large": (0, 1, 3, 6, 12, 15),
-    "mobilenet_v3_small": (0, 1, 3, 8, 11),
-    "mobilenet_edgetpu": (0, 1, 5, 9, 17, 22),
-    "mobilenet_v4_conv_small": (0, 2, 4, 10, 16),
-    "mobilenet_v4_conv_medium": (0, 1, 3, 11, 22),
-    "mobilenet_v4_conv_large": (0, 1, 3, 14, 27),
-    "mobilenet_v4_hybrid_medium": (0, 1, 3, 15, 31),
-}
 
 
 @pytest.mark.parametrize("architecture", ENDS)
