@@ -69,11 +69,25 @@ class Block(NamedTuple):
         return self.hidden_channels * (self.in_channels * kernel + self.out_channels)
 
 
-def repeat(block: Block, repeats: int, expand: Callable[[int], int]) -> Iterator[Block]:
-    """A block that may stride, and others like it that do not."""
+def lower(
+    row: Row,
+    kind: str,
+    in_channels: int,
+    width: Width,
+    act: str | None,
+    expand: Callable[[int], int],
+    repeats: int = 1,
+) -> Iterator[Block]:
+    """The blocks of a row: first one that may stride, then others that do not.
+
+    What a row calls as a block does, the block has of it.
+    """
+    columns = {name: value for name, value in row._asdict().items() if name in Block._fields}
+    columns["act"] = act or columns.get("act")
+    channels = width.scale(row.channels)
     for _ in range(repeats):
-        yield block._replace(hidden_channels=expand(block.in_channels))
-        block = block._replace(in_channels=block.out_channels, stride=1)
+        yield Block(kind, in_channels, expand(in_channels), channels, **columns)
+        columns["stride"], in_channels = 1, channels
 
 
 # The rows. Channels are those before the width multiplier; the stride is that of the first block, others have 1.
@@ -90,10 +104,7 @@ class Conv(NamedTuple):
 
     def blocks(self, in_channels: int, width: Width, act: str | None) -> Iterator[Block]:
         """The one block of the row."""
-        block = Block(
-            "conv", in_channels, 0, width.scale(self.channels), act or self.act, self.kernel_size, self.stride
-        )
-        yield block._replace(has_norm=self.has_norm)
+        return lower(self, "conv", in_channels, width, act, lambda channels: 0)
 
 
 class Separable(NamedTuple):
@@ -105,8 +116,7 @@ class Separable(NamedTuple):
 
     def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
         """The blocks of the row."""
-        block = Block("separable", in_channels, 0, width.scale(self.channels), act, stride=self.stride)
-        return repeat(block, self.repeats, lambda channels: channels)
+        return lower(self, "separable", in_channels, width, act, lambda channels: channels, self.repeats)
 
 
 class Residual(NamedTuple):
@@ -119,8 +129,7 @@ class Residual(NamedTuple):
 
     def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
         """The blocks of the row."""
-        block = Block("inverted", in_channels, 0, width.scale(self.channels), act, stride=self.stride)
-        return repeat(block, self.repeats, lambda channels: self.expansion * channels)
+        return lower(self, "inverted", in_channels, width, act, lambda c: self.expansion * c, self.repeats)
 
 
 class Bneck(NamedTuple):
@@ -135,10 +144,8 @@ class Bneck(NamedTuple):
 
     def blocks(self, in_channels: int, width: Width, act: str | None) -> Iterator[Block]:
         """The one block of the row."""
-        hidden = make_divisible(self.expansion * in_channels, 8)
-        squeeze = make_divisible(hidden / 4, 8) if self.squeezes else 0
-        block = Block("inverted", in_channels, hidden, width.scale(self.channels), act or self.act, self.kernel_size)
-        yield block._replace(stride=self.stride, squeeze_channels=squeeze)
+        (block,) = lower(self, "inverted", in_channels, width, act, eights(self.expansion))
+        yield block._replace(squeeze_channels=eights(0.25)(block.hidden_channels) if self.squeezes else 0)
 
 
 class Fused(NamedTuple):
@@ -152,29 +159,23 @@ class Fused(NamedTuple):
 
     def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
         """The blocks of the row."""
-        block = Block("fused", in_channels, 0, width.scale(self.channels), act, self.kernel_size, self.stride)
-        return repeat(block, self.repeats, lambda channels: make_divisible(self.expansion * channels, 8))
+        return lower(self, "fused", in_channels, width, act, eights(self.expansion), self.repeats)
 
 
 class Universal(NamedTuple):
-    """Universal inverted bottlenecks: either depthwise convolution may be absent."""
+    """A universal inverted bottleneck: either depthwise convolution may be absent."""
 
     start_kernel_size: int  # DW K1; 0 where it is absent
     kernel_size: int  # DW K2; 0 where it is absent
     expansion: int  # expanded channels / input channels
     channels: int
-    repeats: int
     stride: int
     is_residual: bool = True
     has_scale: bool = False
 
     def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
-        """The blocks of the row."""
-        block = Block("inverted", in_channels, 0, width.scale(self.channels), act, self.kernel_size, self.stride)
-        block = block._replace(
-            start_kernel_size=self.start_kernel_size, is_residual=self.is_residual, has_scale=self.has_scale
-        )
-        return repeat(block, self.repeats, lambda channels: make_divisible(self.expansion * channels, 8))
+        """The one block of the row."""
+        return lower(self, "inverted", in_channels, width, act, eights(self.expansion))
 
 
 class Attention(NamedTuple):
@@ -185,15 +186,26 @@ class Attention(NamedTuple):
     key_stride: int  # of the depthwise convolutions before keys and values; 1 where there are none
     channels: int
     stride: int = 1
+    has_scale: bool = True
 
     def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
         """The one block of the row."""
-        hidden = self.heads * self.head_channels
-        block = Block("attention", in_channels, hidden, width.scale(self.channels), act)
-        yield block._replace(heads=self.heads, key_stride=self.key_stride, has_scale=True)
+        return lower(self, "attention", in_channels, width, act, lambda channels: self.heads * self.head_channels)
 
 
 Row = Conv | Separable | Residual | Bneck | Fused | Universal | Attention
+
+
+def eights(factor: float) -> Callable[[int], int]:
+    """Multiply channels, and round them to a multiple of 8."""
+    return lambda channels: make_divisible(factor * channels, 8)
+
+
+def stage(channels: int, *blocks: tuple[int, int, int] | Attention, stride: int = 2, **columns: bool) -> Iterator[Row]:
+    """Rows of equal channels, of which the first may stride: attention, or the first three columns of the others."""
+    for block in blocks:
+        yield block if isinstance(block, Attention) else Universal(*block, channels, stride, **columns)
+        stride = 1
 
 
 class Published(NamedTuple):
@@ -384,16 +396,10 @@ MOBILENET_V3_SMALL = MOBILENET_V3_LARGE._replace(
 
 
 def minimalistic(network: Architecture) -> Architecture:
-    """A MobileNetV3 without squeeze-and-excite, hard swish and 5x5 kernels.
-
-    Source: README.md of slim/nets/mobilenet.
-    """
-    return network._replace(
-        title=f"{network.title} minimalistic",
-        rows=tuple(row._replace(kernel_size=3, squeezes=False) for row in network.rows),
-        hidden_act="relu",
-        published=(Published((1.0,), (224,)),),
-    )
+    """Without squeeze-and-excite, hard swish and 5x5 kernels; README.md of slim/nets/mobilenet."""
+    rows = tuple(row._replace(kernel_size=3, squeezes=False) for row in network.rows)
+    title, published = f"{network.title} minimalistic", (Published((1.0,), (224,)),)
+    return network._replace(title=title, rows=rows, hidden_act="relu", published=published)
 
 
 # V3_EDGETPU of slim/nets/mobilenet/mobilenet_v3.py, as in Google's weights. Without expansion, the first row is a 1x1
@@ -404,20 +410,17 @@ MOBILENET_EDGETPU = Architecture(
     native="MobileNetV3",
     stem=Conv(3, 32, 2),
     rows=(
-        #     k  e  c  n  s
+        #     k  e  c  n  s;     k1 k2 e
         Fused(3, 1, 16, 1, 1),
         Fused(3, 8, 32, 1, 2),
         Fused(3, 4, 32, 3, 1),
         Fused(3, 8, 48, 1, 2),
         Fused(3, 4, 48, 3, 1),
-        #         k1 k2 e  c  n  s
-        Universal(0, 3, 8, 96, 1, 2),
-        Universal(0, 3, 4, 96, 3, 1),
-        Universal(0, 3, 8, 96, 1, 1, is_residual=False),
-        Universal(0, 3, 4, 96, 3, 1),
-        Universal(0, 5, 8, 160, 1, 2),
-        Universal(0, 5, 4, 160, 3, 1),
-        Universal(0, 3, 8, 192, 1, 1),
+        *stage(96, (0, 3, 8), *[(0, 3, 4)] * 3),
+        *stage(96, (0, 3, 8), stride=1, is_residual=False),
+        *stage(96, *[(0, 3, 4)] * 3, stride=1),
+        *stage(160, (0, 5, 8), *[(0, 5, 4)] * 3),
+        *stage(192, (0, 3, 8), stride=1),
     ),
     head=Conv(1, 1280, 1),
     hidden_act="relu",
@@ -437,15 +440,9 @@ MOBILENET_V4_CONV_SMALL = Architecture(
         Conv(1, 32, 1),
         Conv(3, 96, 2),
         Conv(1, 64, 1),
-        #         k1 k2 e  c  n  s
-        Universal(5, 5, 3, 96, 1, 2),
-        Universal(0, 3, 2, 96, 4, 1),
-        Universal(3, 0, 4, 96, 1, 1),
-        Universal(3, 3, 6, 128, 1, 2),
-        Universal(5, 5, 4, 128, 1, 1),
-        Universal(0, 5, 4, 128, 1, 1),
-        Universal(0, 5, 3, 128, 1, 1),
-        Universal(0, 3, 4, 128, 2, 1),
+        #          k1 k2 e
+        *stage(96, (5, 5, 3), *[(0, 3, 2)] * 4, (3, 0, 4)),
+        *stage(128, (3, 3, 6), (5, 5, 4), (0, 5, 4), (0, 5, 3), (0, 3, 4), (0, 3, 4)),
     ),
     head=Conv(1, 960, 1),
     pre_logits=Conv(1, 1280, 1),
@@ -456,27 +453,11 @@ MOBILENET_V4_CONV_SMALL = Architecture(
 MOBILENET_V4_CONV_MEDIUM = MOBILENET_V4_CONV_SMALL._replace(
     title="MobileNet V4 conv medium",
     rows=(
-        #     k  e  c  n  s
         Fused(3, 4, 48, 1, 2),
-        #         k1 k2 e  c  n  s
-        Universal(3, 5, 4, 80, 1, 2),
-        Universal(3, 3, 2, 80, 1, 1),
-        Universal(3, 5, 6, 160, 1, 2),
-        Universal(3, 3, 4, 160, 2, 1),
-        Universal(3, 5, 4, 160, 1, 1),
-        Universal(3, 3, 4, 160, 1, 1),
-        Universal(3, 0, 4, 160, 1, 1),
-        Universal(0, 0, 2, 160, 1, 1),
-        Universal(3, 0, 4, 160, 1, 1),
-        Universal(5, 5, 6, 256, 1, 2),
-        Universal(5, 5, 4, 256, 1, 1),
-        Universal(3, 5, 4, 256, 2, 1),
-        Universal(0, 0, 4, 256, 1, 1),
-        Universal(3, 0, 4, 256, 1, 1),
-        Universal(3, 5, 2, 256, 1, 1),
-        Universal(5, 5, 4, 256, 1, 1),
-        Universal(0, 0, 4, 256, 2, 1),
-        Universal(5, 0, 2, 256, 1, 1),
+        *stage(80, (3, 5, 4), (3, 3, 2)),
+        *stage(160, (3, 5, 6), (3, 3, 4), (3, 3, 4), (3, 5, 4), (3, 3, 4), (3, 0, 4), (0, 0, 2), (3, 0, 4)),
+        *stage(256, (5, 5, 6), (5, 5, 4), (3, 5, 4), (3, 5, 4), (0, 0, 4), (3, 0, 4), (3, 5, 2), (5, 5, 4)),
+        *stage(256, (0, 0, 4), (0, 0, 4), (5, 0, 2), stride=1),
     ),
     published=(Published((), (224, 256, 384)),),
 )
@@ -485,91 +466,44 @@ MOBILENET_V4_CONV_LARGE = MOBILENET_V4_CONV_SMALL._replace(
     title="MobileNet V4 conv large",
     stem=Conv(3, 24, 2),
     rows=(
-        #     k  e  c  n  s
         Fused(3, 4, 48, 1, 2),
-        #         k1 k2 e  c  n  s
-        Universal(3, 5, 4, 96, 1, 2),
-        Universal(3, 3, 4, 96, 1, 1),
-        Universal(3, 5, 4, 192, 1, 2),
-        Universal(3, 3, 4, 192, 3, 1),
-        Universal(3, 5, 4, 192, 1, 1),
-        Universal(5, 3, 4, 192, 5, 1),
-        Universal(3, 0, 4, 192, 1, 1),
-        Universal(5, 5, 4, 512, 4, 2),
-        Universal(5, 0, 4, 512, 1, 1),
-        Universal(5, 3, 4, 512, 1, 1),
-        Universal(5, 0, 4, 512, 2, 1),
-        Universal(5, 3, 4, 512, 1, 1),
-        Universal(5, 5, 4, 512, 1, 1),
-        Universal(5, 0, 4, 512, 3, 1),
+        *stage(96, (3, 5, 4), (3, 3, 4)),
+        *stage(192, (3, 5, 4), *[(3, 3, 4)] * 3, (3, 5, 4), *[(5, 3, 4)] * 5, (3, 0, 4)),
+        *stage(
+            512, *[(5, 5, 4)] * 4, (5, 0, 4), (5, 3, 4), (5, 0, 4), (5, 0, 4), (5, 3, 4), (5, 5, 4), *[(5, 0, 4)] * 3
+        ),
     ),
     published=(Published((), (256, 384)),),
 )
 
-# In the hybrids, every universal inverted bottleneck has a layer scale, as attention has everywhere.
-Scaled = partial(Universal, has_scale=True)
+# In the hybrids, universal inverted bottlenecks have a layer scale, as attention has.
+hybrid = partial(stage, has_scale=True)
 
+ATTENTION_160, ATTENTION_256 = Attention(4, 64, 2, 160), Attention(4, 64, 1, 256)
 MOBILENET_V4_HYBRID_MEDIUM = MOBILENET_V4_CONV_SMALL._replace(
     title="MobileNet V4 hybrid medium",
     rows=(
-        #     k  e  c  n  s
         Fused(3, 4, 48, 1, 2),
-        #      k1 k2 e  c  n  s;     heads, of channels, key stride, c
-        Scaled(3, 5, 4, 80, 1, 2),
-        Scaled(3, 3, 2, 80, 1, 1),
-        Scaled(3, 5, 6, 160, 1, 2),
-        Scaled(0, 0, 2, 160, 1, 1),
-        Scaled(3, 3, 4, 160, 1, 1),
-        Scaled(3, 5, 4, 160, 1, 1),
-        Attention(4, 64, 2, 160),
-        Scaled(3, 3, 4, 160, 1, 1),
-        Attention(4, 64, 2, 160),
-        Scaled(3, 0, 4, 160, 1, 1),
-        Attention(4, 64, 2, 160),
-        Scaled(3, 3, 4, 160, 1, 1),
-        Attention(4, 64, 2, 160),
-        Scaled(3, 0, 4, 160, 1, 1),
-        Scaled(5, 5, 6, 256, 1, 2),
-        Scaled(5, 5, 4, 256, 1, 1),
-        Scaled(3, 5, 4, 256, 2, 1),
-        Scaled(0, 0, 2, 256, 1, 1),
-        Scaled(3, 5, 2, 256, 1, 1),
-        Scaled(0, 0, 2, 256, 1, 1),
-        Scaled(0, 0, 4, 256, 1, 1),
-        Attention(4, 64, 1, 256),
-        Scaled(3, 0, 4, 256, 1, 1),
-        Attention(4, 64, 1, 256),
-        Scaled(5, 5, 4, 256, 1, 1),
-        Attention(4, 64, 1, 256),
-        Scaled(5, 0, 4, 256, 1, 1),
-        Attention(4, 64, 1, 256),
-        Scaled(5, 0, 4, 256, 1, 1),
+        *hybrid(80, (3, 5, 4), (3, 3, 2)),
+        *hybrid(160, (3, 5, 6), (0, 0, 2), (3, 3, 4), (3, 5, 4)),
+        *hybrid(160, *(ATTENTION_160, (3, 3, 4), ATTENTION_160, (3, 0, 4)) * 2, stride=1),
+        *hybrid(256, (5, 5, 6), (5, 5, 4), (3, 5, 4), (3, 5, 4), (0, 0, 2), (3, 5, 2), (0, 0, 2), (0, 0, 4)),
+        *hybrid(256, ATTENTION_256, (3, 0, 4), ATTENTION_256, (5, 5, 4), stride=1),
+        *hybrid(256, *(ATTENTION_256, (5, 0, 4)) * 2, stride=1),
     ),
     published=(Published((), (224, 256, 384)),),
 )
 
+ATTENTION_192, ATTENTION_512 = Attention(8, 48, 2, 192), Attention(8, 64, 1, 512)
 MOBILENET_V4_HYBRID_LARGE = MOBILENET_V4_CONV_LARGE._replace(
     title="MobileNet V4 hybrid large",
     rows=(
-        #     k  e  c  n  s
         Fused(3, 4, 48, 1, 2),
-        #      k1 k2 e  c  n  s;     heads, of channels, key stride, c
-        Scaled(3, 5, 4, 96, 1, 2),
-        Scaled(3, 3, 4, 96, 1, 1),
-        Scaled(3, 5, 4, 192, 1, 2),
-        Scaled(3, 3, 4, 192, 3, 1),
-        Scaled(3, 5, 4, 192, 1, 1),
-        Scaled(5, 3, 4, 192, 2, 1),
-        *(Attention(8, 48, 2, 192), Scaled(5, 3, 4, 192, 1, 1)) * 3,
-        Attention(8, 48, 2, 192),
-        Scaled(3, 0, 4, 192, 1, 1),
-        Scaled(5, 5, 4, 512, 4, 2),
-        Scaled(5, 0, 4, 512, 1, 1),
-        Scaled(5, 3, 4, 512, 1, 1),
-        Scaled(5, 0, 4, 512, 2, 1),
-        Scaled(5, 3, 4, 512, 1, 1),
-        Scaled(5, 5, 4, 512, 1, 1),
-        *(Attention(8, 64, 1, 512), Scaled(5, 0, 4, 512, 1, 1)) * 4,
+        *hybrid(96, (3, 5, 4), (3, 3, 4)),
+        *hybrid(192, (3, 5, 4), *[(3, 3, 4)] * 3, (3, 5, 4), (5, 3, 4), (5, 3, 4)),
+        *hybrid(192, *(ATTENTION_192, (5, 3, 4)) * 3, ATTENTION_192, (3, 0, 4), stride=1),
+        *hybrid(512, *[(5, 5, 4)] * 4, (5, 0, 4), (5, 3, 4), (5, 0, 4), (5, 0, 4), (5, 3, 4), (5, 5, 4)),
+        *hybrid(512, *(ATTENTION_512, (5, 0, 4)) * 4, stride=1),
     ),
     hidden_act="gelu",
     published=(Published((), (384,)),),

@@ -19,38 +19,29 @@ except ImportError:  # transformers before 5.2
     from transformers.utils.backbone_utils import BackboneConfigMixin
 
 
-PRESETS: dict[str, dict[str, Any]] = (
-    {
-        f"{architecture}_{width}_{size}": {
-            "architecture": architecture,
-            "width_multiplier": width,
-            "image_size": size,
-        }
-        for architecture, table in ARCHITECTURES.items()
-        for published in table.published
-        for width in published.widths
-        for size in published.resolutions
+PRESETS: dict[str, dict[str, Any]] = {
+    "_".join(map(str, (architecture, *width, size))): {
+        "architecture": architecture,
+        "width_multiplier": width[0] if width else 1.0,
+        "image_size": size,
     }
-    | {
-        f"{architecture}_{size}": {"architecture": architecture, "image_size": size}
-        for architecture, table in ARCHITECTURES.items()
-        for published in table.published
-        for size in (() if published.widths else published.resolutions)
-    }
-    | {
-        # The depthwise separable network that courses teach: Table 1 of MobileNetV1 without batch norm, with a bias in
-        # every convolution, and no activation between the two convolutions of a block.
-        "depthwise_separable_plain": {
-            "architecture": "mobilenet_v1",
-            "hidden_act": "relu",
-            "padding": "symmetric",
-            "use_batch_norm": False,
-            "depthwise_activation": False,
-            "classifier_dropout": 0.0,
-            "num_labels": 1000,
-        },
-    }
-)
+    for architecture, table in ARCHITECTURES.items()
+    for published in table.published
+    for width in ([(width,) for width in published.widths] or [()])
+    for size in published.resolutions
+} | {
+    # The depthwise separable network that courses teach: Table 1 of MobileNetV1 without batch norm, with a bias in
+    # every convolution, and no activation between the two convolutions of a block.
+    "depthwise_separable_plain": {
+        "architecture": "mobilenet_v1",
+        "hidden_act": "relu",
+        "padding": "symmetric",
+        "use_batch_norm": False,
+        "depthwise_activation": False,
+        "classifier_dropout": 0.0,
+        "num_labels": 1000,
+    },
+}
 
 # Fields that older configurations lack, and which are saved where they say something.
 _LATER = {"repeat_multiplier": 1.0, "anti_aliasing": "none", "scale_stem": True, "grow_head": True}
@@ -80,10 +71,6 @@ def _one_of(*allowed: Any) -> tuple[str, Callable[[Any], bool]]:
     return f"{', '.join(first)} or {last}", lambda value: any(value == a and type(value) is type(a) for a in allowed)
 
 
-def _or_none(allowed: str, holds: Callable[[Any], bool]) -> tuple[str, Callable[[Any], bool]]:
-    return allowed, lambda value: value is None or holds(value)
-
-
 _FLAG = ("true or false", lambda value: isinstance(value, bool))
 
 # What each field allows, in words and as a test. The upper bounds keep an absurd config.json from taking all memory.
@@ -94,7 +81,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "image_size": ("an integer from 1 to 65536", lambda v: _is_integer(v) and 1 <= v <= 65536),
     "output_stride": _one_of(*OUTPUT_STRIDES),
     "repeat_multiplier": ("a number from 1 to 4", lambda v: _is_number(v) and 1 <= v <= 4),
-    "hidden_act": _or_none(*_one_of(*ACTIVATIONS)),
+    "hidden_act": (_one_of(*ACTIVATIONS)[0], lambda v: v is None or (isinstance(v, str) and v in ACTIVATIONS)),
     "anti_aliasing": _one_of(*ANTI_ALIASING),
     "depthwise_activation": _FLAG,
     "padding": _one_of(*PADDINGS),
@@ -339,15 +326,13 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     def _ends(self) -> list[Block | None]:
         """The convolutions before and after the pooling."""
         changes = self.shrink_head if self.width_multiplier < 1 else self.grow_head
-        channels, blocks = self.stages[-1][-1].out_channels, []
-        rows = (self.table.head, self.table.pre_logits)
-        for row in rows:
-            if row is None:
-                blocks.append(None)
-                continue
-            width = Width() if row is [row for row in rows if row][-1] and not changes else self._width
-            blocks.extend(row.blocks(channels, width, self.hidden_act))
-            channels = blocks[-1].out_channels
+        last = self._width if changes else Width()
+        channels, head, after = self.stages[-1][-1].out_channels, self.table.head, self.table.pre_logits
+        blocks: list[Block | None] = [None, None]
+        if head:
+            (blocks[0],) = head.blocks(channels, self._width if after else last, self.hidden_act)
+        if after:
+            (blocks[1],) = after.blocks(blocks[0].out_channels, last, self.hidden_act)
         return blocks
 
     @property

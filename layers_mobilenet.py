@@ -138,17 +138,9 @@ class ConvNormAct(nn.Module):
     @classmethod
     def of(cls, config: MobileNetConfig, block: Block) -> ConvNormAct:
         """The convolution that a block consists of."""
-        return cls(
-            config,
-            block.in_channels,
-            block.out_channels,
-            block.kernel_size,
-            block.stride,
-            block.dilation,
-            act=block.act,
-            has_norm=block.has_norm,
-            anti_aliasing=block.anti_aliasing,
-        )
+        kernel = block.kernel_size, block.stride, block.dilation
+        kinds = {"act": block.act, "has_norm": block.has_norm, "anti_aliasing": block.anti_aliasing}
+        return cls(config, block.in_channels, block.out_channels, *kernel, **kinds)
 
     def forward(self, x: Tensor) -> Tensor:
         if is_cheaper_to_fold(self, x):
@@ -270,10 +262,9 @@ class InvertedResidual(ResidualBlock):
         def depthwise(channels: int, kernel_size: int, strides: bool, act: str | None) -> nn.Module:
             if not kernel_size:
                 return nn.Identity()
-            kernel = kernel_size, block.stride if strides else 1, block.dilation
-            anti_aliasing = block.anti_aliasing if strides else "none"
+            kernel = kernel_size, block.stride if strides else 1, block.dilation, channels
             return ConvNormAct(
-                config, channels, channels, *kernel, groups=channels, act=act, anti_aliasing=anti_aliasing
+                config, channels, channels, *kernel, act, anti_aliasing=block.anti_aliasing if strides else "none"
             )
 
         self.start_depthwise = depthwise(inputs, block.start_kernel_size, not block.kernel_size, None)

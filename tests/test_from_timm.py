@@ -192,3 +192,26 @@ def test_labels_of_a_repository_are_kept(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"label_names": ["owl", "parrot"]}))
     assert build(read(source), "").config.id2label == {0: "owl", 1: "parrot"}
+
+
+@pytest.mark.parametrize(
+    ("tag", "image_size"),
+    [
+        ("mobilenetv4_conv_small.e2400_r224_in1k", 224),
+        ("mobilenetv4_hybrid_medium.ix_e550_r384_in1k", 384),
+        ("tf_mobilenetv3_small_minimal_100.in1k", 224),
+    ],
+)
+def test_repositories_of_v3_and_v4_convert_and_are_proved(tag: str, image_size: int, tmp_path: Path) -> None:
+    theirs = import_timm().create_model(tag, num_classes=10).eval()
+    theirs = as_trained(theirs, torch.randn(2, 3, 96, 96))
+    source = save_for_hub(theirs, tmp_path / "source")
+    ours, reloaded = convert(str(source), tmp_path / "output")
+    assert ours.against.startswith(f"timm's {tag.partition('.')[0]} ")
+    assert ours.agreement == reloaded.agreement == 1
+    config = MobileNetForImageClassification.from_pretrained(tmp_path / "output").config
+    assert config.image_size == image_size
+    recorded = import_timm().get_pretrained_cfg(tag)
+    processor = MobileNetImageProcessor.from_pretrained(tmp_path / "output")
+    assert processor.size == {"shortest_edge": int(image_size / recorded.crop_pct)}
+    assert tuple(processor.image_mean) == recorded.mean

@@ -213,7 +213,7 @@ def _describe(
 ) -> Checkpoint:
     table = next(table for table in TABLES if table.config["architecture"] == network.architecture)
     table = table._replace(config=table.config | network.variant)
-    config = infer_config(tensors, table)
+    config = infer_config(tensors, table, repeats=(1.0, 1.2, 1.4))
     name = name or _name(config)
     network = network_of(name) or network  # the width tells one of V1's recipes
     recipe, size = preprocessing(files[0].stem) or (network.recipe, network.image_size)
@@ -234,7 +234,8 @@ def _name(config: dict[str, Any]) -> str:
     version, *parts = config["architecture"].removeprefix("mobilenet_").split("_")
     width = f"{round(100 * config.get('width_multiplier', 1.0)):03d}"
     if version in ("v1", "v2"):
-        return f"mobilenet{version}_{width}{'h' if parts else ''}{'d' if 'repeat_multiplier' in config else ''}"
+        depth = "d" if config.get("repeat_multiplier", 1.0) > 1 else ""
+        return f"mobilenet{version}_{width}{'h' if parts else ''}{depth}"
     name = "_".join((f"mobilenet{version}", *parts)).replace("minimalistic", "minimal")
     if "minimal" in name:
         name = f"tf_{name}"

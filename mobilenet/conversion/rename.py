@@ -213,10 +213,15 @@ _ENDS = (
 )
 
 
-def infer_config(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Any]:
+def infer_config(tensors: Mapping[str, Tensor], table: Table, repeats: Sequence[float] = (1.0,)) -> dict[str, Any]:
     """Read width, classes and input channels off the shapes of a source's tensors.
 
     What a missing tensor would tell is left at its default: the strict renaming will name the tensor.
+
+    Args:
+        tensors: By the source's names.
+        table: The source's names for the architecture.
+        repeats: Repeat multipliers that the source has, where the architecture takes any.
     """
     config = dict(table.config)
     known = places(skeleton(**config), table)
@@ -240,13 +245,10 @@ def infer_config(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Any]:
     if not channels:
         return config
     architecture = ARCHITECTURES[config["architecture"]]
-    if architecture.repeats:
-
-        def strangers(repeats: float) -> int:
-            return len(tensors.keys() ^ places(skeleton(**config, repeat_multiplier=repeats), table).keys())
-
-        repeats = min((1.0, 1.2, 1.4), key=strangers)  # timm's; the first where none fits better
-        config |= {"repeat_multiplier": repeats} if repeats != 1 else {}
+    if architecture.repeats and len(repeats) > 1:
+        # The first where none fits better.
+        deep = [config | {"repeat_multiplier": multiplier} for multiplier in repeats]
+        config = min(deep, key=lambda config: len(tensors.keys() ^ places(skeleton(**config), table).keys()))
     base = architecture.rows[-1].channels
     for candidate in candidates(channels / base):
         for ends in _ENDS:
