@@ -62,7 +62,9 @@ _ARITHMETIC = {"Add": "ADD", "Sub": "SUB", "Mul": "MUL", "Div": "DIV"}
 _CONVS = ("Conv", "ConvInteger", "QLinearConv", "Gemm", "QGemm", "MatMul", "MatMulInteger", "QLinearMatMul")
 # What computes constants from constants: forms of any size, and small numbers such as paddings.
 _FORMS = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-_SMALL = ("Add", "Concat", "ConstantOfShape", "Div", "Gather", "Mul", "Slice", "Sub")
+_SMALL = (
+    *("Add", "Concat", "ConstantOfShape", "Div", "Gather", "Max", "Min", "Mod", "Mul", "Neg", "Shape", "Slice", "Sub"),
+)
 MAX_SMALL = 1 << 16  # elements
 _FILES = ("onnx/model.onnx", "model.onnx")  # in a repository
 
@@ -103,6 +105,7 @@ class File:
                 f"{len(self.model.graph.output)}."
             )
         self.input, self.output = inputs[0], outputs[0].name
+        self.shapes = self.known_shapes()
         for node in self.model.graph.node:
             self.add(node)
         self.graph = self.read()
@@ -121,7 +124,7 @@ class File:
                     beside.add(fields["location"])
                     size += int(fields.get("length", 0))
             for name in beside:
-                other = path.with_name(name)
+                other = path.parent / name
                 if Path(name).name != name or other.is_symlink() or not other.is_file():
                     raise ConversionError(f"{path}: needs {name!r}, which must be a file beside it.")
             if size > MAX_BYTES:
@@ -141,6 +144,19 @@ class File:
         if not model.graph.node:
             raise ConversionError(f"{path}: truncated or corrupt, or no ONNX file: it holds no operators.")
         return model
+
+    def known_shapes(self) -> dict[str, list[int]]:
+        """Shapes of values, of pictures one at a time; those whose size depends on the picture are left out."""
+        try:
+            graph = self.onnx.shape_inference.infer_shapes(self.model).graph
+        except Exception:
+            return {}
+        shapes = {}
+        for value in (*graph.value_info, *graph.input):
+            sizes = [d.dim_value for d in value.type.tensor_type.shape.dim]
+            if sizes and all(sizes[1:]):
+                shapes[value.name] = [sizes[0] or 1, *sizes[1:]]
+        return shapes
 
     def read(self) -> Graph:
         """The network, once every operator is translated."""
@@ -186,6 +202,9 @@ class File:
             value = next(iter(fields.values()), 0)
             is_tensor = isinstance(value, self.onnx.TensorProto)
             self.constants[node.output[0]] = self.onnx.numpy_helper.to_array(value) if is_tensor else np.array(value)
+            return
+        if kind == "Shape" and names[0] in self.shapes:
+            self.constants[node.output[0]] = np.array(self.shapes[names[0]], np.int64)
             return
         if names and all(name in self.constants or not name for name in names):
             self.add_constant(node, kind, names)
