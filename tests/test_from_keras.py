@@ -166,7 +166,7 @@ def test_other_networks_are_refused(keras: ModuleType, tmp_path: Path) -> None:
     model = keras.applications.MobileNetV3Small(weights=None, input_shape=(32, 32, 3), classes=3)
     source = save(model, tmp_path / "model.keras")
     assert_fails_without_a_trace(
-        source, tmp_path / "output", "is no MobileNet that can be converted: expanded_conv_squeeze_excite_mul"
+        source, tmp_path / "output", "is no MobileNet that can be converted: expanded_conv_depthwise"
     )
 
 

@@ -105,7 +105,10 @@ class File:
                 f"{len(self.model.graph.output)}."
             )
         self.input, self.output = inputs[0], outputs[0].name
-        self.shapes = self.known_shapes()
+        sizes = [d.dim_value for d in self.input.type.tensor_type.shape.dim]
+        self.shapes: dict[str, list[int]] = {}  # of values, for one picture
+        if len(sizes) == 4 and all(sizes[1:]):
+            self.shapes[self.input.name] = [1, *sizes[1:]]
         for node in self.model.graph.node:
             self.add(node)
         self.graph = self.read()
@@ -145,18 +148,23 @@ class File:
             raise ConversionError(f"{path}: truncated or corrupt, or no ONNX file: it holds no operators.")
         return model
 
-    def known_shapes(self) -> dict[str, list[int]]:
-        """Shapes of values, of pictures one at a time; those whose size depends on the picture are left out."""
-        try:
-            graph = self.onnx.shape_inference.infer_shapes(self.model).graph
-        except Exception:
-            return {}
-        shapes = {}
-        for value in (*graph.value_info, *graph.input):
-            sizes = [d.dim_value for d in value.type.tensor_type.shape.dim]
-            if sizes and all(sizes[1:]):
-                shapes[value.name] = [sizes[0] or 1, *sizes[1:]]
-        return shapes
+    def keep_shape(self, op: Op) -> None:
+        """Keep the shape of what an operation gives, where it is known: a graph may compute its padding from it."""
+        shape = self.shapes.get(op.inputs[0]) if op.inputs else None
+        if shape is None or isinstance(op, (Other, Pool, Reshape)) or op.output in self.flat:
+            return
+        batch, channels, *sides = shape
+        if isinstance(op, Pad):
+            sides = [side + sum(pads) for side, pads in zip(sides, op.pads, strict=True)]
+        elif isinstance(op, Conv):
+            channels = len(op.weight)
+            pads = op.pads or ((0, 0), (0, 0))
+            reach = [d * (k - 1) + 1 for k, d in zip(op.weight.shape[2:], op.dilation, strict=True)]
+            sides = [
+                -(-side // stride) if op.pads is SAME else (side + sum(pad) - far) // stride + 1
+                for side, pad, far, stride in zip(sides, pads, reach, op.stride, strict=True)
+            ]
+        self.shapes[op.output] = [batch, channels, *sides]
 
     def read(self) -> Graph:
         """The network, once every operator is translated."""
@@ -203,8 +211,8 @@ class File:
             is_tensor = isinstance(value, self.onnx.TensorProto)
             self.constants[node.output[0]] = self.onnx.numpy_helper.to_array(value) if is_tensor else np.array(value)
             return
-        if kind == "Shape" and names[0] in self.shapes:
-            self.constants[node.output[0]] = np.array(self.shapes[names[0]], np.int64)
+        if kind == "Shape" and self.source(names[0]) in self.shapes:
+            self.constants[node.output[0]] = np.array(self.shapes[self.source(names[0])], np.int64)
             return
         if names and all(name in self.constants or not name for name in names):
             self.add_constant(node, kind, names)
@@ -245,6 +253,8 @@ class File:
             function = self.activation(kind, fields, names)
             op = Act(**common, function=function) if function else Other(**common, what=f"the operator {kind}")
             self.ops.append(op if len(data) == 1 else Other(**{**common, "inputs": data}, what=f"the operator {kind}"))
+        if self.ops and self.ops[-1].output == output:
+            self.keep_shape(self.ops[-1])
         if kind.startswith("QLinear") and kind not in ("QLinearConv",) and len(names) > 4:
             self.record(output, names[-2:] if kind != "QLinearSigmoid" else names[3:5])
 
