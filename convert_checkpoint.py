@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from mobilenet.conversion import Checkpoint, ConversionError, Options, read_source
+from mobilenet.conversion.accuracy import Measured, advise, find_labelled, measure_recipes
 from mobilenet.conversion.card import write_card
 from mobilenet.conversion.checkpoint import RANGES
 from mobilenet.conversion.labels import known, read_labels
@@ -129,11 +130,26 @@ def convert(
             classes = slice(1 if drop_background else 0, None)
             comparisons, caveats = prove(folder, model, checkpoint, pictures, classes)
             checkpoint.warnings += caveats
+        if verify_on and checkpoint.labels and model.config.num_labels > 1:
+            names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+            labelled = find_labelled(Path(verify_on).expanduser(), names)
+            if labelled:
+                measured = measure_recipes(model, checkpoint, labelled)
+                say_accuracy(measured, len(labelled))
+                checkpoint.warnings += filter(None, [advise(measured, len(labelled))])
         for warning in checkpoint.warnings:
             warn(warning)
         with writing(folder):
             write_card(model.config, origin, checkpoint, comparisons, caveats).save(folder / "README.md")
     return comparisons
+
+
+def say_accuracy(measured: Sequence[Measured], count: int) -> None:
+    """Print accuracy by recipe on stderr, where the proof's table does not stand."""
+    table = Table(*Measured.COLUMNS, title=f"top-1 on {count} labelled pictures")
+    for each in measured:
+        table.add_row(*each.cells)
+    Console(stderr=True).print(table)
 
 
 def write(folder: Path, model: MobileNetForImageClassification, checkpoint: Checkpoint) -> None:
