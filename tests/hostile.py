@@ -33,6 +33,7 @@ from mobilenet.conversion import (
     read_source,
 )
 from mobilenet.conversion.convert import build, choose_labels
+from mobilenet.conversion.graph import expected
 from mobilenet.conversion.rename import Table, places, skeleton
 from mobilenet.loading import load
 
@@ -309,15 +310,32 @@ def keras_files() -> Iterator[bytes]:
                 layer, _, weight = name.rpartition("/")
                 layers.setdefault(layer, {})[weight] = tensor
             file.attrs["layer_names"] = [layer.encode() for layer in layers]
-            inputs = {"class_name": "InputLayer", "config": {"batch_input_shape": [None, 64, 64, 3]}}
-            norm = {"class_name": "BatchNormalization", "config": {"epsilon": 0.001}}
-            file.attrs["model_config"] = json.dumps({"config": {"layers": [inputs, norm]}})
+            if table is from_keras.TABLES[0]:  # with a graph too, which then decides
+                file.attrs["model_config"] = json.dumps(keras_graph())
             for layer, weights in layers.items():
                 group = file.create_group(layer)
                 group.attrs["weight_names"] = [f"{layer}/{weight}:0".encode() for weight in weights]
                 for weight, tensor in weights.items():
                     group[f"{layer}/{weight}:0"] = tensor.numpy()
         yield buffer.getvalue()
+
+
+def keras_graph() -> dict[str, Any]:
+    """Keras' configuration of a small MobileNet, without what it has for its initial weights."""
+    layers = [{"class_name": "InputLayer", "config": {"name": "in", "batch_input_shape": [None, 32, 32, 3]}}]
+    names = iter(name for name in tensors(from_keras.TABLES[0]) if name.endswith("/kernel"))
+    for step in expected(MobileNetConfig("mobilenet_v1", 0.01, num_labels=2)):
+        kind, name = "DepthwiseConv2D" if step.groups > 1 else "Conv2D", next(names).removesuffix("/kernel")
+        fields = {"name": name, "strides": [step.stride] * 2, "padding": "same", "use_bias": False}
+        layers += [
+            {"class_name": kind, "config": fields},
+            {"class_name": "BatchNormalization", "config": {"name": f"{name}_bn", "epsilon": 0.001}},
+            {"class_name": "ReLU", "config": {"name": f"{name}_relu", "max_value": 6.0}},
+        ]
+    layers.append({"class_name": "GlobalAveragePooling2D", "config": {"name": "pool", "keepdims": True}})
+    layers.append({"class_name": "Conv2D", "config": {"name": next(names).removesuffix("/kernel")}})
+    layers.append({"class_name": "Activation", "config": {"name": "end", "activation": "softmax"}})
+    return {"class_name": "Sequential", "config": {"name": "network", "layers": layers}}
 
 
 def tflite_files(folder: Path | None = None) -> Iterator[bytes]:

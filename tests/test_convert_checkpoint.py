@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,6 +17,7 @@ import torch
 from conversions import assert_fails_without_a_trace, read
 from hub import Fault, Hub
 from huggingface_hub import ModelCard
+from oracles import logits
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, pipeline
@@ -27,6 +29,7 @@ from mobilenet import MobileNetForImageClassification
 from mobilenet.cli import app
 from mobilenet.conversion import parity
 from mobilenet.conversion.convert import build, convert
+from mobilenet.conversion.labels import known
 
 
 SCRIPT = Path(convert_checkpoint.__file__)
@@ -128,6 +131,38 @@ def test_missing_unexpected_and_misshapen_names_are_listed_at_once(small: Path, 
         "1 unexpected: mobilenet_v1.layer.26.convolution.weight; "
         "1 misshapen: mobilenet_v1.layer.4.normalization.bias [7] instead of [32].",
     )
+
+
+def test_labelled_pictures_tell_the_recipe(data: Path, tmp_path: Path) -> None:
+    source = data / "tflite" / "mobilenet_v1_0.25_224_1_default_1.tflite"
+    checkpoint, rows = read(source), sorted((data / "imagenet_sample").glob("*.JPEG"))[::40]
+    right = logits(build(checkpoint, ""), checkpoint.processor(rows, return_tensors="pt").pixel_values).argmax(-1)
+    for photograph, index in zip(rows, right.tolist(), strict=True):
+        (tmp_path / "pictures" / str(index)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pictures" / str(index) / photograph.name).symlink_to(photograph)
+    command = ["convert", str(source), str(tmp_path / "output"), "--compare-on", str(tmp_path / "pictures")]
+    done = CliRunner().invoke(app, [*command, "--range=0..1"])
+    assert done.exit_code == 0, done.output
+    assert f"top-1 on {len(rows)} labelled pictures" in done.stderr
+    advice = " ".join(done.stderr.split())
+    assert re.search(
+        r"right on [\d.]+ % as written, and on 100 % with --fit crop --range=-1..1: convert again", advice
+    )
+    done = CliRunner().invoke(app, [*command, "--overwrite", "--range=-1..1"])
+    assert "convert again" not in done.stderr
+    listing = tmp_path / "pictures" / "labels.csv"
+    listing.write_text("file,label\nx.jpg,no such class\n")
+    assert_fails_without_a_trace(
+        source, tmp_path / "other", "the network has no class 'no such class'", compare_on=tmp_path / "pictures"
+    )
+
+
+def test_imagenets_labels_ship(data: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    google = (data / "imagenet_labels_1001.txt").read_text(encoding="utf-8").splitlines()
+    assert known(1001) == google
+    assert known(1000) == google[1:]
+    assert known(999) is None
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

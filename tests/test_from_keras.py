@@ -13,6 +13,7 @@ from conversions import assert_fails_without_a_trace, assert_wrong_tables_are_no
 from oracles import logits
 from torch import Tensor
 
+from mobilenet.conversion import from_keras
 from mobilenet.conversion.convert import build, convert
 
 
@@ -165,7 +166,7 @@ def test_other_networks_are_refused(keras: ModuleType, tmp_path: Path) -> None:
     model = keras.applications.MobileNetV3Small(weights=None, input_shape=(32, 32, 3), classes=3)
     source = save(model, tmp_path / "model.keras")
     assert_fails_without_a_trace(
-        source, tmp_path / "output", "is no MobileNet that can be converted: expanded_conv_squeeze_excite_avg_pool"
+        source, tmp_path / "output", "is no MobileNet that can be converted: expanded_conv_depthwise"
     )
 
 
@@ -194,3 +195,156 @@ def test_without_h5py_the_error_says_what_to_install(tmp_path: Path, monkeypatch
     with pytest.raises(ImportError, match=r"pip install 'mobilenet\[keras\]'"):
         convert(str(tmp_path / "model.h5"), tmp_path / "output")
     assert not (tmp_path / "output").exists()
+
+
+# Fine-tunes as the documentation of keras.applications shows them.
+
+
+def own_statistics(keras: ModuleType, model: Any) -> Any:
+    """Give every norm statistics of its own, in models in models too."""
+    random = np.random.default_rng(1)
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            shape = layer.get_weights()[0].shape
+            draws = (random.uniform(0.7, 1.3, shape), random.normal(0, 0.2, shape))
+            layer.set_weights([*draws, random.normal(0, 0.2, shape), random.uniform(0.5, 1.5, shape)])
+    return model
+
+
+def fine_tune(keras: ModuleType, version: int, alpha: float, form: str) -> Any:
+    """A network with a classifier of three classes on features of Keras applications'."""
+    layers, applications = keras.layers, keras.applications
+    make = {1: applications.MobileNet, 2: applications.MobileNetV2}[version]
+    module = {1: applications.mobilenet, 2: applications.mobilenet_v2}[version]
+    keras.utils.set_random_seed(0)
+    base = make(weights=None, include_top=False, alpha=alpha, input_shape=(64, 64, 3))
+    if form == "functional":
+        x = layers.Dropout(0.2)(layers.GlobalAveragePooling2D()(base.output))
+        return own_statistics(keras, keras.Model(base.input, layers.Dense(3, activation="softmax")(x)))
+    if form == "sequential":
+        head = [layers.GlobalAveragePooling2D(), layers.Dense(16, activation="relu"), layers.Dense(1)]
+        return own_statistics(keras, keras.Sequential([base, *head]))
+    inputs = keras.Input((64, 64, 3))
+    x = keras.Sequential([layers.RandomFlip("horizontal"), layers.RandomRotation(0.1)])(inputs)
+    x = module.preprocess_input(x) if form == "arithmetic" else layers.Rescaling(1 / 127.5, offset=-1)(x)
+    x = layers.GlobalAveragePooling2D()(base(x, training=False))
+    outputs = layers.Dense(3, activation="sigmoid")(layers.Dropout(0.2)(x))
+    return own_statistics(keras, keras.Model(inputs, outputs))
+
+
+@pytest.mark.parametrize(
+    ("version", "alpha", "form", "suffix"),
+    [
+        (1, 0.25, "functional", ".h5"),
+        (1, 0.5, "nested", ".keras"),
+        (1, 0.25, "sequential", ".keras"),
+        (1, 0.25, "arithmetic", ".h5"),
+        (2, 0.35, "functional", ".keras"),
+        (2, 0.5, "functional", ".weights.h5"),
+        (2, 0.35, "nested", ".h5"),
+        (2, 0.35, "sequential", ".h5"),
+        (2, 0.35, "arithmetic", ".keras"),
+    ],
+)
+def test_fine_tunes_of_the_documentation_convert(
+    keras: ModuleType, version: int, alpha: float, form: str, suffix: str, tmp_path: Path
+) -> None:
+    theirs = fine_tune(keras, version, alpha, form)
+    checkpoint = read(save(theirs, tmp_path / f"model{suffix}"), image_size=64 if suffix == ".weights.h5" else None)
+    model = build(checkpoint, "")
+    assert model.config.width_multiplier == alpha
+    pixels = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
+    scaled = form in ("nested", "arithmetic")
+    given = pixels.permute(0, 3, 1, 2).float()
+    expected = run(keras, theirs, given if scaled else given / 127.5 - 1)
+    processed = checkpoint.processor(list(pixels.numpy()), return_tensors="pt", do_resize=False, do_center_crop=False)
+    ours = logits(model, processed.pixel_values)
+    if scaled:
+        ours = ours.sigmoid()
+        assert model.config.problem_type == "multi_label_classification"
+    elif suffix != ".weights.h5" and form == "functional":
+        ours = ours.softmax(-1)
+        assert checkpoint.prediction == "softmax"
+    elif suffix == ".weights.h5":
+        ours = ours.softmax(-1)  # which weights do not tell
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    oracle = checkpoint.oracle()
+    seen = (checkpoint.feed or checkpoint.processor)(
+        list(pixels.numpy()), return_tensors="pt", do_resize=False, do_center_crop=False
+    )
+    theirs_again = oracle.logits(seen.pixel_values)
+    torch.testing.assert_close(theirs_again, logits(model, processed.pixel_values), atol=1e-4, rtol=1e-4)
+    assert ("scaled to -1..1" in " ".join(checkpoint.warnings)) == (not scaled)
+
+
+def test_teachable_machine_converts_whole(keras: ModuleType, tmp_path: Path) -> None:
+    """Sequential models in a Sequential one, as its keras_model.h5 has them, with the labels that lie beside it."""
+    layers = keras.layers
+    keras.utils.set_random_seed(0)
+    base = keras.applications.MobileNetV2(weights=None, include_top=False, alpha=0.35, input_shape=(64, 64, 3))
+    features = keras.Sequential([base, layers.GlobalAveragePooling2D()])
+    head = keras.Sequential(
+        [layers.Dense(100, activation="relu"), layers.Dense(2, activation="softmax", use_bias=False)]
+    )
+    theirs = own_statistics(keras, keras.Sequential([features, head]))
+    theirs.build((None, 64, 64, 3))
+    path = save(theirs, tmp_path / "keras_model.h5")
+    (tmp_path / "labels.txt").write_text("0 A cup\n1 No cup\n")
+    checkpoint = read(path)
+    assert checkpoint.labels == ["A cup", "No cup"]
+    assert checkpoint.config["classifier_hidden_sizes"] == (100,)
+    assert checkpoint.warnings == []
+    assert checkpoint.processor.size == {"shortest_edge": 64}
+    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
+    expected = run(keras, theirs, pictures)
+    torch.testing.assert_close(logits(build(checkpoint, ""), pictures).softmax(-1), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(checkpoint.oracle().predictions(pictures), expected)
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
+def test_features_without_a_classifier_convert(keras: ModuleType, suffix: str, tmp_path: Path) -> None:
+    make = keras.applications.MobileNetV2
+    theirs = own_statistics(keras, make(weights=None, include_top=False, alpha=0.35, input_shape=(64, 64, 3)))
+    checkpoint = read(save(theirs, tmp_path / f"model{suffix}"), image_size=64 if suffix == ".weights.h5" else None)
+    assert checkpoint.config["num_labels"] == 0
+    pictures = torch.randn(2, 3, 64, 64)
+    expected = run(keras, theirs, pictures).mean((1, 2))
+    torch.testing.assert_close(logits(build(checkpoint, ""), pictures), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_file_is_what_its_first_bytes_say(keras: ModuleType, tmp_path: Path) -> None:
+    save(network(keras, 1, 0.25, 32), tmp_path / "model.h5").rename(tmp_path / "best.model")
+    assert read(tmp_path / "best.model").kind == "a Keras file"
+    save(network(keras, 1, 0.25, 32), tmp_path / "model.keras").rename(tmp_path / "download")
+    assert read(tmp_path / "download").kind == "a Keras file"
+    (tmp_path / "page.h5").write_bytes(b"<!doctype html>")
+    assert_fails_without_a_trace(tmp_path / "page.h5", tmp_path / "output", "page.h5: truncated or corrupt")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "saved_model.pb").touch()
+    assert_fails_without_a_trace(tmp_path / "saved", tmp_path / "output", "it is TensorFlow's SavedModel")
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_code_in_a_file_is_never_run(keras: ModuleType, suffix: str, tmp_path: Path) -> None:
+    inputs = keras.Input((32, 32, 3))
+    base = keras.applications.MobileNet(weights=None, alpha=0.25, input_shape=(32, 32, 3), classes=3)
+    run_me = keras.layers.Lambda(lambda x: x * 2, output_shape=(32, 32, 3), name="run_me")
+    source = save(keras.Model(inputs, base(run_me(inputs))), tmp_path / f"model{suffix}")
+    assert_fails_without_a_trace(source, tmp_path / "output", "run_me is a Lambda layer, which holds code")
+    # On a branch that leads nowhere it is not refused, but then Keras does not load the file.
+    config = {"layers": [{"class_name": "Lambda", "config": {"name": "side"}, "inbound_nodes": []}]}
+    assert "Lambda" not in from_keras._KNOWN
+    assert config["layers"][0]["class_name"] not in from_keras._IDENTITIES
+
+
+def test_a_resizing_inside_is_refused_in_words(keras: ModuleType, tmp_path: Path) -> None:
+    layers = keras.layers
+    base = keras.applications.MobileNet(weights=None, alpha=0.25, input_shape=(32, 32, 3), classes=3)
+    for size, refused in ((32, False), (48, True)):
+        inputs = keras.Input((size, size, 3))
+        source = save(keras.Model(inputs, base(layers.Resizing(32, 32)(inputs))), tmp_path / f"model{size}.keras")
+        if refused:
+            words = "is a Resizing to 32x32, and pictures must have that size before they enter the network"
+            assert_fails_without_a_trace(source, tmp_path / "output", words)
+        else:
+            assert read(source).config["num_labels"] == 3

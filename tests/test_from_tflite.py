@@ -1,6 +1,10 @@
 """Conversions of TFLite files, against LiteRT's interpreter."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +177,7 @@ def test_a_quantized_classifier_loses_the_scale_of_the_background(data: Path, tm
             "coco_ssd_mobilenet_v1_1.0_quant_2018_06_29.tflite",
             "is no classifier, which has one input and one output: it has 1 and 4",
         ),
-        ("deeplabv3.tflite", "is no MobileNet that can be converted: DEPTHWISE_CONV_2D 22"),
+        ("deeplabv3.tflite", "is no MobileNet that can be converted: DEPTHWISE_CONV_2D 22 (Mobile"),
     ],
 )
 def test_other_networks_are_refused(name: str, reason: str, data: Path, tmp_path: Path) -> None:
@@ -194,3 +198,213 @@ def test_without_litert_the_error_says_what_to_install(tmp_path: Path, monkeypat
     (tmp_path / "model.tflite").touch()
     with pytest.raises(ImportError, match=r"pip install 'mobilenet\[tflite\]'"):
         convert(str(tmp_path / "model.tflite"), tmp_path / "output")
+
+
+# Files that people make: written by TensorFlow's converter, in a process that runs Keras on it.
+
+WRITE = """
+import sys
+from pathlib import Path
+import numpy as np
+import tensorflow as tf
+from variants import KerasBuilder, Variant
+import keras
+
+folder = Path(sys.argv[1])
+random = np.random.default_rng(0)
+
+def write(name, model, change=lambda converter: None):
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    change(converter)
+    (folder / f"{name}.tflite").write_bytes(converter.convert())
+
+def whole(converter):
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: ([random.random((1, 32, 32, 3), np.float32)] for _ in range(8))
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    converter.inference_input_type = converter.inference_output_type = tf.uint8
+
+def half(converter):
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.target_spec.supported_types = [tf.float16]
+
+def weights(converter):
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+
+class Gray(KerasBuilder):
+    def conv(self, x, before, after, kernel, stride, pads, depthwise, bias):
+        if before > 1:
+            return super().conv(x, before, after, kernel, stride, pads, depthwise, bias)
+        layer = keras.layers.DepthwiseConv2D(3, strides=2, padding="same", depth_multiplier=after, use_bias=bias)
+        x = layer(x)
+        self.values.append((layer, [self.weights(3, 3, 1, after, fan=9)]))
+        return x
+
+plain = KerasBuilder(Variant(size=32), 0).build()
+write("float", plain)
+write("half", plain, half)
+write("weights", plain, weights)
+write("whole", plain, whole)
+write("gray", Gray(Variant(size=32, channels=1, head="sigmoid", scaling="127.5"), 0).build())
+write("model_unquant", KerasBuilder(Variant(2, size=32, hidden=(100,), form="sequential"), 0).build())
+inputs = keras.Input((3, 32, 32))
+write("transposed", keras.Model(inputs, plain(keras.layers.Permute((2, 3, 1))(inputs))))
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of files that TensorFlow's converter wrote."""
+    pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+    folder = tmp_path_factory.mktemp("made")
+    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(Path(__file__).parent), str(Path(__file__).parents[1])))
+    command = [sys.executable, "-W", "ignore", "-c", WRITE, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run_file(path: Path, pixels: Tensor) -> Tensor:
+    """What the interpreter makes of what the file takes: (B, H, W, C), or (B, C, H, W) if it takes channels first."""
+    interpreter = litert.Interpreter(str(path))
+    interpreter.allocate_tensors()
+    given, result = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+    rows = []
+    for picture in pixels.numpy():
+        interpreter.set_tensor(given["index"], picture[None].astype(given["dtype"]))
+        interpreter.invoke()
+        rows.append(interpreter.get_tensor(result["index"])[0])
+    scale, zero_point = result["quantization"]
+    values = torch.from_numpy(np.stack(rows)).float()
+    return (values - zero_point) * scale if scale else values
+
+
+@pytest.mark.parametrize("name", ["float", "half", "gray", "model_unquant", "transposed"])
+def test_files_of_the_converter_are_exact(name: str, made: Path, tmp_path: Path) -> None:
+    source = made / f"{name}.tflite"
+    checkpoint = read(source)
+    model = build(checkpoint, "")
+    channels = model.config.num_channels
+    bytes_ = torch.randint(0, 256, (3, 32, 32, channels), generator=torch.Generator().manual_seed(0)).float()
+    given = bytes_ if name == "gray" else bytes_ / 127.5 - 1  # with its own scaling, a file takes bytes
+    expected = run_file(source, given.permute(0, 3, 1, 2).contiguous() if name == "transposed" else given)
+    ours = logits(model, (bytes_ / 127.5 - 1).permute(0, 3, 1, 2))
+    ours = ours.sigmoid() if name == "gray" else ours.softmax(-1)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    assert expected.std(0).max() > 1e-3
+    assert (model.config.problem_type == "multi_label_classification") == (name == "gray")
+    assert model.config.classifier_hidden_sizes == ([100] if name == "model_unquant" else [])
+    assert checkpoint.oracle().predictions is not None
+
+
+@pytest.mark.parametrize("name", ["weights", "whole"])
+def test_quantized_files_of_the_converter_convert(name: str, made: Path, tmp_path: Path) -> None:
+    first, *rest = convert(str(made / f"{name}.tflite"), tmp_path / "output")
+    assert first.limits
+    assert any("softmax" in comparison.against for comparison in rest)
+    quantization = json.loads((tmp_path / "output" / "quantization.json").read_text())
+    assert len(quantization["weights"]) == (28 if name == "whole" else 19)  # small ones stay as they are
+    assert ("classifier" in quantization["activations"]) == (name == "whole")
+    if name == "whole":  # bytes are what the file takes
+        processor = read(made / "whole.tflite").processor
+        pixels = processor(np.full((32, 32, 3), 77, np.uint8), return_tensors="pt").pixel_values
+        scale = quantization["activations"]["pixel_values"]
+        assert (pixels / scale["scale"] + scale["zero_point"]).round().unique().tolist() == [77]
+
+
+def test_teachable_machine_has_its_labels_and_its_recipe(made: Path, tmp_path: Path) -> None:
+    source = shutil.copy(made / "model_unquant.tflite", tmp_path)
+    assert "Assumed: that the network takes pixels scaled to -1..1" in read(source).warnings[0]
+    (tmp_path / "labels.txt").write_text("\n".join(f"{index} thing {index}" for index in range(5)))
+    checkpoint = read(source)
+    assert checkpoint.labels == [f"thing {index}" for index in range(5)]
+    assert checkpoint.warnings == []
+    assert checkpoint.processor.size == {"shortest_edge": 32}
+
+
+def test_what_the_user_says_of_pictures_counts(made: Path, tmp_path: Path) -> None:
+    source = made / "float.tflite"
+    for options, mean, std in (
+        ({"pixel_range": "0..1"}, [0], [1]),
+        ({"pixel_range": "0..255"}, [0], [1 / 255]),
+        ({"pixel_range": "imagenet"}, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ({"mean": [0.1], "std": [0.2]}, [0.1], [0.2]),
+    ):
+        processor = read(source, **options).processor
+        assert (processor.image_mean, processor.image_std) == (mean, std)
+        assert "(--range" not in " ".join(read(source, **options).warnings)
+    stretched = read(source, fit="stretch").processor
+    assert (stretched.size, stretched.do_center_crop) == ({"height": 32, "width": 32}, False)
+    padded = read(source, fit="pad", pixel_range="-1..1").processor
+    pixels = padded(np.full((20, 40, 3), 255, np.uint8), return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 32, 32)
+    assert pixels[0, 0, :, 16].unique().tolist() == [-1, 1]
+    for options, words in (
+        ({"fit": "squeeze"}, "fit must be one of crop, stretch, pad, got 'squeeze'"),
+        ({"pixel_range": "0..2"}, "pixel_range must be one of 0..1, -1..1, 0..255, imagenet, got '0..2'"),
+        ({"mean": [0.5]}, "mean and std must be given together"),
+        ({"mean": [0.5], "std": [0.0]}, "image_std must be above 0"),
+    ):
+        assert_fails_without_a_trace(source, tmp_path / "output", words, **options)
+
+
+def test_metadata_tells_the_range(made: Path, tmp_path: Path) -> None:
+    from ai_edge_litert import schema_py_generated as schema
+    from flatbuffers import Builder
+
+    def of_table(builder: Builder, fields: dict[int, tuple[str, object]]) -> int:
+        builder.StartObject(6)
+        for slot, (kind, value) in fields.items():
+            getattr(builder, f"Prepend{kind}Slot")(slot, value, 0)
+        return builder.EndObject()
+
+    def vector(builder: Builder, items: list, size: int, prepend: str) -> int:
+        builder.StartVector(size, len(items), size)
+        for item in reversed(items):
+            getattr(builder, prepend)(item)
+        return builder.EndVector()
+
+    builder = Builder(256)
+    mean, std = (vector(builder, [value], 4, "PrependFloat32") for value in (0.0, 255.0))
+    options = of_table(builder, {0: ("UOffsetTRelative", mean), 1: ("UOffsetTRelative", std)})
+    unit = of_table(builder, {0: ("Uint8", 1), 1: ("UOffsetTRelative", options)})
+    units = vector(builder, [unit], 4, "PrependUOffsetTRelative")
+    tensor = of_table(builder, {4: ("UOffsetTRelative", units)})
+    tensors = vector(builder, [tensor], 4, "PrependUOffsetTRelative")
+    graph = of_table(builder, {2: ("UOffsetTRelative", tensors)})
+    graphs = vector(builder, [graph], 4, "PrependUOffsetTRelative")
+    builder.Finish(of_table(builder, {3: ("UOffsetTRelative", graphs)}), b"M001")
+    metadata = bytes(builder.Output())
+
+    def with_metadata(data: bytes) -> Path:
+        model = schema.ModelT.InitFromPackedBuf((made / "float.tflite").read_bytes(), 0)
+        entry, buffer = schema.MetadataT(), schema.BufferT()
+        entry.name, entry.buffer = b"TFLITE_METADATA", len(model.buffers)
+        buffer.data = np.frombuffer(data, np.uint8)
+        model.buffers.append(buffer)
+        model.metadata = [*(model.metadata or []), entry]
+        packed = Builder(1 << 20)
+        packed.Finish(model.Pack(packed), b"TFL3")
+        path = tmp_path / "described.tflite"
+        path.write_bytes(bytes(packed.Output()))
+        return path
+
+    checkpoint = read(with_metadata(metadata))
+    assert (checkpoint.processor.image_mean, checkpoint.processor.image_std) == ([0], [1])
+    assert "(--range" not in checkpoint.warnings[0]
+    chance = np.random.default_rng(0)
+    for _ in range(60):  # offsets that lead anywhere
+        data = bytearray(metadata)
+        data[chance.integers(len(data))] = chance.integers(256)
+        read(with_metadata(bytes(data)))
+
+
+def test_a_file_that_the_runtime_lacks_an_operator_for_is_called_intact(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise ValueError("Didn't find op for builtin opcode 'CONV_2D' version '99'")
+
+    monkeypatch.setattr(litert, "Interpreter", refuse)
+    assert_fails_without_a_trace(made / "float.tflite", tmp_path / "output", "is intact, but LiteRT does not run it")

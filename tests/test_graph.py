@@ -1,4 +1,4 @@
-"""Networks that people make of MobileNets: what they become, against the network itself, or the layer that is refused."""
+"""Networks that people make of MobileNets: what they become, against themselves, or the layer that is refused."""
 
 import json
 from dataclasses import replace
@@ -89,9 +89,7 @@ def test_what_has_a_place_converts(variant: Variant, field: tuple, pictures: lis
         (Variant(2, sums="activated", width=0.35, **SMALL), ("is the activation relu6",)),
         (
             Variant(1, body="one block less", **SMALL),
-            (
-                "is a depthwise convolution of 3x3: MobileNet V1 has a depthwise convolution of 3x3 with stride 2 there",
-            ),
+            ("MobileNet V1 has a depthwise convolution of 3x3 with stride 2 there",),
         ),
         (Variant(1, body="other kernel", suffix=".onnx", **SMALL), ("is a depthwise convolution of 5x5",)),
         (
@@ -208,7 +206,7 @@ def test_linear_depthwise_convolutions_and_affine_parts_are_expressed() -> None:
     torch.testing.assert_close(
         other.tensors["classifier.bias"], found.tensors["classifier.weight"].sum(1), atol=1e-4, rtol=0
     )
-    with pytest.raises(ValueError, match="op .* scales features that no classifier takes"):
+    with pytest.raises(ValueError, match=r"op .* scales features that no classifier takes"):
         match(chain(*scaled[:-1]), "here", 32)
 
 
@@ -223,7 +221,7 @@ def test_two_linear_layers_are_one() -> None:
 
 def test_a_ring_or_a_second_input_is_refused() -> None:
     ring = [Add(name="sum", inputs=(2, 0), output=1), Act(name="act", inputs=(1,), output=2, function="relu")]
-    with pytest.raises(ValueError, match="here: .* depends on itself"):
+    with pytest.raises(ValueError, match=r"here: .* depends on itself"):
         match(Graph(ops=ring, input=0, output=2, channels=3, size=32), "here", 32)
     with pytest.raises(ValueError, match="the end of the network comes where"):
         match(Graph(ops=[], input=0, output=9, channels=3, size=32), "here", 32)

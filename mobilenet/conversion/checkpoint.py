@@ -139,8 +139,8 @@ MAX_BYTES = 2 * 1024**3
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What went wrong, in one line of no great length."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def read_json(path: Path) -> dict[str, Any]:

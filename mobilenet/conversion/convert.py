@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from safetensors import SafetensorError
 
 from mobilenet.cards import conversion_card
@@ -23,6 +25,7 @@ from mobilenet.progress import warn
 from mobilenet.repository import staged
 
 from . import Checkpoint, ConversionError, Options, read_source
+from .accuracy import Measured, advise, find_labelled, measure_recipes
 from .labels import known, read_labels
 from .parity import BATCH, Comparison, check_parity, find_pictures
 from .rename import rename
@@ -121,12 +124,27 @@ def convert(
             classes = slice(1 if drop_background else 0, None)
             comparisons, caveats = check_parity(folder, model, checkpoint, pictures, classes)
             checkpoint.warnings += caveats
+        if compare_on and checkpoint.labels and model.config.num_labels > 1:
+            names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+            labelled = find_labelled(Path(compare_on).expanduser(), names)
+            if labelled:
+                measured = measure_recipes(model, checkpoint, labelled)
+                say_accuracy(measured, len(labelled))
+                checkpoint.warnings += filter(None, [advise(measured, len(labelled))])
         for warning in checkpoint.warnings:
             warn(warning)
         with writing(folder):
             card = conversion_card(model.config, origin, checkpoint, Comparison.COLUMNS, comparisons, caveats)
             card.save(folder / "README.md")
     return comparisons
+
+
+def say_accuracy(measured: Sequence[Measured], count: int) -> None:
+    """Print accuracy by recipe on stderr, where the table of comparisons does not stand."""
+    table = Table(*Measured.COLUMNS, title=f"top-1 on {count} labelled pictures")
+    for each in measured:
+        table.add_row(*each.cells)
+    Console(stderr=True).print(table)
 
 
 def write(folder: Path, model: MobileNetForImageClassification, checkpoint: Checkpoint) -> None:

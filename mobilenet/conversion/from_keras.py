@@ -841,9 +841,26 @@ def _load_model(keras: Any, path: Path) -> Any:
             return keras.saving.load_model(copy, **options)
         except (TypeError, ValueError):
             # Of arithmetic between layers, Keras 3 writes into .h5 what it reads from .keras alone.
-            model = keras.saving.deserialize_keras_object(config, safe_mode=True)
+            model = keras.saving.deserialize_keras_object(_with_modules(config), safe_mode=True)
             model.load_weights(copy)
             return model
+
+
+def _with_modules(config: Any) -> Any:
+    """Say where the class of each layer is, as a .keras file does and an .h5 file does not."""
+    if isinstance(config, list):
+        return [_with_modules(each) for each in config]
+    if not isinstance(config, dict):
+        return config
+    config = {key: _with_modules(value) for key, value in config.items()}
+    kind = config.get("class_name")
+    if kind in _KNOWN and "module" not in config:
+        given = [value for call in config.get("inbound_nodes") or [] for value in call["args"]]
+        number = any(isinstance(value, (int, float)) for value in given)
+        where = "keras.src.ops.numpy" if kind in _ARITHMETIC and number else "keras.layers"
+        config |= {"module": {"Functional": "keras.src.models.functional", "Sequential": "keras"}.get(kind, where)}
+        config |= {"registered_name": None}
+    return config
 
 
 def _modernize(path: Path) -> dict[str, Any]:

@@ -62,7 +62,9 @@ _ARITHMETIC = {"Add": "ADD", "Sub": "SUB", "Mul": "MUL", "Div": "DIV"}
 _CONVS = ("Conv", "ConvInteger", "QLinearConv", "Gemm", "QGemm", "MatMul", "MatMulInteger", "QLinearMatMul")
 # What computes constants from constants: forms of any size, and small numbers such as paddings.
 _FORMS = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-_SMALL = ("Add", "Concat", "ConstantOfShape", "Div", "Gather", "Mul", "Slice", "Sub")
+_SMALL = (
+    *("Add", "Concat", "ConstantOfShape", "Div", "Gather", "Max", "Min", "Mod", "Mul", "Neg", "Shape", "Slice", "Sub"),
+)
 MAX_SMALL = 1 << 16  # elements
 _FILES = ("onnx/model.onnx", "model.onnx")  # in a repository
 
@@ -103,6 +105,10 @@ class File:
                 f"{len(self.model.graph.output)}."
             )
         self.input, self.output = inputs[0], outputs[0].name
+        sizes = [d.dim_value for d in self.input.type.tensor_type.shape.dim]
+        self.shapes: dict[str, list[int]] = {}  # of values, for one picture
+        if len(sizes) == 4 and all(sizes[1:]):
+            self.shapes[self.input.name] = [1, *sizes[1:]]
         for node in self.model.graph.node:
             self.add(node)
         self.graph = self.read()
@@ -121,7 +127,7 @@ class File:
                     beside.add(fields["location"])
                     size += int(fields.get("length", 0))
             for name in beside:
-                other = path.with_name(name)
+                other = path.parent / name
                 if Path(name).name != name or other.is_symlink() or not other.is_file():
                     raise ConversionError(f"{path}: needs {name!r}, which must be a file beside it.")
             if size > MAX_BYTES:
@@ -141,6 +147,24 @@ class File:
         if not model.graph.node:
             raise ConversionError(f"{path}: truncated or corrupt, or no ONNX file: it holds no operators.")
         return model
+
+    def keep_shape(self, op: Op) -> None:
+        """Keep the shape of what an operation gives, where it is known: a graph may compute its padding from it."""
+        shape = self.shapes.get(op.inputs[0]) if op.inputs else None
+        if shape is None or isinstance(op, (Other, Pool, Reshape)) or op.output in self.flat:
+            return
+        batch, channels, *sides = shape
+        if isinstance(op, Pad):
+            sides = [side + sum(pads) for side, pads in zip(sides, op.pads, strict=True)]
+        elif isinstance(op, Conv):
+            channels = len(op.weight)
+            pads = op.pads or ((0, 0), (0, 0))
+            reach = [d * (k - 1) + 1 for k, d in zip(op.weight.shape[2:], op.dilation, strict=True)]
+            sides = [
+                -(-side // stride) if op.pads is SAME else (side + sum(pad) - far) // stride + 1
+                for side, pad, far, stride in zip(sides, pads, reach, op.stride, strict=True)
+            ]
+        self.shapes[op.output] = [batch, channels, *sides]
 
     def read(self) -> Graph:
         """The network, once every operator is translated."""
@@ -187,6 +211,9 @@ class File:
             is_tensor = isinstance(value, self.onnx.TensorProto)
             self.constants[node.output[0]] = self.onnx.numpy_helper.to_array(value) if is_tensor else np.array(value)
             return
+        if kind == "Shape" and self.source(names[0]) in self.shapes:
+            self.constants[node.output[0]] = np.array(self.shapes[self.source(names[0])], np.int64)
+            return
         if names and all(name in self.constants or not name for name in names):
             self.add_constant(node, kind, names)
             return
@@ -226,6 +253,8 @@ class File:
             function = self.activation(kind, fields, names)
             op = Act(**common, function=function) if function else Other(**common, what=f"the operator {kind}")
             self.ops.append(op if len(data) == 1 else Other(**{**common, "inputs": data}, what=f"the operator {kind}"))
+        if self.ops and self.ops[-1].output == output:
+            self.keep_shape(self.ops[-1])
         if kind.startswith("QLinear") and kind not in ("QLinearConv",) and len(names) > 4:
             self.record(output, names[-2:] if kind != "QLinearSigmoid" else names[3:5])
 
