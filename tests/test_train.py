@@ -889,7 +889,7 @@ def test_too_few_pictures_for_a_validation_split(tmp_path: Path) -> None:
         ("ema", 1.0, "ema must be from 0 to below 1, got 1.0"),
         ("balance", "yes", "balance must be one of none, weights, sampling, got 'yes'"),
         ("test_split", "exam", "test_split must be one of (train, test|test, train), got 'exam'"),
-        ("architecture", "v2", "architecture must be mobilenet_v1 or mobilenet_v2, got 'v2'"),
+        ("architecture", "v2", "architecture must be mobilenet_v1, mobilenet_v1_head, mobilenet_v2, .+, got 'v2'"),
     ],
 )
 def test_options_are_checked(colours: Path, tmp_path: Path, name: str, value: object, message: str) -> None:
