@@ -277,7 +277,7 @@ def tensors(table: Table, **config: Any) -> dict[str, torch.Tensor]:
     }
 
 
-TORCH_TABLES = (*from_timm.TABLES, from_torchvision.TABLE, from_plain.TABLE)
+TORCH_TABLES = (*from_timm.TABLES, *from_torchvision.TABLES, from_plain.TABLE)
 
 
 def safetensors() -> Iterator[bytes]:
