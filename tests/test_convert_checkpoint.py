@@ -203,7 +203,7 @@ def test_other_files_are_refused(tmp_path: Path, cats: Path) -> None:
     torch.save([1, 2, 3], tmp_path / "list.pth")
     (tmp_path / "folder").mkdir()
     for source, parts in (
-        (tmp_path / "resnet.pth", ("holds no MobileNet of timm or torchvision", "called conv1.weight, bn1.weight")),
+        (tmp_path / "resnet.pth", ("resnet.pth: holds no MobileNet of timm", "called conv1.weight, bn1.weight")),
         (tmp_path / "list.pth", ("list.pth: must hold a dictionary of tensors",)),
         (tmp_path / "folder", ("folder: no known source",)),
         (cats, ("000000039769.png: no known source",)),

@@ -204,6 +204,7 @@ def from_tensors(tensors: Mapping[str, Tensor], table: Table, options: Options, 
     name = re.split(r"[.-]", files[0].name)[0]
     network = network_of(name)
     if not network or network.architecture != architecture:
+        # The first is of one width alone.
         name, network = None, next(network for network in NETWORKS[1:] if network.architecture == architecture)
     return _describe(tensors, network, name, options, *files)
 

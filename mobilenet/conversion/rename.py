@@ -240,16 +240,19 @@ def infer_config(tensors: Mapping[str, Tensor], table: Table, repeats: Sequence[
         found = size(name, axis)
         if found:
             config[field] = found
+    architecture = ARCHITECTURES[config["architecture"]]
+    # The widest layer that every width scales tells most.
     last = [name for name in by_name if ".stages." in name and name.endswith(".conv.weight")][-1]
+    base = architecture.rows[-1].channels
+    if architecture.pre_logits:
+        last, base = "backbone.head.conv.weight", architecture.head.channels
     channels = size(last, "O")
     if not channels:
         return config
-    architecture = ARCHITECTURES[config["architecture"]]
     if architecture.repeats and len(repeats) > 1:
         # The first where none fits better.
         deep = [config | {"repeat_multiplier": multiplier} for multiplier in repeats]
         config = min(deep, key=lambda config: len(tensors.keys() ^ places(skeleton(**config), table).keys()))
-    base = architecture.rows[-1].channels
     for candidate in candidates(channels / base):
         for ends in _ENDS:
             chosen = config | {"width_multiplier": candidate} | ends
