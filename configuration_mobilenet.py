@@ -316,8 +316,12 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise; auto_map names the classes beside the file, so that what is saved loads wherever it goes."""
-        return super().to_dict() | {"auto_map": dict(AUTO_MAP)}
+        fields = super().to_dict() | {"auto_map": dict(AUTO_MAP)}
+        return {name: value for name, value in fields.items() if name not in _UNSAID or value != _UNSAID[name]}
 
+
+# Not written where they have these values: what was saved before there were these fields stays as it is.
+_UNSAID = {"pooling": "avg", "classifier_hidden_sizes": [], "classifier_hidden_act": "relu"}
 
 # Written whole: saving a model alone would register that model's class and no other.
 AUTO_MAP = {

@@ -29,6 +29,7 @@ from convert_checkpoint import build, convert
 from mobilenet import MobileNetForImageClassification
 from mobilenet.cli import app
 from mobilenet.conversion import proof
+from mobilenet.conversion.accuracy import advise, measure_recipes
 from mobilenet.conversion.labels import known
 
 
