@@ -44,7 +44,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # Fields that older configurations lack, and which are saved where they say something.
-_LATER = {"repeat_multiplier": 1.0, "anti_aliasing": "none", "scale_stem": True, "grow_head": True}
+_LATER = {
+    "repeat_multiplier": 1.0,
+    "anti_aliasing": "none",
+    "scale_stem": True,
+    "grow_head": True,
+    "pooling": "avg",
+    "classifier_hidden_sizes": [],
+    "classifier_hidden_act": "relu",
+}
 
 PADDINGS = ("same", "symmetric")
 POOLINGS = ("avg", "max")

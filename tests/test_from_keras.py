@@ -1,5 +1,6 @@
 """Conversions of Keras' files, against Keras on its torch backend."""
 
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from conversions import assert_fails_without_a_trace, assert_wrong_tables_are_no
 from oracles import logits
 from torch import Tensor
 
-from mobilenet.conversion import from_keras
+from mobilenet.conversion.checkpoint import NoOracleError
 from mobilenet.conversion.convert import build, convert
 
 
@@ -331,10 +332,31 @@ def test_code_in_a_file_is_never_run(keras: ModuleType, suffix: str, tmp_path: P
     run_me = keras.layers.Lambda(lambda x: x * 2, output_shape=(32, 32, 3), name="run_me")
     source = save(keras.Model(inputs, base(run_me(inputs))), tmp_path / f"model{suffix}")
     assert_fails_without_a_trace(source, tmp_path / "output", "run_me is a Lambda layer, which holds code")
-    # On a branch that leads nowhere it is not refused, but then Keras does not load the file.
-    config = {"layers": [{"class_name": "Lambda", "config": {"name": "side"}, "inbound_nodes": []}]}
-    assert "Lambda" not in from_keras._KNOWN
-    assert config["layers"][0]["class_name"] not in from_keras._IDENTITIES
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"class_name": "Lambda", "config": {"name": "side"}},
+        {"class_name": "StringLookup", "config": {"name": "side", "vocabulary": "/etc/passwd"}},
+        {"class_name": "Dense", "module": "os", "config": {"name": "side"}},
+        {"class_name": "Dense", "config": {"name": "side", "activation": {"class_name": "__lambda__", "config": {}}}},
+    ],
+)
+def test_keras_does_not_load_a_file_with_code_on_a_branch(keras: ModuleType, layer: dict, tmp_path: Path) -> None:
+    """What leads nowhere is no part of the network, but Keras would make it."""
+    model = keras.applications.MobileNet(weights=None, alpha=0.25, input_shape=(32, 32, 3), classes=3)
+    source = save(model, tmp_path / "model.keras")
+    with zipfile.ZipFile(source) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    config = json.loads(parts["config.json"])
+    config["config"]["layers"].append({**layer, "name": "side", "inbound_nodes": []})
+    parts["config.json"] = json.dumps(config).encode()
+    with zipfile.ZipFile(source, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    with pytest.raises(NoOracleError, match="which could run code, so Keras does not load it"):
+        read(source).oracle()
 
 
 def test_a_resizing_inside_is_refused_in_words(keras: ModuleType, tmp_path: Path) -> None:

@@ -70,9 +70,9 @@ def assert_levels(ours: torch.Tensor, theirs: torch.Tensor, one_level: float) ->
 def test_photographs_equal_transformers_under_every_recipe(photographs, name):
     recipe = RECIPES[name]
     ours = MobileNetImageProcessor.from_recipe(name)
-    stretches = {"size": {"height": 224, "width": 224}, "do_center_crop": False}
+    edge = int(224 / recipe.crop_fraction)
     theirs = native(
-        **(stretches if recipe.fit == "stretch" else {"size": {"shortest_edge": int(224 / recipe.crop_fraction)}}),
+        size={"height": 224, "width": 224} if recipe.fit == "stretch" else {"shortest_edge": edge},
         resample=recipe.resample,
         image_mean=list(recipe.mean),
         image_std=list(recipe.std),
@@ -668,3 +668,11 @@ def test_a_decompression_bomb_is_refused():
 def test_unknown_recipe_lists_those_that_exist():
     with pytest.raises(ValueError, match=r"name must be one of google, .*, got 'none'"):
         MobileNetImageProcessor.from_recipe("none")
+
+
+def test_the_longest_edge_fits_and_the_rest_is_black():
+    processor = MobileNetImageProcessor(size={"longest_edge": 32}, crop_size=32)
+    for height, width in ((20, 40), (40, 20), (64, 64)):
+        batch = processor(np.full((height, width, 3), 255, np.uint8), return_tensors="pt").pixel_values
+        assert batch.shape == (1, 3, 32, 32)
+        assert (batch == 1).sum() == 3 * 32 * (32 if height == width else 16)

@@ -629,3 +629,35 @@ def test_bad_pictures_are_named(pictures, got):
     for model in (small(), small().backbone):
         with pytest.raises(ValueError, match=rf"pixel_values must .*, got {got}\."):
             model(pictures)
+
+
+def test_maximum_pooling_and_hidden_layers(tmp_path):
+    config = MobileNetConfig(
+        "mobilenet_v1",
+        0.25,
+        pooling="max",
+        classifier_hidden_sizes=(6, 4),
+        classifier_hidden_act="relu6",
+        num_labels=3,
+    )
+    model = MobileNetForImageClassification(config).eval()
+    x = torch.randn(2, 3, 40, 56)
+    with torch.no_grad():
+        features = model.backbone(x)
+        pooled = features.last_hidden_state.flatten(2).max(-1).values
+        torch.testing.assert_close(features.pooler_output, pooled)
+        hidden = pooled
+        for layer in (model.hidden[0], model.hidden[2]):
+            hidden = torch.nn.functional.linear(hidden, layer.weight, layer.bias).clamp(0, 6)
+        expected = hidden @ model.classifier.weight.T + model.classifier.bias
+        torch.testing.assert_close(model(x).logits, expected)
+    assert [tuple(layer.weight.shape) for layer in (model.hidden[0], model.hidden[2])] == [(6, 256), (4, 6)]
+    model.save_pretrained(tmp_path)
+    again = MobileNetForImageClassification.from_pretrained(tmp_path)
+    assert again.config.classifier_hidden_sizes == [6, 4]
+    with torch.no_grad():
+        torch.testing.assert_close(again(x).logits, expected)
+    with pytest.raises(ValueError, match="pooling must be avg or max, got 'sum'"):
+        MobileNetConfig(pooling="sum")
+    with pytest.raises(ValueError, match="classifier_hidden_sizes must be a list of at most 8 integers"):
+        MobileNetConfig(classifier_hidden_sizes=[0])

@@ -786,8 +786,13 @@ def _own_runtime(path: Path, reader: Reader, found: Match, image_size: int) -> O
     """
     config = reader.stored.config
     modules = {str(module) for module in _collect(config, "module") if module is not None}
-    strange = sorted(reader.unknown | {m for m in modules if not _MODULES.fullmatch(m)})
-    strange += [name for name in ("__lambda__", "__typespec__") if name in _collect(config, "class_name")]
+    # Keras would make layers that lead nowhere too, which the reader has not seen.
+    lists = [layers for layers in _collect(config, "layers") if isinstance(layers, list)]
+    classes = {str(layer.get("class_name")) for layers in lists for layer in layers if isinstance(layer, dict)}
+    unknown = reader.unknown | (classes - _KNOWN - {"TFOpLambda"})
+    strange = sorted(unknown | {module for module in modules if not _MODULES.fullmatch(module)})
+    code = ("Lambda", "__lambda__", "__typespec__")
+    strange += [name for name in code if name in _collect(config, "class_name") and name not in strange]
     if strange:
         raise NoOracleError(f"the file names {', '.join(strange)}, which could run code, so Keras does not load it")
     if reader.graph.size not in (None, image_size):
