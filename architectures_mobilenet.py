@@ -66,7 +66,8 @@ class Block(NamedTuple):
         kernel = self.kernel_size**2 if self.kind in ("conv", "fused") else 1
         if not self.hidden_channels:
             return self.in_channels * self.out_channels * kernel
-        return self.hidden_channels * (self.in_channels * kernel + self.out_channels)
+        expands = self.hidden_channels != self.in_channels
+        return self.hidden_channels * (self.in_channels * kernel * expands + self.out_channels)
 
 
 def lower(

@@ -387,6 +387,8 @@ class Features:
         """Pooled features of a feature map, of shape (B, config.feature_channels)."""
         x = self.head(x)
         pooled = x.amax((-2, -1)) if self.pooling == "max" else x.mean((-2, -1))
+        if isinstance(self.pre_logits, nn.Identity):
+            return pooled
         return self.pre_logits(pooled[:, :, None, None]).flatten(1)
 
 

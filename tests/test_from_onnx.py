@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mobilenet import MobileNetConfig, MobileNetForImageClassification
 from mobilenet.conversion import ConversionError
 from mobilenet.conversion.convert import build, convert
-from mobilenet.conversion.parity import draw_pictures
+from mobilenet.draw import draw_images
 
 
 pytestmark = [pytest.mark.any_version, pytest.mark.usefixtures("one_thread")]
@@ -115,7 +115,7 @@ def test_fewer_bits_convert(kind: str, tmp_path: Path) -> None:
     model = network()
     whole = export(model, tmp_path / "whole.onnx", dynamo=False)
     path = tmp_path / "model.onnx"
-    pictures = draw_pictures(tmp_path, 6)
+    pictures = draw_images(tmp_path, 6)
     processor = read(whole).processor
     given = processor(pictures, return_tensors="np").pixel_values
 

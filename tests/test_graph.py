@@ -13,8 +13,10 @@ from variants import Variant
 
 from mobilenet import MobileNetConfig
 from mobilenet.cli import app
+from mobilenet.conversion import Options
 from mobilenet.conversion.convert import build, convert
 from mobilenet.conversion.graph import Act, Add, Affine, Conv, Graph, Pool, match, table
+from mobilenet.conversion.preprocessing import find
 from mobilenet.draw import draw_images
 
 
@@ -231,3 +233,19 @@ def test_names_are_those_of_the_network() -> None:
     config = {"architecture": "mobilenet_v2", "classifier_hidden_sizes": (8,), "num_labels": 3}
     rows = table(config).rows
     assert {"stem", "block.expand", "block.depthwise", "block.project", "head", "hidden.0", "classifier"} == set(rows)
+
+
+@pytest.mark.parametrize(
+    ("factor", "offset", "mean", "std"),
+    [
+        (1 / 127.5, -1.0, 0.5, 0.5),  # all of it in the network
+        (1.0, -110.0, 110 / 255, 1 / 255),  # the factor has gone into the first convolution
+        (2.0, -1.0, 0.75, 0.25),  # of values that are scaled already, as is assumed and said
+    ],
+)
+def test_a_scaling_tells_whether_it_is_for_bytes(factor: float, offset: float, mean: float, std: float) -> None:
+    found = find(Options(), "keras", 32, scaling=(torch.tensor(factor), torch.tensor(offset)))
+    count = len(found.processor.image_mean)
+    assert found.processor.image_mean == pytest.approx([mean] * count)
+    assert found.processor.image_std == pytest.approx([std] * count)
+    assert ("--range" in found.warnings[0]) == (factor == 2)

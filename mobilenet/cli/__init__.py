@@ -33,7 +33,6 @@ RENAMED = {
         "--verify": "--compare",
         "--verify-on": "--compare-on",
     },
-    "export": {"--pictures": "--images"},
 }
 
 

@@ -59,7 +59,7 @@ def find(
         scaling: Factor and offset that the network itself applies to its input, of shape () or (C,).
     """
     says_range = options.values() or recorded or options.recipe or publisher
-    takes_bytes = scaling is not None and not says_range and 255 * float(scaling[0].max()) < 32
+    takes_bytes = scaling is not None and not says_range and _is_for_bytes(*scaling)
     if takes_bytes:
         says_range = recorded = RANGES["0..255"]
     known = {"image_mean": recorded[0], "image_std": recorded[1]} if recorded and not options.recipe else {}
@@ -87,6 +87,14 @@ def find(
     processor.image_mean = [m - o * s / f for m, s, f, o in zip(mean, std, factor, offset, strict=True)]
     processor.image_std = [s / f for s, f in zip(std, factor, strict=True)]
     return Preprocessing(processor, feed, warnings)
+
+
+def _is_for_bytes(factor: Tensor, offset: Tensor) -> bool:
+    """Whether a scaling makes sense of values from 0 to 255 alone: it makes them small, or centers them.
+
+    TensorFlow's converter may move the factor into the first convolution, and leave the offset.
+    """
+    return 255 * float(factor.max()) < 32 or float((-offset / factor).max()) > 1.5
 
 
 def _options(processor: MobileNetImageProcessor) -> dict:

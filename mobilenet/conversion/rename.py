@@ -15,9 +15,10 @@ from mobilenet.architectures_mobilenet import ARCHITECTURES, Block, Width
 from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.layers_mobilenet import LayerScale
 from mobilenet.modeling_mobilenet import MobileNetForImageClassification
+from mobilenet.repository import RepositoryError
 
 
-class ConversionError(ValueError):
+class ConversionError(RepositoryError):
     """A source that cannot be converted: the message names it and says why."""
 
 
