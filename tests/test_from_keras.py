@@ -164,11 +164,9 @@ def test_broken_files_are_refused(keras: ModuleType, suffix: str, tmp_path: Path
 
 
 def test_other_networks_are_refused(keras: ModuleType, tmp_path: Path) -> None:
-    model = keras.applications.MobileNetV3Small(weights=None, input_shape=(32, 32, 3), classes=3)
+    model = keras.applications.EfficientNetB0(weights=None, input_shape=(32, 32, 3), classes=3)
     source = save(model, tmp_path / "model.keras")
-    assert_fails_without_a_trace(
-        source, tmp_path / "output", "is no MobileNet that can be converted: expanded_conv_depthwise"
-    )
+    assert_fails_without_a_trace(source, tmp_path / "output", "is no MobileNet that can be converted: ")
 
 
 def test_weights_that_lie_in_other_files_are_not_read(tmp_path: Path) -> None:
