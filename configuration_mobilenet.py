@@ -143,8 +143,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
             `depth_multiplier`, its name in Google's configurations.
         repeat_multiplier: Factor on the number of blocks in each row of V1 and V2 but the first and the last, rounded
             up, as in timm's mobilenetv2_110d (where d is for depth).
-        num_channels: Channels of the input picture; 3 for RGB, 1 for grayscale.
-        image_size: Side in pixels of the pictures that the checkpoint was trained on. The network takes any size.
+        num_channels: Channels of the input image; 3 for RGB, 1 for grayscale.
+        image_size: Side in pixels of the images that the checkpoint was trained on. The network takes any size.
         output_stride: Input size over the size of the last feature map: 32, 16 or 8. Below 32, the later strides
             turn into dilation, as DeepLab does.
         hidden_act: Activation: "relu", "relu6", "hardswish", "silu" or "gelu". Default: by the table; it stays None

@@ -1,4 +1,4 @@
-"""MobileNet image processor: pictures of any kind to normalised tensors, as transformers' Auto classes load it."""
+"""MobileNet image processor: images of any kind to normalized tensors, as transformers' Auto classes load it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .preprocessing_mobilenet import (
 
 
 class MobileNetImageProcessor(BaseImageProcessor):
-    """Resize, crop the center, rescale and normalise pictures.
+    """Resize, crop the center, rescale and normalize images.
 
     Every argument is also an argument of a call, for that call alone.
 
@@ -33,7 +33,7 @@ class MobileNetImageProcessor(BaseImageProcessor):
         size: {"shortest_edge": pixels}, {"longest_edge": pixels}, {"height": pixels, "width": pixels}, or an integer
             for the shortest edge.
         resample: Filter, as a member of PIL.Image.Resampling; bilinear by default.
-        do_center_crop: Whether to crop the center; a smaller picture is padded with black.
+        do_center_crop: Whether to crop the center; a smaller image is padded with black.
         crop_size: {"height": pixels, "width": pixels}, or an integer for a square.
         do_rescale: Whether to multiply values of 0 to 255 by `rescale_factor`. Floats in 0 to 1 count as rescaled
             by 1 / 255 already.
@@ -41,12 +41,12 @@ class MobileNetImageProcessor(BaseImageProcessor):
         do_normalize: Whether to subtract `image_mean` and divide by `image_std`.
         image_mean: A number for each channel; 0.5 by default.
         image_std: A number for each channel; 0.5 by default.
-        do_convert_rgb: Whether to convert to three channels, on a white ground where the picture is transparent.
-            Without it, pictures keep their channels: grayscale stays one, and what has transparency stays four, for
+        do_convert_rgb: Whether to convert to three channels, on a white ground where the image is transparent.
+            Without it, images keep their channels: grayscale stays one, and what has transparency stays four, for
             networks that take as many; each channel is then resized by itself.
         do_grayscale: Whether to convert to one channel in the end, for networks that take one.
-        detail_size: Shortest edge in pixels to which a larger picture is reduced before it is resized, so that it
-            shows no more detail than the pictures that a checkpoint was trained on; 32 for those of CIFAR-10.
+        detail_size: Shortest edge in pixels to which a larger image is reduced before it is resized, so that it
+            shows no more detail than the images that a checkpoint was trained on; 32 for those of CIFAR-10.
         fast_decode: Whether to decode JPEG files of more than twice `size` at a half, a quarter or an eighth of their
             size, as far as twice `size` remains: several times as fast for photographs of many megapixels, at the
             price of values that differ a little. It holds for paths, URLs and bytes.
@@ -82,7 +82,7 @@ class MobileNetImageProcessor(BaseImageProcessor):
         return cls(**{**options, **kwargs})
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Preprocess one picture or many: see `preprocess`."""
+        """Preprocess one image or many: see `preprocess`."""
         return self.preprocess(images, *args, **kwargs)
 
     def preprocess(
@@ -94,10 +94,10 @@ class MobileNetImageProcessor(BaseImageProcessor):
         device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Turn pictures into the tensor that the network takes.
+        """Turn images into the tensor that the network takes.
 
         Args:
-            images: A picture, or a list of them: Pillow pictures of any mode; numpy arrays or torch tensors of shape
+            images: An image, or a list of them: Pillow images of any mode; numpy arrays or torch tensors of shape
                 (H, W), (H, W, C) or (C, H, W), or batches of these, of integers in 0 to 255 or of floats in 0 to 1
                 or 0 to 255; paths, URLs, or the bytes of a file.
             return_tensors: "pt" for one torch tensor, "np" for one numpy array, None for a list of arrays.
@@ -110,8 +110,8 @@ class MobileNetImageProcessor(BaseImageProcessor):
             pixel_values: float32. As a torch tensor, in the channels-last memory format.
 
         Raises:
-            TypeError: An unknown option, or something that is no picture.
-            ValueError: An option or a picture's values are not allowed, or pictures end up in different sizes but
+            TypeError: An unknown option, or something that is no image.
+            ValueError: An option or an image's values are not allowed, or images end up in different sizes but
                 shall make one tensor.
             UnreadableImageError: A path, URL or file that cannot be read; a ValueError.
         """
@@ -130,12 +130,12 @@ class MobileNetImageProcessor(BaseImageProcessor):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
         images = flatten(images)
         if not images:
-            raise ValueError("images must hold at least one picture, got an empty list.")
+            raise ValueError("images must hold at least one image, got an empty list.")
 
         def preprocess_one(image: Any) -> np.ndarray:
             return preprocess(image, options, input_data_format)
 
-        # A picture that comes twice is read once: Pillow opens files lazily, which two threads must not do at a time.
+        # An image that comes twice is read once: Pillow opens files lazily, which two threads must not do at a time.
         different = {id(image): image for image in images}
         if len(different) > 1:
             # Pillow decodes and resizes without holding Python's lock.
@@ -151,7 +151,7 @@ class MobileNetImageProcessor(BaseImageProcessor):
         shapes = sorted({array.shape for array in arrays})
         if len(shapes) > 1:
             raise ValueError(
-                f"pictures must end up in one shape to make one tensor, got {', '.join(map(str, shapes))}; set "
+                f"images must end up in one shape to make one tensor, got {', '.join(map(str, shapes))}; set "
                 "do_resize and do_center_crop, or return_tensors=None."
             )
         batch = np.stack(arrays) if len(arrays) > 1 else arrays[0][None]

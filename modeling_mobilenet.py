@@ -109,7 +109,7 @@ class MobileNetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def fuse(self) -> MobileNetPreTrainedModel:
-        """Fold every batch norm into its convolution, in place: the same answers, faster, from a third of the tensors.
+        """Fold every batch norm into its convolution, in place: the same predictions, faster, from fewer tensors.
 
         Layer scales are folded too. The batch norm before an attention stays, as no convolution precedes it.
 
@@ -153,7 +153,7 @@ class MobileNetPreTrainedModel(PreTrainedModel):
         return super().train(mode)
 
     def _prepare(self, pixel_values: Tensor | None, weight: Tensor) -> Tensor:
-        """Check a batch of pictures, and lay it out as convolutions like it best: channels last."""
+        """Check a batch of images, and lay it out as convolutions like it best: channels last."""
         if pixel_values is None:
             raise ValueError("pixel_values must be a tensor of shape (B, C, H, W), got None.")
         channels = self.config.num_channels
@@ -194,10 +194,10 @@ class MobileNetModel(Features, MobileNetPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPoolingAndNoAttention:
-        """Compute the features of a batch of pictures.
+        """Compute the features of a batch of images.
 
         Args:
-            pixel_values: Pictures as MobileNetImageProcessor gives them, of shape (B, num_channels, H, W).
+            pixel_values: Images as MobileNetImageProcessor gives them, of shape (B, num_channels, H, W).
             output_hidden_states: Whether to return every intermediate feature map.
             return_dict: Whether to return an output class instead of a tuple.
 
@@ -251,11 +251,11 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | ImageClassifierOutputWithNoAttention:
-        """Classify a batch of pictures.
+        """Classify a batch of images.
 
         Args:
-            pixel_values: Pictures as MobileNetImageProcessor gives them, of shape (B, num_channels, H, W).
-            labels: Targets. One label a picture: integers of shape (B,). Many labels: floats of shape
+            pixel_values: Images as MobileNetImageProcessor gives them, of shape (B, num_channels, H, W).
+            labels: Targets. One label an image: integers of shape (B,). Many labels: floats of shape
                 (B, num_labels), each 0 or 1. Regression (one label, or problem_type "regression"): floats of shape
                 (B,) or (B, num_labels).
             output_hidden_states: Whether to return every intermediate feature map.
@@ -310,7 +310,7 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
         """Compute the feature maps that the configuration asks for.
 
         Args:
-            pixel_values: Pictures as MobileNetImageProcessor gives them, of shape (B, num_channels, H, W).
+            pixel_values: Images as MobileNetImageProcessor gives them, of shape (B, num_channels, H, W).
             output_hidden_states: Whether to return the feature maps of all stages too.
             output_attentions: Ignored: no attention weights are kept.
             return_dict: Whether to return an output class instead of a tuple.

@@ -74,7 +74,7 @@ def stub_torchvision(session: nox.Session) -> None:
         path.write_text(content, encoding="utf-8")
 
 
-# A small network that has never been trained, and a picture of noise.
+# A small network that has never been trained, and an image of noise.
 MAKE = """
 import sys
 import numpy as np
@@ -85,7 +85,7 @@ config = MobileNetConfig(width_multiplier=0.35, image_size=64, id2label={0: "owl
 MobileNetForImageClassification(config).save_pretrained(folder)
 MobileNetImageProcessor.from_recipe("timm", 64).save_pretrained(folder)
 noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
-Image.fromarray(noise).save(folder + "/picture.png")
+Image.fromarray(noise).save(folder + "/image.png")
 """
 
 
@@ -103,7 +103,7 @@ def exchange(session: nox.Session) -> None:
         return session.run(str(python), *map(str, arguments), external=True, silent=True, env=environment)
 
     def logits(version: str, source: Path, *options: object) -> list[float]:
-        output = run(version, "-I", "tests/client.py", source, start / "picture.png", *options)
+        output = run(version, "-I", "tests/client.py", source, start / "image.png", *options)
         return json.loads(output.splitlines()[-1])["logits"][0]
 
     run(TRANSFORMERS[0], "-c", MAKE, start)
@@ -160,7 +160,7 @@ def javascript(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Fuzz a target of tests/hostile.py: nox -s fuzz -- picture -max_total_time=600."""
+    """Fuzz a target of tests/hostile.py: nox -s fuzz -- image -max_total_time=600."""
     install(session, TRANSFORMERS[-1])
     session.install("-c", "constraints.txt", "atheris")
     target, *options = session.posargs

@@ -21,7 +21,7 @@ from PIL.Image import Resampling
 
 
 class Recipe(NamedTuple):
-    """How a family of checkpoints was evaluated: resize, crop the center, normalise."""
+    """How a family of checkpoints was evaluated: resize, crop the center, normalize."""
 
     resample: int
     crop_fraction: float  # crop size over shortest edge
@@ -30,7 +30,7 @@ class Recipe(NamedTuple):
     fit: str = "crop"  # a key of FITS
 
 
-# How a picture of any shape becomes a square: options for a side in pixels, and for the shortest edge to crop from.
+# How an image of any shape becomes a square: options for a side in pixels, and for the shortest edge to crop from.
 FITS = {
     "crop": lambda side, edge: {"size": {"shortest_edge": edge}, "crop_size": side},
     "stretch": lambda side, edge: {
@@ -80,15 +80,15 @@ RANGES: dict[str, tuple[Sequence[float], Sequence[float]]] = {
 
 
 class UnreadableImageError(ValueError):
-    """A picture that cannot be read: the message names it and says why."""
+    """An image that cannot be read: the message names it and says why."""
 
 
-# A picture of more pixels is refused, and none is made: in all, one takes up to 24 bytes a pixel, 4 GB then.
+# An image of more pixels is refused, and none is made: in all, one takes up to 24 bytes a pixel, 4 GB then.
 MAX_PIXELS = 178_956_970
 # Formats that are not read. Ghostscript runs an EPS file, Windows a WMF file; and IPTC would lead Pillow to both.
 _REFUSED = {
-    "EPS": "it is a program that draws a picture",
-    "WMF": "it is a program that draws a picture",
+    "EPS": "it is a program that draws an image",
+    "WMF": "it is a program that draws an image",
     "IPTC": "it may hold a file of any format",
 }
 # A download of more bytes is refused, and one that takes longer, in seconds.
@@ -163,7 +163,7 @@ def is_url(name: str) -> bool:
 
 
 def fetch(url: str, timeout: float = 30.0) -> bytes:
-    """Download a picture over HTTP or HTTPS.
+    """Download an image over HTTP or HTTPS.
 
     Raises:
         UnreadableImageError: The server does not answer, answers with an error, sends more than MAX_BYTES, takes more
@@ -188,7 +188,7 @@ def fetch(url: str, timeout: float = 30.0) -> bytes:
 
 
 def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0, 0)) -> Image.Image:
-    """Read a picture from a path, a URL or bytes, and turn it upright as its EXIF orientation says.
+    """Read an image from a path, a URL or bytes, and turn it upright as its EXIF orientation says.
 
     Args:
         source: Path, URL, or the bytes of a file.
@@ -196,7 +196,7 @@ def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0
             an eighth of its size if no less remains, in a fraction of the time. By default, at its whole size.
 
     Raises:
-        UnreadableImageError: There is no such file, it is no picture, it is cut off, or it is too large.
+        UnreadableImageError: There is no such file, it is no image, it is cut off, or it is too large.
     """
     name = "bytes" if isinstance(source, bytes) else os.fspath(source)
     if isinstance(source, str) and is_url(source):
@@ -215,7 +215,7 @@ def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"{name}: not a picture in a format that Pillow reads") from error
+        raise UnreadableImageError(f"{name}: not an image in a format that Pillow reads") from error
     except FileNotFoundError as error:
         raise UnreadableImageError(f"{name}: no such file") from error
     except Exception as error:  # Pillow's decoders and EXIF parser raise what they happen to stumble over
@@ -227,7 +227,7 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture of any mode to RGB; what is transparent shows a white ground.
+    """Convert an image of any mode to RGB; what is transparent shows a white ground.
 
     Raises:
         ValueError: The mode has no conversion to RGB, or values are out of range.
@@ -243,17 +243,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except ValueError as error:
-        raise ValueError(f"a picture of mode {image.mode} has no conversion to RGB") from error
+        raise ValueError(f"an image of mode {image.mode} has no conversion to RGB") from error
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Scale 16 bits (modes I;16 and I) or floats (mode F) down to mode L."""
     values = np.asarray(image)
     if image.mode == "F":
-        return Image.fromarray(np.rint(_as_byte_range(values, "picture of mode F")).astype(np.uint8))
+        return Image.fromarray(np.rint(_as_byte_range(values, "image of mode F")).astype(np.uint8))
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
-        raise ValueError(f"a picture of mode {image.mode} must have values from 0 to 65535, got {low} to {high}.")
+        raise ValueError(f"an image of mode {image.mode} must have values from 0 to 65535, got {low} to {high}.")
     # Mode I may hold eight bits; the other modes say themselves that they hold 16.
     if image.mode != "I" or high > 255:
         values = (values.astype(np.uint32) + 128) // 257  # rounds, and no value lies halfway
@@ -269,7 +269,7 @@ def _as_byte_range(values: np.ndarray, name: str) -> np.ndarray:
 
 
 class _Planes(NamedTuple):
-    """A picture in a form that Pillow resizes: one image of 8 bits, or one of mode L or F for each channel."""
+    """An image in a form that Pillow resizes: one image of 8 bits, or one of mode L or F for each channel."""
 
     images: tuple[Image.Image, ...]
     scale: float  # what 255 stands for in the values that came: 255, or 1 for floats in 0 to 1
@@ -292,12 +292,12 @@ def _as_array(image: Any) -> Any:
 
 
 def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
-    """A picture of shape (H, W), (H, W, C) or (C, H, W) as (H, W, C)."""
+    """An image of shape (H, W), (H, W, C) or (C, H, W) as (H, W, C)."""
     if array.ndim == 2:
         return array[..., None]
     first, last = array.shape[0] in (1, 3, 4), array.shape[-1] in (1, 3, 4)
     if input_data_format is None:
-        # A picture of 3 rows is unlikelier than one of channels: where both ends could be channels, the first is,
+        # An image of 3 rows is unlikelier than one of channels: where both ends could be channels, the first is,
         # as in transformers.
         input_data_format = "channels_first" if first else "channels_last"
     if not (first if input_data_format == "channels_first" else last):
@@ -341,7 +341,7 @@ def _from_array(array: np.ndarray, input_data_format: str | None, as_rgb: bool) 
 def _to_planes(image: Any, input_data_format: str | None, as_rgb: bool) -> _Planes:
     if isinstance(image, Image.Image):
         if not image.width or not image.height:
-            raise ValueError(f"a picture must not be empty, got {image.width}x{image.height}.")
+            raise ValueError(f"an image must not be empty, got {image.width}x{image.height}.")
         if as_rgb:
             return _Planes((to_rgb(image),), 255)
         if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
@@ -349,7 +349,7 @@ def _to_planes(image: Any, input_data_format: str | None, as_rgb: bool) -> _Plan
         return _Planes((image.convert("L") if image.mode in ("1", "L") else _to_eight_bits(image),), 255)
     if isinstance(image, np.ndarray):
         return _from_array(image, input_data_format, as_rgb)
-    raise TypeError(f"images must be Pillow pictures, arrays, tensors, paths or URLs, got {type(image).__name__}.")
+    raise TypeError(f"images must be Pillow images, arrays, tensors, paths or URLs, got {type(image).__name__}.")
 
 
 def _to_gray(planes: _Planes) -> _Planes:
@@ -361,7 +361,7 @@ def _to_gray(planes: _Planes) -> _Planes:
 
 
 def flatten(images: Any) -> list[Any]:
-    """One picture, a batch of them, or lists of both, as a flat list of single pictures; tensors become arrays."""
+    """One image, a batch of them, or lists of both, as a flat list of single images; tensors become arrays."""
     if isinstance(images, (list, tuple)):
         return [single for image in images for single in flatten(image)]
     images = _as_array(images)
@@ -505,7 +505,7 @@ def preprocess(image: Any, options: Mapping[str, Any], input_data_format: str | 
 
 
 def _enough(options: dict[str, Any]) -> tuple[int, int]:
-    """Width and height from which a picture can be reduced nearly as well as from its own: twice what is asked for."""
+    """Width and height from which an image can be reduced nearly as well as from its own: twice what is asked for."""
     if not (options["fast_decode"] and options["do_resize"]):
         return 0, 0
     edge = max(options["size"].values())
@@ -543,7 +543,7 @@ def _resize_and_crop(image: Image.Image, options: dict[str, Any]) -> Image.Image
 def _check_pixels(verb: str, image: Image.Image, size: tuple[int, int]) -> None:
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(
-            f"a picture of {image.width}x{image.height} would be {verb} to {size[0]}x{size[1]}, which is over "
+            f"an image of {image.width}x{image.height} would be {verb} to {size[0]}x{size[1]}, which is over "
             f"{MAX_PIXELS} pixels."
         )
 
@@ -556,12 +556,12 @@ def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.I
 def _resize_box(
     image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], resample: int
 ) -> Image.Image:
-    """Resize a picture to a size of the same shape, and compute of it no more than a box.
+    """Resize an image to a size of the same shape, and compute of it no more than a box.
 
-    The result equals the resized picture's, but for rare values next to a rounding boundary, which differ by one.
+    The result equals the resized image's, but for rare values next to a rounding boundary, which differ by one.
     """
     x, y = (_span(image.size[axis], size[axis], box[axis], box[axis + 2]) for axis in (0, 1))
-    # Pillow resizes along one axis, rounds to 8 bits, and then resizes along the other. A picture that keeps its shape
+    # Pillow resizes along one axis, rounds to 8 bits, and then resizes along the other. An image that keeps its shape
     # goes across first; a box may not since Pillow 13, which would change a quarter of the values by one.
     part = image.crop((x.first, y.first, x.last, y.last))
     part = part.resize((x.stop - x.start, part.height), resample, box=(x.begin, 0, x.end, part.height))
@@ -602,11 +602,11 @@ def _span(length: int, resized: int, start: int, stop: int) -> _Span:
 
 
 def _to_floats(values: np.ndarray, scale: float, options: dict[str, Any]) -> np.ndarray:
-    """Rescale and normalise values of 0 to 255, in the steps and precisions of transformers' own processor.
+    """Rescale and normalize values of 0 to 255, in the steps and precisions of transformers' own processor.
 
     Args:
         values: Of shape (..., C).
-        scale: What 255 stood for in the picture that came.
+        scale: What 255 stood for in the image that came.
     """
     channels = values.shape[-1]
     factor = options["rescale_factor"] if options["do_rescale"] else scale / 255

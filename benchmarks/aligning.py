@@ -23,7 +23,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
-from mobilenet.training.data import Pictures, Storage, decode, load_splits
+from mobilenet.training.data import Images, Storage, decode, load_splits
 from mobilenet.training.options import Options
 from mobilenet.training.run import keep_memory
 from training import convert, train
@@ -93,7 +93,7 @@ def main(
         for name, weights in {"v1": v1, "v2": v2}.items():
             convert(weights, Path(folder) / name, compare=False)
 
-        def decoded(row: Row) -> list[Pictures]:
+        def decoded(row: Row) -> list[Images]:
             rows, first, last = sources[row.images]
             edge = round(row.size / 0.875) if row.images == PHOTOGRAPHS else row.size
             processor = MobileNetImageProcessor(size={"shortest_edge": edge}, crop_size=row.size)
@@ -101,7 +101,7 @@ def main(
             parts = (("training", range(first)), ("validation", range(first, last)))
             return [decode(rows.select(part), processor, storage, name, quiet=True) for name, part in parts]
 
-        def accuracy(row: Row, aligned: bool, seed: int, splits: list[Pictures]) -> float:
+        def accuracy(row: Row, aligned: bool, seed: int, splits: list[Images]) -> float:
             run = (*row, aligned, seed)
             if run not in known:
                 options = Options(

@@ -1,6 +1,6 @@
 """Measure MobileNet V2 against every peer that is installed, and write a report of Markdown and a chart.
 
-python benchmarks/benchmark.py --model my-mobilenet --native google/mobilenet_v2_1.0_224 --pictures photos/
+python benchmarks/benchmark.py --model my-mobilenet --native google/mobilenet_v2_1.0_224 --images photos/
 
 Each subject runs in a process of its own. All are asked in turn, round after round, so that what the machine does
 besides falls on all alike; ratios are taken within a round, and their median is reported.
@@ -39,7 +39,7 @@ class Section(NamedTuple):
     title: str
     subjects: Sequence[str]
     measurements: dict[str, Varied]  # by the column's title
-    unit: str = "pictures/s"  # or "ms": of one call
+    unit: str = "images/s"  # or "ms": of one call
     compares_answers: bool = False
 
 
@@ -225,7 +225,7 @@ def describe(section: Section, results: dict[str, Result]) -> str:
         rows.append([name, *cells, f"{result.megabytes:.0f}"])
     header = [part for column in section.measurements for part in (column, "times")]
     agrees = [f"same top-1 as {first}"] if section.compares_answers else []
-    unit = "milliseconds of a call" if section.unit == "ms" else "pictures a second"
+    unit = "milliseconds of a call" if section.unit == "ms" else "images a second"
     return (
         f"## {section.title}\n\nIn {unit}; *times*: as fast as {first}; *peak MB*: of the process.\n\n"
         + table(["", *header, *agrees, "peak MB"], rows)
@@ -280,7 +280,7 @@ def claims(measured: dict[str, dict[str, Result]]) -> str:
 
 
 def memory(setup: Setup, counts: tuple[int, int]) -> str:
-    """Peak memory of classifying few pictures and many, each in a process of its own."""
+    """Peak memory of classifying few images and many, each in a process of its own."""
     rows = []
     for name in ("transformers, pipeline", "mobilenet classify, torch", "mobilenet classify, onnx"):
         peaks = []
@@ -291,7 +291,7 @@ def memory(setup: Setup, counts: tuple[int, int]) -> str:
             subject.stop()
         if len(peaks) == 2:
             rows.append([name, *(f"{peak:.0f}" for peak in peaks), f"{peaks[1] / peaks[0]:.2f}"])
-    header = ["", *(f"{count} pictures, MB" for count in counts), "ratio"]
+    header = ["", *(f"{count} images, MB" for count in counts), "ratio"]
     return "## Peak memory\n\n" + table(header, rows) + "\n"
 
 
@@ -316,8 +316,8 @@ def start_up(setup: Setup, rounds: int) -> str:
                 subject.ask({"batch": 1, "size": 224}, 0, False)
                 seconds[name].append(time.perf_counter() - start)
             subject.stop()
-    picture = next(Path(setup.pictures).glob("*.JPEG"))
-    classify = ["classify", str(picture), "--model"]
+    image = next(Path(setup.images).glob("*.JPEG"))
+    classify = ["classify", str(image), "--model"]
     commands = {
         "mobilenet --help": ["--help"],
         "mobilenet classify, torch": [*classify, setup.model],
@@ -335,17 +335,17 @@ def start_up(setup: Setup, rounds: int) -> str:
 
 
 def answers(setup: Setup, count: int) -> str:
-    """How often settings that are faster answer as the exact ones do; how often rightly, if labels.csv is there."""
+    """How often settings that are faster predict as the exact ones do; how often rightly, if labels.csv is there."""
     from mobilenet.loading import Classifier, load
 
-    files = sorted(Path(setup.pictures).glob("*.JPEG"))[:count]
+    files = sorted(Path(setup.images).glob("*.JPEG"))[:count]
     truth = {}
-    if (table_of_labels := Path(setup.pictures, "labels.csv")).exists():
+    if (table_of_labels := Path(setup.images, "labels.csv")).exists():
         with table_of_labels.open(encoding="utf-8", newline="") as file:
             truth = {row["file"]: row["label"] for row in csv.DictReader(file)}
 
     def top_1(classifier: Classifier, pixels: Iterable[np.ndarray]) -> list[str]:
-        return [classifier.label(int(classifier.network(picture).argmax())) for picture in pixels]
+        return [classifier.label(int(classifier.network(image).argmax())) for image in pixels]
 
     exact = load(setup.model, engine="torch")
     pixels = [exact.read(str(path)) for path in files]
@@ -368,14 +368,14 @@ def answers(setup: Setup, count: int) -> str:
         rows.append(
             [name, f"{100 * agreement(labels, base):.1f} %", f"{100 * statistics.mean(right):.1f} %" if right else ""]
         )
-    return f"## Answers on {len(files)} pictures\n\n" + table(["", "same top-1 as torch", "right"], rows) + "\n"
+    return f"## Predictions on {len(files)} images\n\n" + table(["", "same top-1 as torch", "right"], rows) + "\n"
 
 
 def enlarge(source: Path, target: str | Path) -> None:
     """Make a photograph one of 12 megapixels."""
-    with Image.open(source) as picture:
-        size = (3000, 4000) if picture.height > picture.width else (4000, 3000)
-        picture.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(target, quality=90)
+    with Image.open(source) as image:
+        size = (3000, 4000) if image.height > image.width else (4000, 3000)
+        image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(target, quality=90)
 
 
 def machine(threads: int) -> str:
@@ -417,7 +417,7 @@ def draw(measured: dict[str, dict[str, Result]], path: Path) -> None:
         bars = axis.barh(names, speeds, color=colors)
         axis.bar_label(bars, [f"{speed:.0f}" for speed in speeds], padding=3)
         axis.set_xlim(0, 1.12 * max(speeds))
-        axis.set_title(f"batch {batch}: pictures a second")
+        axis.set_title(f"batch {batch}: images a second")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("MobileNet V2 1.0, 224 pixels: the network alone")
     figure.savefig(path, dpi=120)
@@ -425,7 +425,7 @@ def draw(measured: dict[str, dict[str, Result]], path: Path) -> None:
 
 @contextlib.contextmanager
 def prepared(
-    model: str, native: str, pictures: Path, tflite: Path | None, threads: int, exports_too: bool
+    model: str, native: str, images: Path, tflite: Path | None, threads: int, exports_too: bool
 ) -> Iterator[Setup]:
     """Export the network where that is measured, and enlarge some photographs to 12 megapixels."""
     from mobilenet.export.export import export
@@ -438,16 +438,16 @@ def prepared(
             for int8 in (False, True):
                 with contextlib.suppress(ImportError):
                     name = f"{target}_int8" if int8 else target
-                    export(model, exports / name, target, int8=int8, pictures=pictures, min_agreement=0)
-        for path in sorted(pictures.glob("*.JPEG"))[:12]:
+                    export(model, exports / name, target, int8=int8, images=images, min_agreement=0)
+        for path in sorted(images.glob("*.JPEG"))[:12]:
             enlarge(path, large / path.name)
-        yield Setup(model, native, str(exports), str(pictures), str(large), tflite and str(tflite), threads)
+        yield Setup(model, native, str(exports), str(images), str(large), tflite and str(tflite), threads)
 
 
 def main(
     model: Annotated[str, typer.Option(help="Folder of a converted MobileNet V2 1.0_224.")],
     native: Annotated[str, typer.Option(help="The same network for transformers' own class.")],
-    pictures: Annotated[Path, typer.Option(help="Folder of JPEG photographs.")],
+    images: Annotated[Path, typer.Option(help="Folder of JPEG photographs.")],
     output: Annotated[Path, typer.Option(help="Folder for report and chart.")] = Path("benchmarks"),
     tflite: Annotated[Path | None, typer.Option(help="A quantized V2 1.0_224 for LiteRT.")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
@@ -462,7 +462,7 @@ def main(
     measured: dict[str, dict[str, Result]] = {}
     chosen = [section for section in sections(quick) if only.lower() in section.title.lower()]
     trains_alone = [section.title for section in chosen] == ["Training steps"]
-    with prepared(model, native, pictures, tflite, threads, exports_too=not trains_alone) as setup:
+    with prepared(model, native, images, tflite, threads, exports_too=not trains_alone) as setup:
         for section in chosen:
             console.print(section.title)
             measured[section.title] = run_section(section, setup, rounds, seconds, console)
@@ -471,13 +471,13 @@ def main(
             for title, write in {
                 "Peak memory": lambda: memory(setup, (32, 64) if quick else (300, 3000)),
                 "From nothing to the first answer": lambda: start_up(setup, min(rounds, 3)),
-                "Answers": lambda: answers(setup, 8 if quick else 300),
+                "Predictions": lambda: answers(setup, 8 if quick else 300),
             }.items()
             if only.lower() in title.lower()
         ]
     reports = [describe(section, measured[section.title]) for section in chosen]
     heading = f"# Benchmark\n\n{machine(threads)}\n\n{rounds} rounds; medians. `{' '.join(sys.argv)}`\n"
-    chart = ["![Pictures a second of every engine](results.png)\n"] if any("throughput" in t for t in measured) else []
+    chart = ["![Images a second of every engine](results.png)\n"] if any("throughput" in t for t in measured) else []
     output.mkdir(parents=True, exist_ok=True)
     text = "\n".join([heading, *chart, claims(measured), *reports, *extras])
     (output / "results.md").write_text(text, encoding="utf-8")

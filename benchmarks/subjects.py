@@ -34,8 +34,8 @@ class Setup(NamedTuple):
     model: str  # folder of ours
     native: str  # folder of transformers' own class, with the same weights
     exports: str  # folder of folders: onnx, onnx_int8, openvino, openvino_int8
-    pictures: str  # folder of photographs
-    large_pictures: str  # folder of photographs of 12 megapixels
+    images: str  # folder of photographs
+    large_images: str  # folder of photographs of 12 megapixels
     tflite: str | None  # a quantized network for LiteRT
     threads: int
 
@@ -62,11 +62,11 @@ def _in_eager(model: torch.nn.Module, dtype: torch.dtype = torch.float32, channe
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def prepare(batch: int, size: int) -> Timed:
-        pictures = torch.randn(batch, 3, size, size).to(dtype, memory_format=layout)
+        images = torch.randn(batch, 3, size, size).to(dtype, memory_format=layout)
 
         @torch.inference_mode()
         def run() -> None:
-            model(pictures)
+            model(images)
 
         return run
 
@@ -211,14 +211,14 @@ def _(setup: Setup) -> Prepare:
 
 def _processing(processor: Any, setup: Setup) -> Prepare:
     def prepare(source: str, count: int) -> Timed:
-        folder = setup.large_pictures if source == "large files" else setup.pictures
+        folder = setup.large_images if source == "large files" else setup.images
         files = [str(path) for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in (".jpeg", ".jpg")]
         if source == "decoded":
-            pictures = map(Image.open, files)
+            images = map(Image.open, files)
             # The most frequent size among ImageNet's photographs.
-            given = list(itertools.islice((p for p in pictures if p.size == (500, 375) and p.mode == "RGB"), count))
-            for picture in given:
-                picture.load()
+            given = list(itertools.islice((p for p in images if p.size == (500, 375) and p.mode == "RGB"), count))
+            for image in given:
+                image.load()
         else:
             given = files[:count]
         return lambda: processor(given)
@@ -235,9 +235,9 @@ def _(setup: Setup) -> Prepare:
     native = getattr(transformers, name if hasattr(transformers, name) else "MobileNetV2ImageProcessor")
     processor = native.from_pretrained(setup.native)
 
-    def process(pictures: list[Any]) -> Any:
-        pictures = [p if isinstance(p, Image.Image) else Image.open(p).convert("RGB") for p in pictures]
-        return processor(pictures, return_tensors="pt")
+    def process(images: list[Any]) -> Any:
+        images = [p if isinstance(p, Image.Image) else Image.open(p).convert("RGB") for p in images]
+        return processor(images, return_tensors="pt")
 
     return _processing(process, setup)
 
@@ -246,7 +246,7 @@ def _our_processor(setup: Setup, **options: Any) -> Prepare:
     from mobilenet import MobileNetImageProcessor
 
     processor = MobileNetImageProcessor.from_pretrained(setup.model, **options)
-    return _processing(lambda pictures: processor(pictures, return_tensors="pt"), setup)
+    return _processing(lambda images: processor(images, return_tensors="pt"), setup)
 
 
 @subject("ours, processor")
@@ -263,7 +263,7 @@ def _(setup: Setup) -> Prepare:
 
 
 def _files(setup: Setup, count: int) -> list[str]:
-    files = sorted(str(path) for path in Path(setup.pictures).iterdir() if path.suffix == ".JPEG")
+    files = sorted(str(path) for path in Path(setup.images).iterdir() if path.suffix == ".JPEG")
     return list(itertools.islice(itertools.cycle(files), count))
 
 
@@ -302,7 +302,7 @@ def _classify(model: str | Path, setup: Setup, engine: str) -> Prepare:
         files = _files(setup, count)
 
         def run() -> list[str]:
-            # All that the command does, but for starting Python; it prints a line of JSON for each picture.
+            # All that the command does, but for starting Python; it prints a line of JSON for each image.
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 classify(files, classifier, layout=Layout.JSON, top_k=1, batch_size=batch)
             return [json.loads(line)["predictions"][0]["label"] for line in out.getvalue().splitlines()]
@@ -333,12 +333,12 @@ def _training(model: torch.nn.Module, channels_last: bool, autocast: bool = Fals
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def prepare(batch: int, size: int) -> Timed:
-        pictures = torch.randn(batch, 3, size, size).to(memory_format=layout)
+        images = torch.randn(batch, 3, size, size).to(memory_format=layout)
         labels = torch.randint(1001, (batch,))
 
         def step() -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                output = model(pictures)
+                output = model(images)
             logits = output if isinstance(output, Tensor) else output.logits
             torch.nn.functional.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
@@ -381,11 +381,11 @@ def _on_gpu(model: torch.nn.Module, dtype: torch.dtype, compiling: str | None) -
         model = torch.compile(model, mode=compiling)
 
     def prepare(batch: int, size: int) -> Timed:
-        pictures = torch.randn(batch, 3, size, size, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+        images = torch.randn(batch, 3, size, size, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
 
         @torch.inference_mode()
         def run() -> None:
-            model(pictures)
+            model(images)
             torch.cuda.synchronize()
 
         return run
@@ -456,7 +456,7 @@ def peak_megabytes() -> float:
 
 
 def agreement(ours: list[str], theirs: list[str]) -> float:
-    """Share of pictures with the same label."""
+    """Share of images with the same label."""
     return Counter(a == b for a, b in zip(ours, theirs, strict=True))[True] / len(ours)
 
 

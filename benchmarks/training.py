@@ -1,9 +1,9 @@
 """Train ours, transformers' own MobileNetV2 and timm's side by side, and print a table for the README.
 
-Same pictures, recipe, seeds and steps for all; each network is as its library builds it, with its own defaults for
+Same images, recipe, seeds and steps for all; each network is as its library builds it, with its own defaults for
 initial weights, classifier, batch norm and dropout. From scratch, and from Google's weights, which all three compute
 alike; ours starts as `mobilenet train` does. Each network has, in each column, the learning rate of four with which it
-does best on other pictures than those of the table.
+does best on other images than those of the table.
 
 python benchmarks/training.py --cifar10 train.parquet --weights google/mobilenet_v2_1.0_224 --results runs.jsonl
 """
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.conversion.convert import convert
 from mobilenet.training.augment import Augment, Normalize
-from mobilenet.training.data import Pictures, Storage, decode, load_splits
+from mobilenet.training.data import Images, Storage, decode, load_splits
 from mobilenet.training.options import Options
 from mobilenet.training.run import keep_memory, training_arguments
 from mobilenet.training.trainer import ClassifierTrainer, freeze
@@ -105,19 +105,19 @@ def timm(size: int, converted: Path | None, weights: str) -> nn.Module:
 NETWORKS = {"ours": ours, "transformers' own": native, "timm": timm}
 
 
-def train(network: nn.Module, options: Options, pictures: Pictures, validation: Pictures) -> float:
+def train(network: nn.Module, options: Options, images: Images, validation: Images) -> float:
     """Train, and give the validation accuracy."""
-    processor = MobileNetImageProcessor()  # for its normalisation, which all three share
+    processor = MobileNetImageProcessor()  # for its normalization, which all three share
     size = (options.image_size, options.image_size)
     with tempfile.TemporaryDirectory() as folder:
         options.output = str(Path(folder) / "run")
-        arguments = training_arguments(options, len(pictures), 1, validates=False)
+        arguments = training_arguments(options, len(images), 1, validates=False)
         augment = Augment(size, options.crop_scale, options.flip, options.trivial_augment, options.erasing)
         trainer = ClassifierTrainer(
             network.to(memory_format=torch.channels_last),
             arguments,
             options,
-            pictures,
+            images,
             validation,
             augment,
             Normalize(processor),
@@ -152,18 +152,18 @@ class Run(NamedTuple):
 class Results:
     """The runs in a file of JSON lines, and how to make those that it lacks."""
 
-    def __init__(self, file: Path, cifar10: str, weights: str, pictures: int, held_out: int, folder: Path) -> None:
+    def __init__(self, file: Path, cifar10: str, weights: str, images: int, held_out: int, folder: Path) -> None:
         self.file, self.weights, self.folder = file, weights, folder
         self.rows = load_splits(cifar10)["train"]
-        self.counts = {"training": pictures, "validation": held_out}
+        self.counts = {"training": images, "validation": held_out}
         lines = file.read_text().splitlines() if file.exists() else []
         self.accuracies = {Run(*run): accuracy for *run, accuracy in map(json.loads, lines)}
-        self.decoded: dict[tuple[str, int], list[Pictures]] = {}
+        self.decoded: dict[tuple[str, int], list[Images]] = {}
         self.converted = folder / "converted"
         convert(weights, self.converted, compare=False)
 
-    def pictures(self, part: str, size: int) -> list[Pictures]:
-        """Pictures to train on and to validate on: those of the table come first in the dataset, then the others."""
+    def images(self, part: str, size: int) -> list[Images]:
+        """Images to train on and to validate on: those of the table come first in the dataset, then the others."""
         if (part, size) not in self.decoded:
             processor = MobileNetImageProcessor(size=size, crop_size=size)
             first = sum(self.counts.values()) * (part == "choice")
@@ -182,7 +182,7 @@ class Results:
             set_seed(run.seed)
             converted = self.converted if options.model is not None else None
             network = NETWORKS[run.network](options.image_size, converted, self.weights)
-            self.accuracies[run] = train(network, options, *self.pictures(run.part, options.image_size))
+            self.accuracies[run] = train(network, options, *self.images(run.part, options.image_size))
             with self.file.open("a") as file:
                 file.write(json.dumps([*run, self.accuracies[run]]) + "\n")
             print(*run, f"{self.accuracies[run]:.3f}", flush=True)
@@ -198,11 +198,11 @@ class Results:
 
 
 def main(
-    cifar10: Annotated[str, typer.Option(help="Parquet file or Hub id of CIFAR-10; its training pictures are used.")],
+    cifar10: Annotated[str, typer.Option(help="Parquet file or Hub id of CIFAR-10; its training images are used.")],
     weights: Annotated[str, typer.Option(help="Folder or Hub id of google/mobilenet_v2_1.0_224.")],
     results: Annotated[Path, typer.Option(help="File that collects the runs; those in it are not repeated.")],
-    pictures: Annotated[int, typer.Option(help="Pictures to train on.")] = 2000,
-    held_out: Annotated[int, typer.Option(help="Pictures to validate on.")] = 1000,
+    images: Annotated[int, typer.Option(help="Images to train on.")] = 2000,
+    held_out: Annotated[int, typer.Option(help="Images to validate on.")] = 1000,
     seeds: Annotated[int, typer.Option(help="Runs of each cell.")] = 3,
     networks: Annotated[list[str] | None, typer.Option(help="Networks to train; by default all.")] = None,
 ) -> None:
@@ -212,7 +212,7 @@ def main(
     keep_memory()
     columns = [(start, epochs) for start in STARTS for epochs in EPOCHS]
     with tempfile.TemporaryDirectory() as folder:
-        runs = Results(results, cifar10, weights, pictures, held_out, Path(folder))
+        runs = Results(results, cifar10, weights, images, held_out, Path(folder))
         rows = [[name, *(runs.cell(*column, name, seeds) for column in columns)] for name in networks or NETWORKS]
     header = ["", *(f"{start}, {epochs} epochs" for start, epochs in columns)]
     for row in [header, ["---"] * len(header), *rows]:

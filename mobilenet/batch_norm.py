@@ -1,4 +1,4 @@
-"""The statistics of batch norms, moved from the pictures that a checkpoint was trained on to others."""
+"""The statistics of batch norms, moved from the images that a checkpoint was trained on to others."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ class Moments:
 
 @torch.no_grad()
 def align_batch_norm(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> nn.Module:
-    """Give every batch norm the statistics of these pictures, in place, while weight and bias keep what it computes.
+    """Give every batch norm the statistics of these images, in place, while weight and bias keep what it computes.
 
     A batch norm normalizes by its running statistics in evaluation, and by those of the batch in training. Where the
-    pictures to train on look unlike those of the checkpoint, as small ones that were enlarged do, training mode
+    images to train on look unlike those of the checkpoint, as small ones that were enlarged do, training mode
     therefore computes something else than the checkpoint; once aligned, it starts from what was learned.
 
     Args:
         model: A network that is called with `pixel_values`.
-        batches: `pixel_values` of shape (B, C, H, W), or several of them; a thousand or so of the pictures to train
+        batches: `pixel_values` of shape (B, C, H, W), or several of them; a thousand or so of the images to train
             on, as they are varied then. Of too few, the statistics are worse than the checkpoint's own.
 
     Returns:
         The network itself. Norms whose weight does not require gradients stay as they are.
 
     Raises:
-        ValueError: There are no pictures, or they give numbers that are not finite. The network stays as it was.
+        ValueError: There are no images, or they give numbers that are not finite. The network stays as it was.
     """
     norms = [
         module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad
@@ -71,7 +71,7 @@ def align_batch_norm(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> nn
         for module in training:
             module.training = True
     if not moments:
-        raise ValueError("batches must hold pictures, got none.")
+        raise ValueError("batches must hold images, got none.")
     if not all(seen.mean.isfinite().all() and seen.variance.isfinite().all() for seen in moments.values()):
         raise ValueError("batches must give finite numbers in every layer, got others.")
     for norm, seen in moments.items():

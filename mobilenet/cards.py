@@ -19,7 +19,7 @@ from .repository import sha256
 from .text import clean, markdown, percent
 
 
-HELD_OUT = "held out"  # the split of pictures that were taken out of those to train on
+HELD_OUT = "held out"  # the split of images that were taken out of those to train on
 
 
 def dataset_name(dataset: str) -> str:
@@ -149,7 +149,7 @@ def _text(
     lines = [
         f"# {markdown(name)}",
         "",
-        f"{config.architecture} at width {config.width_multiplier:g} for pictures of {config.image_size} pixels, "
+        f"{config.architecture} at width {config.width_multiplier:g} for images of {config.image_size} pixels, "
         f"with {config.num_labels} classes and {count:,} parameters, "
         + (f"fine-tuned from {markdown(start.name)}" if start else "trained from scratch")
         + f" on {markdown(dataset_name(options.dataset))}.",
@@ -157,7 +157,7 @@ def _text(
     ]
     if measured:
         split, figures = list(measured.items())[-1]
-        lines += ["| split | pictures | " + " | ".join(figures.metrics).replace("_", " ") + " |"]
+        lines += ["| split | images | " + " | ".join(figures.metrics).replace("_", " ") + " |"]
         lines += ["|---" * (2 + len(figures.metrics)) + "|"]
         for name_of_split, values in measured.items():
             cells = " | ".join(map(percent, values.metrics.values()))
@@ -194,7 +194,7 @@ def _text(
         "All options and versions are in [training.json](training.json), the log in [log.csv](log.csv) and, for "
         "TensorBoard, in `runs`. To train it again: `mobilenet train --config training.json --output again`.",
         "",
-        "![Course of the training](curves.png)",
+        "![Curves of the training](curves.png)",
         "",
     ]
     return "\n".join(lines)
@@ -217,7 +217,7 @@ def export_card(
         source: Folder or Hub id that it was exported from.
         target: Where it runs.
         config: Its configuration.
-        size: Height and width of the pictures.
+        size: Height and width of the images.
         columns: Of the table of comparisons.
         comparisons: Its rows, which have cells.
     """
@@ -236,7 +236,7 @@ def export_card(
         f"Width {config.width_multiplier:g}, {config.num_labels} classes, batch norm folded, exported at "
         f"{height}x{width} pixels from {markdown(Path(source).name if os.path.isdir(source) else source)}.\n\n"
         + (_USE_JS if is_js else _USE)
-        + "\n\n## Beside torch\n\nThe largest difference of logits, and the median time of one picture.\n\n"
+        + "\n\n## Beside torch\n\nThe largest difference of logits, and the median time of one image.\n\n"
         + "\n".join(f"| {' | '.join(line)} |" for line in lines)
         + "\n"
     )
@@ -330,7 +330,7 @@ classify("photo.jpg")
 
 _FINE_TUNE = """## Fine-tune
 
-`mobilenet train pictures --model path/to/this/repository --output fine-tuned`, or any training loop for PyTorch."""
+`mobilenet train images --model path/to/this/repository --output fine-tuned`, or any training loop for PyTorch."""
 
 
 def _source(origin: Any, checkpoint: Any) -> str:

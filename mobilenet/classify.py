@@ -1,7 +1,7 @@
-"""Classify pictures by the thousand: names come in, and one result for each goes out, in order.
+"""Classify images by the thousand: names come in, and one result for each goes out, in order.
 
 Every step is a generator, and threads run only a few batches ahead, so that memory does not grow with the number of
-pictures.
+images.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from .find_images import Picture, find
+from .find_images import FoundImage, find
 from .loading import Classifier
 from .output import Layout, Prediction, Result, writer
 from .text import clean
 
 
-def classify(pictures: Iterable[Picture], classifier: Classifier, top_k: int, batch_size: int) -> Iterator[Result]:
-    """Classify pictures in batches; every picture gives one result, in order.
+def classify(images: Iterable[FoundImage], classifier: Classifier, top_k: int, batch_size: int) -> Iterator[Result]:
+    """Classify images in batches; every image gives one result, in order.
 
     Each batch is read and run by one thread, beside others: so nothing waits for anything, and the network's own
     threads, which would spin while they wait for each other, are not needed.
     """
 
-    def answer(batch: list[Picture]) -> list[Result]:
-        read = [picture.error or _read(picture.name, classifier) for picture in batch]
+    def predict(batch: list[FoundImage]) -> list[Result]:
+        read = [image.error or _read(image.name, classifier) for image in batch]
         readable = [pixels for pixels in read if not isinstance(pixels, str)]
         predictions = iter(
             [
@@ -43,19 +43,19 @@ def classify(pictures: Iterable[Picture], classifier: Classifier, top_k: int, ba
             ]
         )
         return [
-            Result(picture.name, [], what) if isinstance(what, str) else Result(picture.name, next(predictions), None)
-            for picture, what in zip(batch, read, strict=True)
+            Result(image.name, [], what) if isinstance(what, str) else Result(image.name, next(predictions), None)
+            for image, what in zip(batch, read, strict=True)
         ]
 
-    pictures = iter(pictures)
-    batches = iter(lambda: list(islice(pictures, batch_size)), [])
-    with closing(_map_in_threads(answer, batches)) as answers:
-        for results in answers:
+    images = iter(images)
+    batches = iter(lambda: list(islice(images, batch_size)), [])
+    with closing(_map_in_threads(predict, batches)) as predictions:
+        for results in predictions:
             yield from results
 
 
 def _read(name: str, classifier: Classifier) -> np.ndarray | str:
-    """The pixels of a picture, or why it has none."""
+    """The pixels of an image, or why it has none."""
     if os.path.exists(name) and not os.path.isfile(name):
         return "not a regular file"  # a pipe would keep its reader waiting
     try:
@@ -99,7 +99,7 @@ def run(
     failures = 0
     # A bar and what is printed above it must go through one console, to stay out of each other's way.
     screen = out if out.is_terminal and err.is_terminal else err
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pictures"), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True, disable=not err.is_terminal) as progress:
         total = None
         if not progress.disable and "-" not in names:

@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def draw_images(folder: Path, count: int = 8) -> list[str]:
-    """Write synthetic pictures, always the same: coarse colours under fine noise, upright and lying."""
+    """Write synthetic images, always the same: coarse colors under fine noise, upright and lying."""
     random = np.random.default_rng(0)
     paths = []
     for index in range(count):

@@ -1,4 +1,4 @@
-"""The pictures that names stand for: files, folders, patterns, URLs, and names from stdin."""
+"""The images that names stand for: files, folders, patterns, URLs, and names from stdin."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ EXTENSIONS = (
 )
 
 
-class Picture(NamedTuple):
-    """A picture by its name, or why there is none."""
+class FoundImage(NamedTuple):
+    """An image by its name, or why there is none."""
 
     name: str
     error: str | None = None
 
 
-def find(names: Iterable[str]) -> Iterator[Picture]:
-    """Find the pictures that names stand for: files, folders, patterns, URLs, and - for names from stdin.
+def find(names: Iterable[str]) -> Iterator[FoundImage]:
+    """Find the images that names stand for: files, folders, patterns, URLs, and - for names from stdin.
 
     A file that exists is itself, whatever its name looks like. Folders are searched in alphabetical order, for files
-    with the extension of a picture; hidden ones are left out.
+    with the extension of an image; hidden ones are left out.
     """
     for name in names:
         if name == "-":
@@ -38,21 +38,21 @@ def find(names: Iterable[str]) -> Iterator[Picture]:
         elif os.path.isdir(name):
             yield from _search(name)
         elif os.path.exists(name) or is_url(name):
-            yield Picture(name)
+            yield FoundImage(name)
         elif "://" in name:
-            yield Picture(name, error="a URL must begin with http:// or https://")
+            yield FoundImage(name, error="a URL must begin with http:// or https://")
         elif not (matches := sorted(glob.glob(name, recursive=True))):
-            yield Picture(name)
+            yield FoundImage(name)
         else:
             for match in matches:
                 if not os.path.isdir(match):
-                    yield Picture(match)
+                    yield FoundImage(match)
                 elif "**" not in name:  # which matches all below the folder, too
                     yield from _search(match)
 
 
-def _search(folder: str) -> Iterator[Picture]:
-    """Find the pictures in a folder and all below it."""
+def _search(folder: str) -> Iterator[FoundImage]:
+    """Find the images in a folder and all below it."""
     errors: list[OSError] = []
     empty = True
     for path, folders, files in os.walk(folder, onerror=errors.append):
@@ -60,8 +60,8 @@ def _search(folder: str) -> Iterator[Picture]:
         for file in sorted(files):
             if file.lower().endswith(EXTENSIONS) and not file.startswith("."):
                 empty = False
-                yield Picture(os.path.join(path, file))
+                yield FoundImage(os.path.join(path, file))
     for error in errors:
-        yield Picture(error.filename, error=f"cannot be searched: {error.strerror}")
+        yield FoundImage(error.filename, error=f"cannot be searched: {error.strerror}")
     if empty and not errors:
-        yield Picture(folder, error="no pictures in this folder")
+        yield FoundImage(folder, error="no images in this folder")

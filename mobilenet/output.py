@@ -23,7 +23,7 @@ class Layout(str, Enum):
 
 
 class Prediction(NamedTuple):
-    """One label of a picture."""
+    """One label of an image."""
 
     index: int
     label: str
@@ -31,7 +31,7 @@ class Prediction(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a picture shows, best first, or why nobody knows."""
+    """What an image shows, best first, or why nobody knows."""
 
     name: str
     predictions: list[Prediction]
@@ -49,7 +49,7 @@ _BAR_WIDTH = 20
 
 
 def _table_writer(out: Console, gives_probabilities: bool) -> Callable[[Result], None]:
-    """A block for each picture: its name, and its labels by rank."""
+    """A block for each image: its name, and its labels by rank."""
 
     # A Table of rich would take as long as the network.
     def write(result: Result) -> None:
@@ -70,7 +70,7 @@ def _table_writer(out: Console, gives_probabilities: bool) -> Callable[[Result],
 
 
 def _json_writer(out: Console) -> Callable[[Result], None]:
-    """An object a line for each picture, of ASCII characters alone."""
+    """An object a line for each image, of ASCII characters alone."""
 
     def write(result: Result) -> None:
         if result.error is None:
@@ -97,7 +97,7 @@ class _Lines:
 
 
 def _csv_writer(out: Console) -> Callable[[Result], None]:
-    """A header, then a row for each label of a picture."""
+    """A header, then a row for each label of an image."""
     rows = csv.writer(_Lines(out), lineterminator="\n")
     rows.writerow(["file", "rank", "index", "label", "score"])
 

@@ -32,7 +32,7 @@ PACKAGE = (
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("source", help="repository: an id or a folder")
-    parser.add_argument("picture")
+    parser.add_argument("image")
     parser.add_argument("--revision", default="main")
     parser.add_argument("--trust", type=json.loads, help="trust_remote_code: true, or false, or neither")
     parser.add_argument("--code-revision", default="main", help="of a repository that holds the code alone")
@@ -80,7 +80,7 @@ def use_all(given: argparse.Namespace, inputs: dict[str, torch.Tensor], options:
         "pooled": output.pooler_output.tolist(),
         "maps": [list(m.shape) for m in maps],
         "last_map_is_last_hidden_state": torch.equal(maps[-1], output.last_hidden_state),
-        "answers": classify(given.picture),
+        "answers": classify(given.image),
     }
 
 
@@ -101,7 +101,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     }
     processor = AutoImageProcessor.from_pretrained(given.source, **options)
     model = AutoModelForImageClassification.from_pretrained(given.source, **options)
-    inputs = processor(images=Image.open(given.picture), return_tensors="pt")
+    inputs = processor(images=Image.open(given.image), return_tensors="pt")
     if given.train:
         train_a_step(model, inputs["pixel_values"])
     for thing in (model, processor):

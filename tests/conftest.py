@@ -35,7 +35,7 @@ def photographs(data: Path) -> list[Path]:
 
 @pytest.fixture
 def cats(data: Path) -> Path:
-    """The picture of two cats that the Hub's examples use."""
+    """The image of two cats that the Hub's examples use."""
     return data / "images" / "000000039769.png"
 
 

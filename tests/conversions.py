@@ -55,9 +55,9 @@ def wrong_tables(table: Table) -> Iterator[tuple[str, Table]]:
 
 def assert_wrong_tables_are_noticed(checkpoint: Checkpoint, size: int = 64) -> None:
     """Each wrong table either does not fit the checkpoint, or gives a network with other logits."""
-    pictures = torch.randn(1, checkpoint.config.get("num_channels", 3), size, size)
+    images = torch.randn(1, checkpoint.config.get("num_channels", 3), size, size)
     model = build(checkpoint, "right")
-    right, names = logits(model, pictures), places(model, checkpoint.table)
+    right, names = logits(model, images), places(model, checkpoint.table)
     count = 0
     for name, table in wrong_tables(checkpoint.table):
         with suppress(ValueError):
@@ -65,8 +65,8 @@ def assert_wrong_tables_are_noticed(checkpoint: Checkpoint, size: int = 64) -> N
                 continue
         count += 1
         try:
-            wrong = logits(build(replace(checkpoint, table=table), "wrong"), pictures)
+            wrong = logits(build(replace(checkpoint, table=table), "wrong"), images)
         except ValueError:
             continue
-        assert not (wrong - right).abs().max() < 1e-4, name  # what a proof would let pass
+        assert not (wrong - right).abs().max() < 1e-4, name  # what a comparison would let pass
     assert count > 1

@@ -1,6 +1,6 @@
 """Feed a target of hostile.py what a coverage-guided fuzzer makes of its seeds.
 
-python tests/fuzz.py picture corpus/picture -max_total_time=600
+python tests/fuzz.py image corpus/image -max_total_time=600
 
 Every bug ends the run, and leaves the input that shows it: a crash, a hang, an error that is not the target's, or more
 memory than -rss_limit_mb allows. `-print_final_stats=1` counts; options are libFuzzer's.

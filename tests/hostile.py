@@ -81,7 +81,7 @@ def bounded_memory(size: int = 4 << 30) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-# Pictures
+# Images
 
 
 def _encoded(image: Image.Image, name: str, **options: Any) -> bytes:
@@ -90,8 +90,8 @@ def _encoded(image: Image.Image, name: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def pictures() -> Iterator[bytes]:
-    """A small picture in every format and mode that Pillow writes, and in some that it only reads."""
+def images() -> Iterator[bytes]:
+    """A small image in every format and mode that Pillow writes, and in some that it only reads."""
     random = np.random.default_rng(0)
     rgba = Image.fromarray(random.integers(0, 256, (24, 32, 4), np.uint8))
     rgb, gray = rgba.convert("RGB"), rgba.convert("L")
@@ -104,7 +104,7 @@ def pictures() -> Iterator[bytes]:
         for image in images:
             with suppress(OSError, ValueError, KeyError, SystemError):
                 data = _encoded(image, name)
-                if len(data) < 20_000:  # ICNS and some others store no small pictures
+                if len(data) < 20_000:  # ICNS and some others store no small images
                     yield data
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -133,8 +133,8 @@ def pictures() -> Iterator[bytes]:
 PROCESSOR = MobileNetImageProcessor.from_recipe("google", 32)
 
 
-def use_picture(data: bytes) -> None:
-    """Read a picture as `mobilenet classify` does."""
+def use_image(data: bytes) -> None:
+    """Read an image as `mobilenet classify` does."""
     pixels = PROCESSOR(data, return_tensors="pt").pixel_values
     assert pixels.shape == (1, 3, 32, 32)
     assert pixels.abs().max() <= 1
@@ -386,10 +386,10 @@ def convert_file(path: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     size = checkpoint.config["image_size"]
     if path.suffix == ".tflite" and size <= 256:
-        picture = torch.rand(1, model.config.num_channels, size, size)
-        theirs = checkpoint.oracle().logits(picture)
+        image = torch.rand(1, model.config.num_channels, size, size)
+        theirs = checkpoint.oracle().logits(image)
         with torch.no_grad():
-            ours = model(picture).logits
+            ours = model(image).logits
         assert ours.shape == theirs.shape
 
 
@@ -413,15 +413,15 @@ def described(kind: str) -> Callable[[bytes], None]:
             for name, content in described_files(kind).items():
                 Path(folder, name).write_bytes(content)
             names = GOOGLE_FIELDS if kind == "google" else TIMM_FIELDS
-            half = len(data) // 4 * 2  # the first half is for config.json, the second for what it says of pictures
+            half = len(data) // 4 * 2  # the first half is for config.json, the second for what it says of images
             config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
             config |= fields(names, data[:half])
-            pictures = fields((*PROCESSOR_FIELDS, *_PRETRAINED), data[half:])
+            images = fields((*PROCESSOR_FIELDS, *_PRETRAINED), data[half:])
             if kind == "google":
-                content = PROCESSOR.to_dict() | {"image_processor_type": "MobileNetV1ImageProcessor"} | pictures
+                content = PROCESSOR.to_dict() | {"image_processor_type": "MobileNetV1ImageProcessor"} | images
                 Path(folder, "preprocessor_config.json").write_text(json.dumps(content), encoding="utf-8")
             elif isinstance(config.get("pretrained_cfg"), dict):
-                config["pretrained_cfg"] = config["pretrained_cfg"] | pictures
+                config["pretrained_cfg"] = config["pretrained_cfg"] | images
             Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
             convert_file(Path(folder))
 
@@ -452,7 +452,7 @@ def described_files(kind: str) -> dict[str, bytes]:
 
 _CONVERSION = (ConversionError,)
 TARGETS = {
-    "picture": Target(use_picture, (ValueError,), pictures),
+    "image": Target(use_image, (ValueError,), images),
     "array": Target(use_array, (ValueError,), arrays),
     "config": Target(
         lambda data: use_edited("config.json", fields(CONFIG_FIELDS, data)), (ValueError, ImportError), pairs

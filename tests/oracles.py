@@ -88,14 +88,14 @@ def timm_model(name: str, **kwargs: object) -> nn.Module:
 
 
 @torch.no_grad()
-def as_trained(model: nn.Module, pictures: torch.Tensor) -> nn.Module:
+def as_trained(model: nn.Module, images: torch.Tensor) -> nn.Module:
     """Make logits as large as those of trained networks, so that a difference of them means what it does there."""
-    model.classifier.weight *= 3 / (logits(model, pictures) - model.classifier.bias).std()
+    model.classifier.weight *= 3 / (logits(model, images) - model.classifier.bias).std()
     return model
 
 
 @torch.no_grad()
-def logits(model: nn.Module, pictures: torch.Tensor) -> torch.Tensor:
+def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Logits of a network of ours, of transformers or of timm."""
-    output = model(pictures)
+    output = model(images)
     return output if isinstance(output, torch.Tensor) else output.logits

@@ -1,4 +1,4 @@
-"""Batch norms aligned to pictures: the answers of the loaded network, and training that starts from them."""
+"""Batch norms aligned to images: the predictions of the loaded network, and training that starts from them."""
 
 import csv
 from pathlib import Path
@@ -26,7 +26,7 @@ CLASSES = (MobileNetModel, MobileNetForImageClassification, MobileNetBackbone)
 
 
 def network(model_class: type = MobileNetForImageClassification, **config: object) -> nn.Module:
-    """A network whose running statistics have nothing to do with any pictures."""
+    """A network whose running statistics have nothing to do with any images."""
     options = {"width_multiplier": 0.35, "num_labels": 5, "classifier_dropout": 0.0, **config}
     return randomize_norms(model_class(MobileNetConfig(**options))).eval()
 
@@ -36,12 +36,12 @@ def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 @torch.no_grad()
-def answers(model: nn.Module, pictures: Tensor, training: bool = False) -> Tensor:
+def logits(model: nn.Module, images: Tensor, training: bool = False) -> Tensor:
     """All that a network returns; in training, its statistics stay."""
     momenta = [norm.momentum for norm in norms(model)]
     for norm in norms(model):
         norm.momentum = 0.0
-    output = model.train(training)(pictures).to_tuple()
+    output = model.train(training)(images).to_tuple()
     for norm, momentum in zip(norms(model), momenta, strict=True):
         norm.momentum = momentum
     model.eval()
@@ -51,29 +51,29 @@ def answers(model: nn.Module, pictures: Tensor, training: bool = False) -> Tenso
 
 @pytest.mark.parametrize("architecture", ["mobilenet_v1", "mobilenet_v2"])
 @pytest.mark.parametrize("model_class", CLASSES)
-def test_answers_stay_and_training_starts_from_them(architecture: str, model_class: type) -> None:
+def test_predictions_stay_and_training_starts_from_them(architecture: str, model_class: type) -> None:
     model = network(model_class, architecture=architecture).double()
-    pictures = torch.randn(24, 3, 65, 94, dtype=torch.float64)
-    before, in_training = answers(model, pictures), answers(model, pictures, training=True)
+    images = torch.randn(24, 3, 65, 94, dtype=torch.float64)
+    before, in_training = logits(model, images), logits(model, images, training=True)
     assert (in_training - before).abs().max() > 0.1 * before.abs().max()
-    assert align_batch_norm(model, pictures) is model
-    torch.testing.assert_close(answers(model, pictures), before, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(answers(model, pictures, training=True), before, rtol=1e-4, atol=1e-4)
+    assert align_batch_norm(model, images) is model
+    torch.testing.assert_close(logits(model, images), before, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(logits(model, images, training=True), before, rtol=1e-4, atol=1e-4)
 
 
 def test_statistics_are_those_of_all_batches() -> None:
     """Over several batches, one of them empty, they are the mean and variance of all activations together."""
     model = network()
-    pictures = torch.randn(23, 3, 64, 64)
+    images = torch.randn(23, 3, 64, 64)
     seen = {}
     hooks = [
         norm.register_forward_pre_hook(lambda norm, inputs: seen.update({norm: inputs[0].double()}))
         for norm in norms(model)
     ]
-    answers(model, pictures)
+    logits(model, images)
     for hook in hooks:
         hook.remove()
-    align_batch_norm(model, [*pictures.split([7, 10, 6]), pictures[:0]])
+    align_batch_norm(model, [*images.split([7, 10, 6]), images[:0]])
     assert len(seen) == len(norms(model)) == 52
     for norm, values in seen.items():
         torch.testing.assert_close(norm.running_mean.double(), values.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
@@ -98,21 +98,21 @@ def test_modes_and_frozen_norms_stay() -> None:
 
 def test_fused_networks_have_nothing_to_align() -> None:
     model = network().fuse()
-    before = answers(model, torch.ones(1, 3, 64, 64))
+    before = logits(model, torch.ones(1, 3, 64, 64))
     assert align_batch_norm(model, []) is model
-    assert torch.equal(answers(model, torch.ones(1, 3, 64, 64)), before)
+    assert torch.equal(logits(model, torch.ones(1, 3, 64, 64)), before)
 
 
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "batches must hold pictures, got none."),
-        (torch.zeros(0, 3, 64, 64), "batches must hold pictures, got none."),
+        ([], "batches must hold images, got none."),
+        (torch.zeros(0, 3, 64, 64), "batches must hold images, got none."),
         ([torch.ones(2, 3, 64, 64), torch.full((2, 3, 64, 64), torch.nan)], "batches must give finite numbers"),
         ([torch.ones(2, 3, 64, 64), torch.ones(2, 1, 64, 64)], r"pixel_values must have shape \(B, 3, H, W\)"),
     ],
 )
-def test_bad_pictures_change_nothing(batches: object, message: str) -> None:
+def test_bad_images_change_nothing(batches: object, message: str) -> None:
     model = network().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
@@ -138,9 +138,9 @@ def test_google_s_weights_hold_in_training_mode(
     chosen = torch.randperm(len(photographs), generator=torch.Generator().manual_seed(0)).tolist()
     files = [photographs[index] for index in chosen[150:]]
     targets = torch.tensor([labels[file.name] for file in files])
-    pictures = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt").pixel_values
+    images = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt").pixel_values
     model.dropout.p = 0.0
     for mode, expected in ((False, evaluation), (True, training)):
-        batches = [answers(model, batch, mode).view(len(batch), -1).argmax(-1) for batch in pictures.split(50)]
+        batches = [logits(model, batch, mode).view(len(batch), -1).argmax(-1) for batch in images.split(50)]
         accuracy = (torch.cat(batches) == targets).float().mean().item()
         assert accuracy == pytest.approx(expected, abs=0.0201 if mode else 0.007)  # three of 150; one

@@ -50,7 +50,7 @@ del KINDS["deer"]
 
 
 @pytest.mark.any_version
-def test_it_knows_its_kinds_on_photographs(data: Path) -> None:
+def test_it_recognizes_its_kinds_on_photographs(data: Path) -> None:
     """Photographs of ImageNet whose class is one of the ten kinds: the card's table."""
     kinds = {index: kind for kind, indices in KINDS.items() for index in indices}
     with (data / "imagenet_sample" / "labels.csv").open(encoding="utf-8", newline="") as file:
@@ -69,11 +69,11 @@ def test_it_knows_its_kinds_on_photographs(data: Path) -> None:
 
 @pytest.mark.any_version
 def test_it_scores_what_the_card_says(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All 10,000 test pictures: the card's figure, and its table's for each class."""
+    """All 10,000 test images: the card's figure, and its table's for each class."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     measured = evaluate_checkpoint(str(ROOT), str(data / "cifar10"))
-    assert (measured.split, measured.pictures) == ("test", 10_000)
-    # Two pictures of ten thousand may be so close that another machine's rounding decides.
+    assert (measured.split, measured.images) == ("test", 10_000)
+    # Two images of ten thousand may be so close that another machine's rounding decides.
     assert measured.metrics["accuracy"] == pytest.approx(measured.on_card, abs=2e-4)
     text = ModelCard.load(ROOT / "README.md").text
     assert f"**{100 * measured.on_card:.2f} %**" in text

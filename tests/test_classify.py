@@ -1,4 +1,4 @@
-"""Classifying pictures: what is found, what is answered, how it is printed, and what becomes of broken pictures."""
+"""Classifying images: what is found, what is predicted, how it is printed, and what becomes of broken images."""
 
 import contextlib
 import csv
@@ -33,7 +33,7 @@ from typer.testing import CliRunner, Result
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.classify import classify
 from mobilenet.cli import app
-from mobilenet.find_images import Picture, find
+from mobilenet.find_images import FoundImage, find
 from mobilenet.loading import load
 from mobilenet.text import clean
 
@@ -53,11 +53,11 @@ def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
 
 
 def make_model(folder: Path, **options: object) -> MobileNetForImageClassification:
-    """Save a small network whose answers depend on the picture."""
+    """Save a small network whose predictions depend on the image."""
     torch.manual_seed(0)
     config = MobileNetConfig("mobilenet_v1", 0.25, image_size=64, **{"id2label": LABELS, **options})
     model = MobileNetForImageClassification(config).eval()
-    # Answers center on the mean of all pictures, or every picture would get the same one.
+    # Predictions center on the mean of all images, or every image would get the same one.
     with torch.no_grad():
         features = model.backbone(torch.randn(16, 3, 1, 1).clamp(-1, 1).expand(-1, -1, 64, 64)).pooler_output
         model.classifier.weight.normal_().div_(features.std(0).norm())
@@ -75,9 +75,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures of any size and kind, two levels deep, among other files."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images of any size and kind, two levels deep, among other files."""
+    folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for name in ("b.png", "a.JPG", "sub/c.webp", "sub/deeper/d.bmp", ".hidden.png", ".hidden/e.png", "a[1].png"):
         path = folder / name
@@ -85,7 +85,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         colors = random.choice([0, 255], (1, 1, 3)) + random.integers(-9, 10, (3, 4, 3))
         colors = colors.clip(0, 255).astype(np.uint8)
         Image.fromarray(colors).resize(tuple(random.integers(50, 150, 2).tolist())).save(path)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     (folder / "sub" / "empty").mkdir()
     return folder
 
@@ -95,12 +95,12 @@ FOUND = ["a.JPG", "a[1].png", "b.png", "sub/c.webp", "sub/deeper/d.bmp"]
 
 def found(*names: object, below: Path) -> list[str]:
     result = list(find(map(str, names)))
-    assert all(picture.error is None for picture in result)
-    return [os.path.relpath(picture.name, below) for picture in result]
+    assert all(image.error is None for image in result)
+    return [os.path.relpath(image.name, below) for image in result]
 
 
-def test_find_searches_folders(pictures):
-    assert found(pictures, below=pictures) == FOUND
+def test_find_searches_folders(images):
+    assert found(images, below=images) == FOUND
 
 
 @pytest.mark.parametrize(
@@ -114,27 +114,27 @@ def test_find_searches_folders(pictures):
         ("[ab].*", ["a.JPG", "b.png"]),
     ],
 )
-def test_find_expands_patterns(pictures, pattern, expected):
-    assert found(pictures / pattern, below=pictures) == expected
+def test_find_expands_patterns(images, pattern, expected):
+    assert found(images / pattern, below=images) == expected
 
 
 def test_find_keeps_names_that_are_nothing_here():
     names = ["https://example.org/a.jpg?size=*", "missing.jpg", "missing/*.jpg", "nul\0.jpg"]
-    assert list(find(names)) == [Picture(name) for name in names]
+    assert list(find(names)) == [FoundImage(name) for name in names]
 
 
 @pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://example.org/a.jpg", "FILE://localhost/etc/hostname"])
 def test_urls_of_other_protocols_are_refused(url):
-    assert list(find([url])) == [Picture(url, error="a URL must begin with http:// or https://")]
+    assert list(find([url])) == [FoundImage(url, error="a URL must begin with http:// or https://")]
 
 
-def test_find_reads_stdin(monkeypatch, pictures):
-    lines = f"{pictures}/b.png\r\n\n-\n{pictures}/sub\nhttp://x/\n".encode() + b"\xff.jpg"
+def test_find_reads_stdin(monkeypatch, images):
+    lines = f"{images}/b.png\r\n\n-\n{images}/sub\nhttp://x/\n".encode() + b"\xff.jpg"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
-    names = [picture.name for picture in find(["first", "-", "last"])]
+    names = [image.name for image in find(["first", "-", "last"])]
     assert names == [
         "first",
-        *(f"{pictures}/{name}" for name in ("b.png", "sub/c.webp", "sub/deeper/d.bmp")),
+        *(f"{images}/{name}" for name in ("b.png", "sub/c.webp", "sub/deeper/d.bmp")),
         *("http://x/", os.fsdecode(b"\xff.jpg"), "last"),
     ]
 
@@ -152,28 +152,28 @@ def test_find_reports_folders_that_hold_nothing_or_are_shut(monkeypatch, tmp_pat
 
     monkeypatch.setattr(os, "scandir", refuse)
     shut = (str(tmp_path / "shut"), "cannot be searched: Permission denied")
-    empty = (str(tmp_path / "empty"), "no pictures in this folder")
+    empty = (str(tmp_path / "empty"), "no images in this folder")
     assert [(p.name, p.error) for p in find([str(tmp_path / "shut")])] == [shut]
     assert [(p.name, p.error) for p in find([str(tmp_path / "empty")])] == [empty]
     assert [(p.name, p.error) for p in find([str(tmp_path)])] == [(str(tmp_path / "a.png"), None), shut]
 
 
 @cache
-def scores(model: Path, picture: Path) -> dict[str, float]:
+def scores(model: Path, image: Path) -> dict[str, float]:
     """What the network says, without anything of the command's."""
     network = AutoModelForImageClassification.from_pretrained(model).eval()
-    pixels = MobileNetImageProcessor.from_pretrained(model)(images=str(picture), return_tensors="pt")
+    pixels = MobileNetImageProcessor.from_pretrained(model)(images=str(image), return_tensors="pt")
     with torch.no_grad():
         values = network(**pixels).logits.softmax(-1)[0].tolist()
     return dict(zip(LABELS.values(), values, strict=True))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_json_gives_the_networks_answers(model, pictures, batch_size):
-    result = run(pictures, "--model", model, "--json", "--top-k", 3, "--batch-size", batch_size)
+def test_json_gives_the_networks_predictions(model, images, batch_size):
+    result = run(images, "--model", model, "--json", "--top-k", 3, "--batch-size", batch_size)
     assert (result.exit_code, result.stderr) == (0, "Engine: torch\n")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["file"] for line in lines] == [str(pictures / name) for name in FOUND]
+    assert [line["file"] for line in lines] == [str(images / name) for name in FOUND]
     for line in lines:
         expected = sorted(scores(model, line["file"]).items(), key=lambda item: -item[1])[:3]
         assert [p["label"] for p in line["predictions"]] == [label for label, _ in expected]
@@ -181,27 +181,27 @@ def test_json_gives_the_networks_answers(model, pictures, batch_size):
         np.testing.assert_allclose(
             [p["score"] for p in line["predictions"]], [score for _, score in expected], rtol=0, atol=1e-5
         )
-    assert len({line["predictions"][0]["label"] for line in lines}) > 1  # or the pictures would not matter
+    assert len({line["predictions"][0]["label"] for line in lines}) > 1  # or the images would not matter
 
 
-def test_csv_says_the_same(model, pictures):
-    result = run(pictures, "--model", model, "--csv", "-k", 6)
+def test_csv_says_the_same(model, images):
+    result = run(images, "--model", model, "--csv", "-k", 6)
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
     assert list(rows[0]) == ["file", "rank", "index", "label", "score"]
     assert len(rows) == len(FOUND) * len(LABELS)
     assert [int(row["rank"]) for row in rows[:6]] == [1, 2, 3, 4, 5, 6]
-    expected = scores(model, pictures / FOUND[0])
+    expected = scores(model, images / FOUND[0])
     for row in rows[:6]:
         label = LABELS[int(row["index"])]
         assert row["label"] == clean(label)
         assert float(row["score"]) == pytest.approx(expected[label], abs=1e-5)
 
 
-def test_table_says_the_same_and_ranks(model, pictures):
-    result = run(pictures / "b.png", "--model", model, "-k", 2)
+def test_table_says_the_same_and_ranks(model, images):
+    result = run(images / "b.png", "--model", model, "-k", 2)
     name, *rows = result.stdout.splitlines()
-    assert name == str(pictures / "b.png")
-    best = sorted(scores(model, pictures / "b.png").items(), key=lambda item: -item[1])[:2]
+    assert name == str(images / "b.png")
+    best = sorted(scores(model, images / "b.png").items(), key=lambda item: -item[1])[:2]
     assert len(rows) == 2
     for rank, (row, (label, score)) in enumerate(zip(rows, best, strict=True), 1):
         assert row.split()[:3] == [str(rank), f"{100 * score:.1f}", "%"]
@@ -229,11 +229,11 @@ def test_json_is_ascii(model, tmp_path):
     assert {p["label"] for p in line["predictions"]} == set(LABELS.values())
 
 
-def test_a_broken_picture_is_reported_and_the_rest_goes_on(model, pictures, tmp_path):
+def test_a_broken_image_is_reported_and_the_rest_goes_on(model, images, tmp_path):
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes((pictures / "a.JPG").read_bytes()[:200])
+    broken.write_bytes((images / "a.JPG").read_bytes()[:200])
     result = run(
-        *(pictures / "b.png", broken, "missing.png", pictures / "notes.txt", pictures / "a.JPG"),
+        *(images / "b.png", broken, "missing.png", images / "notes.txt", images / "a.JPG"),
         *("--model", model, "--json", "--batch-size", 2),
     )
     assert result.exit_code == 1
@@ -244,11 +244,11 @@ def test_a_broken_picture_is_reported_and_the_rest_goes_on(model, pictures, tmp_
     assert len(messages) == 3
     assert messages[0].startswith(f"{broken}: cannot be decoded: ")
     assert messages[1] == "missing.png: no such file"
-    assert messages[2] == f"{pictures / 'notes.txt'}: not a picture in a format that Pillow reads"
+    assert messages[2] == f"{images / 'notes.txt'}: not an image in a format that Pillow reads"
     assert [line["error"] for line in lines[1:4]] == [m.split(": ", 1)[1] for m in messages]
 
 
-def test_only_broken_pictures(model, tmp_path):
+def test_only_broken_images(model, tmp_path):
     result = run(tmp_path / "a", tmp_path / "b", "--model", model)
     assert (result.exit_code, result.stdout) == (1, "")
     assert len(result.stderr.splitlines()) == 1 + 2
@@ -263,13 +263,13 @@ def test_a_pipe_does_not_hang(model, tmp_path):
 
 
 @pytest.fixture
-def server(pictures):
-    """A web server on the loopback that serves the pictures."""
+def server(images):
+    """A web server on the loopback that serves the images."""
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *args: object) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(pictures))) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(images))) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -277,8 +277,8 @@ def server(pictures):
         thread.join()
 
 
-def test_urls(model, pictures, server):
-    result = run(f"{server}/b.png", f"{server}/none.png", pictures / "b.png", "--model", model, "--json")
+def test_urls(model, images, server):
+    result = run(f"{server}/b.png", f"{server}/none.png", images / "b.png", "--model", model, "--json")
     assert result.exit_code == 1
     there, missing, here = map(json.loads, result.stdout.splitlines())
     assert there["predictions"] == here["predictions"]
@@ -286,17 +286,17 @@ def test_urls(model, pictures, server):
     assert "404" in missing["error"]
 
 
-def test_names_from_stdin(model, pictures):
-    result = run("-", "--model", model, "--csv", "-k", 1, stdin=f"{pictures}/b.png\n{pictures}/sub\n")
+def test_names_from_stdin(model, images):
+    result = run("-", "--model", model, "--csv", "-k", 1, stdin=f"{images}/b.png\n{images}/sub\n")
     assert result.exit_code == 0
     names = [row["file"] for row in csv.DictReader(io.StringIO(result.stdout))]
-    assert names == [f"{pictures}/{name}" for name in ("b.png", "sub/c.webp", "sub/deeper/d.bmp")]
+    assert names == [f"{images}/{name}" for name in ("b.png", "sub/c.webp", "sub/deeper/d.bmp")]
 
 
-def test_pictures_of_different_shapes_share_a_batch(tmp_path, pictures):
+def test_images_of_different_shapes_share_a_batch(tmp_path, images):
     make_model(tmp_path)
     MobileNetImageProcessor(size=64, do_center_crop=False).save_pretrained(tmp_path)
-    result = run(pictures, "--model", tmp_path, "--json")
+    result = run(images, "--model", tmp_path, "--json")
     assert result.exit_code == 0
     for line in map(json.loads, result.stdout.splitlines()):
         best = line["predictions"][0]
@@ -311,9 +311,9 @@ def test_pictures_of_different_shapes_share_a_batch(tmp_path, pictures):
         ({"problem_type": None, "id2label": {0: "only"}}, torch.sigmoid),
     ],
 )
-def test_scores_are_those_of_the_pipeline(tmp_path, pictures, options, score):
+def test_scores_are_those_of_the_pipeline(tmp_path, images, options, score):
     network = make_model(tmp_path, **options)
-    name = str(pictures / "b.png")
+    name = str(images / "b.png")
     processor = MobileNetImageProcessor.from_pretrained(tmp_path)
     with torch.no_grad():
         expected = score(network(**processor(images=name, return_tensors="pt")).logits)[0].sort(descending=True).values
@@ -326,9 +326,9 @@ def test_scores_are_those_of_the_pipeline(tmp_path, pictures, options, score):
     assert ("%" in table) == (options["problem_type"] != "regression")
 
 
-def test_pictures_stream(model, pictures):
+def test_images_stream(model, images):
     taken = itertools.count()
-    endless = (Picture(str(pictures / "b.png")) for _ in taken)
+    endless = (FoundImage(str(images / "b.png")) for _ in taken)
     results = classify(endless, load(str(model)), top_k=1, batch_size=4)
     first = list(itertools.islice(results, 10))
     assert all(result.predictions == first[0].predictions for result in first)
@@ -360,16 +360,16 @@ def exported(
 
 
 @pytest.mark.parametrize("chosen", [True, False])
-def test_exports_say_the_same(exported, chosen, model, pictures):
+def test_exports_say_the_same(exported, chosen, model, images):
     engine, folder = exported
-    result = run(pictures, "--model", folder, "--json", "--batch-size", 2, *(("--engine", engine) if chosen else ()))
+    result = run(images, "--model", folder, "--json", "--batch-size", 2, *(("--engine", engine) if chosen else ()))
     assert result.exit_code == 0
     assert re.fullmatch(r"Engine: (onnx|openvino, computing in \w+)\n", result.stderr)
     assert engine in result.stderr
     # OpenVINO computes with 8 bits of mantissa where that is faster.
     tolerance = 0.05 if "bf16" in result.stderr else 1e-4
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["file"] for line in lines] == [str(pictures / name) for name in FOUND]
+    assert [line["file"] for line in lines] == [str(images / name) for name in FOUND]
     for line in lines:
         expected = scores(model, line["file"])
         assert {p["label"]: p["score"] for p in line["predictions"]} == pytest.approx(
@@ -377,8 +377,8 @@ def test_exports_say_the_same(exported, chosen, model, pictures):
         )
 
 
-def test_a_broken_export_is_one_error(exported, pictures, tmp_path):
-    """A network that is cut off, and labels that are not as many as its answers."""
+def test_a_broken_export_is_one_error(exported, images, tmp_path):
+    """A network that is cut off, and labels that are not as many as its logits."""
     engine, folder = exported
     less = shutil.copytree(folder, tmp_path / "less")
     edit_config(less, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
@@ -386,28 +386,28 @@ def test_a_broken_export_is_one_error(exported, pictures, tmp_path):
     network = cut / {"onnx": "model.onnx", "openvino": "openvino_model.xml"}[engine]
     network.write_bytes(network.read_bytes()[:999])
     for broken, message in ((less, "must answer with 2 scores, got "), (cut, f"its network for {engine} is broken: ")):
-        result = run(pictures, "--model", broken)
+        result = run(images, "--model", broken)
         assert (result.exit_code, result.stdout) == (1, "")
         assert result.stderr.splitlines()[-1].startswith("Error: ")
         assert message in result.stderr
 
 
-def test_networks_of_one_channel(tmp_path, pictures):
-    """They are given luma; and with a processor that makes three channels, each picture has its error."""
+def test_networks_of_one_channel(tmp_path, images):
+    """They are given luma; and with a processor that makes three channels, each image has its error."""
     config = MobileNetConfig(width_multiplier=0.1, num_channels=1, id2label=dict(enumerate("abc")))
     MobileNetForImageClassification(config).save_pretrained(tmp_path)
     MobileNetImageProcessor(do_grayscale=True, image_mean=0.5, image_std=0.5).save_pretrained(tmp_path)
-    assert run(pictures, "--model", tmp_path).exit_code == 0
+    assert run(images, "--model", tmp_path).exit_code == 0
     MobileNetImageProcessor().save_pretrained(tmp_path)
-    result = run(pictures, "--model", tmp_path)
+    result = run(images, "--model", tmp_path)
     assert result.exit_code == 1
     assert result.stderr.count("the network takes 1 channels, got 3") == len(FOUND)
 
 
-def test_exports_repeat_their_bits(exported, pictures):
+def test_exports_repeat_their_bits(exported, images):
     _, folder = exported
     first, second = load(str(folder)), load(str(folder))
-    pixels = np.concatenate([first.read(str(pictures / name)) for name in FOUND])
+    pixels = np.concatenate([first.read(str(images / name)) for name in FOUND])
     expected = first.network(pixels)
     assert expected.std() > 0
     assert all(np.array_equal(classifier.network(pixels), expected) for classifier in (first, second, first))
@@ -439,17 +439,17 @@ def test_engines_that_cannot_run(monkeypatch, tmp_path, engine, manifest, messag
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_torch_runs_weights_beside_an_export(tmp_path, pictures):
+def test_torch_runs_weights_beside_an_export(tmp_path, images):
     make_model(tmp_path)
     (tmp_path / "export.json").write_text(json.dumps({"export_format": "onnx"}))
-    result = run(pictures, "--model", tmp_path, "--engine", "torch")
+    result = run(images, "--model", tmp_path, "--engine", "torch")
     assert (result.exit_code, result.stderr) == (0, "Engine: torch\n")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "name pictures, or take --example"),
+        ((), "name images, or take --example"),
         (("x.jpg", "--model", "m", "--json", "--csv"), "exclude each other"),
         (("x.jpg", "--model", "m", "--top-k", 0), "--top-k"),
         (("x.jpg", "--model", "m", "--batch-size", "many"), "--batch-size"),
@@ -505,12 +505,12 @@ BROKEN_MODELS = {
 
 
 @pytest.mark.parametrize("fault", BROKEN_MODELS)
-def test_a_broken_model_is_one_error(tmp_path, pictures, fault):
+def test_a_broken_model_is_one_error(tmp_path, images, fault):
     spoil, message = BROKEN_MODELS[fault]
     folder = tmp_path / "model"
     make_model(folder)
     spoil(folder)
-    result = run(pictures, "--model", folder)
+    result = run(images, "--model", folder)
     assert result.exit_code == 1
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
@@ -519,12 +519,12 @@ def test_a_broken_model_is_one_error(tmp_path, pictures, fault):
     assert message in line
 
 
-def test_weights_that_are_no_numbers_are_one_error(tmp_path, pictures):
+def test_weights_that_are_no_numbers_are_one_error(tmp_path, images):
     make_model(tmp_path)
     network = MobileNetForImageClassification.from_pretrained(tmp_path)
     network.classifier.bias.data.fill_(torch.nan)
     network.save_pretrained(tmp_path)
-    result = run(pictures, "--model", tmp_path, "--json")
+    result = run(images, "--model", tmp_path, "--json")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.splitlines() == [
         "Engine: torch",
@@ -532,13 +532,13 @@ def test_weights_that_are_no_numbers_are_one_error(tmp_path, pictures):
     ]
 
 
-def test_a_models_own_code_does_not_run(tmp_path, pictures):
+def test_a_models_own_code_does_not_run(tmp_path, images):
     make_model(tmp_path)
     code = list(tmp_path.glob("*.py"))
     assert len(code) == 6
     for file in code:
         file.write_text("raise SystemExit('the code of a repository ran')")
-    assert run(pictures, "--model", tmp_path).exit_code == 0
+    assert run(images, "--model", tmp_path).exit_code == 0
 
 
 def test_the_cats_are_tabbies(data, cats, tmp_path):
@@ -578,14 +578,14 @@ def encoded(color: tuple[int, int, int], size: tuple[int, int], extension: str) 
 
 
 def break_in_ten_ways(folder: Path, number: int) -> dict[str, str]:
-    """Write ten pictures that cannot be read, and say why."""
+    """Write ten images that cannot be read, and say why."""
     jpeg, png = encoded((9, 99, 199), (80, 60), ".jpg"), encoded((9, 99, 199), (80, 60), ".png")
     where = png.index(b"IDAT") + 20
     broken = {
-        "empty.jpg": (b"", "not a picture"),
-        "text.png": (b"no picture", "not a picture"),
-        "noise.webp": (np.random.default_rng(number).bytes(5000), "not a picture"),
-        "header.gif": (b"GIF89a", "not a picture"),
+        "empty.jpg": (b"", "not an image"),
+        "text.png": (b"no image", "not an image"),
+        "noise.webp": (np.random.default_rng(number).bytes(5000), "not an image"),
+        "header.gif": (b"GIF89a", "not an image"),
         "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "cut.png": (png[: len(png) // 2], "truncated"),
         "bits.png": (png[:where] + bytes(64) + png[where + 64 :], "cannot be decoded: "),
@@ -610,7 +610,7 @@ def _checksum(png: bytes, side: int) -> bytes:
 
 @pytest.fixture(scope="session")
 def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int], dict[str, str]]:
-    """3,000 pictures: the folder, the color of each good one, and what ails each of the 30 broken ones."""
+    """3,000 images: the folder, the color of each good one, and what ails each of the 30 broken ones."""
     folder = tmp_path_factory.mktemp("many")
     originals = []
     for index, color in enumerate(COLORS):
@@ -645,7 +645,7 @@ def watch(process: subprocess.Popen) -> int:
 
 @pytest.mark.any_version
 @needs_posix
-def test_three_thousand_pictures_of_which_thirty_are_broken(model, many, tmp_path):
+def test_three_thousand_images_of_which_thirty_are_broken(model, many, tmp_path):
     folder, good, broken = many
     peaks = {}
     for name, part in (("all", folder), ("a tenth", folder / "9")):
@@ -748,12 +748,12 @@ def test_a_terminal_shows_a_bar_that_stays_out_of_the_results(model, many, tmp_p
     assert process.wait() == 1
     assert len([json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]) == GOOD_IN_FOLDER + 10
     text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode()
-    assert re.search(r"━.* \d+/307 pictures", text)
-    assert sum("not a picture" in line for line in text.splitlines()) == 4
+    assert re.search(r"━.* \d+/307 images", text)
+    assert sum("not an image" in line for line in text.splitlines()) == 4
     assert shown.endswith(b"\x1b[2K")  # the bar is gone
 
 
-def test_no_bar_where_nobody_looks(model, pictures):
-    result = run(pictures, "--model", model, "--batch-size", 1)
+def test_no_bar_where_nobody_looks(model, images):
+    result = run(images, "--model", model, "--batch-size", 1)
     assert result.stderr == "Engine: torch\n"
     assert "\x1b" not in result.stdout

@@ -1,4 +1,4 @@
-"""The converter's frame: the repository that it writes, its proof, its options, and what happens to bad input."""
+"""The converter's frame: the repository that it writes, its comparison, its options, and what happens to bad input."""
 
 import hashlib
 import json
@@ -92,7 +92,7 @@ def test_repository_is_complete(converted: Path) -> None:
     assert (converted / "model.safetensors").stat().st_mode == (converted / "config.json").stat().st_mode
 
 
-def test_card_tells_the_source_and_the_proof(converted: Path, data: Path) -> None:
+def test_card_tells_the_source_and_the_comparison(converted: Path, data: Path) -> None:
     card = ModelCard.load(converted / "README.md")
     assert card.data.to_dict() == {
         "license": "apache-2.0",
@@ -134,29 +134,29 @@ def test_missing_unexpected_and_misshapen_names_are_listed_at_once(small: Path, 
     )
 
 
-def test_labelled_pictures_tell_the_recipe(data: Path, tmp_path: Path) -> None:
+def test_labeled_images_tell_the_recipe(data: Path, tmp_path: Path) -> None:
     source = data / "tflite" / "mobilenet_v1_0.25_224_1_default_1.tflite"
     checkpoint, rows = read(source), sorted((data / "imagenet_sample").glob("*.JPEG"))[::40]
     right = logits(build(checkpoint, ""), checkpoint.processor(rows, return_tensors="pt").pixel_values).argmax(-1)
     for photograph, index in zip(rows, right.tolist(), strict=True):
-        (tmp_path / "pictures" / str(index)).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "pictures" / str(index) / photograph.name).symlink_to(photograph)
-    command = ["convert", str(source), str(tmp_path / "output"), "--compare-on", str(tmp_path / "pictures")]
+        (tmp_path / "images" / str(index)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / str(index) / photograph.name).symlink_to(photograph)
+    command = ["convert", str(source), str(tmp_path / "output"), "--compare-on", str(tmp_path / "images")]
     done = CliRunner().invoke(app, [*command, "--range=0..1"])
     assert done.exit_code == 0, done.output
-    assert f"top-1 on {len(rows)} labelled pictures" in done.stderr
+    assert f"top-1 on {len(rows)} labeled images" in done.stderr
     advice = " ".join(done.stderr.split())
     assert re.search(
         r"right on [\d.]+ % as written, and on 100 % with --fit crop --range=-1..1: convert again", advice
     )
-    labelled = [(str(photograph), index) for photograph, index in zip(rows, right.tolist(), strict=True)]
-    measured = measure_recipes(build(checkpoint, ""), checkpoint, labelled)
+    labeled = [(str(photograph), index) for photograph, index in zip(rows, right.tolist(), strict=True)]
+    measured = measure_recipes(build(checkpoint, ""), checkpoint, labeled)
     assert measured[0].is_ours
     assert advise(measured, len(rows)) is None
-    listing = tmp_path / "pictures" / "labels.csv"
+    listing = tmp_path / "images" / "labels.csv"
     listing.write_text("file,label\nx.jpg,no such class\n")
     assert_fails_without_a_trace(
-        source, tmp_path / "other", "the network has no class 'no such class'", compare_on=tmp_path / "pictures"
+        source, tmp_path / "other", "the network has no class 'no such class'", compare_on=tmp_path / "images"
     )
 
 
@@ -293,16 +293,16 @@ def test_without_the_runtime_the_card_says_so(small: Path, tmp_path: Path, monke
     assert "Not compared with the source's own runtime: No module named 'timm'." in card
 
 
-def test_pictures_of_the_user_are_compared(small: Path, tmp_path: Path, cats: Path) -> None:
+def test_images_of_the_user_are_compared(small: Path, tmp_path: Path, cats: Path) -> None:
     native, _ = convert(str(small), tmp_path / "output", compare_on=cats.parent)
-    assert (native.pictures, native.agreement) == (9, 1)
+    assert (native.images, native.agreement) == (9, 1)
     assert_fails_without_a_trace(
         small, tmp_path / "other", "--compare-on must be a folder", compare_on=tmp_path / "none"
     )
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "broken.jpg").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"broken\.jpg: not a picture"):
-        convert(str(small), tmp_path / "other", compare_on=tmp_path / "pictures")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.jpg").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"broken\.jpg: not an image"):
+        convert(str(small), tmp_path / "other", compare_on=tmp_path / "images")
 
 
 def test_dropping_the_background_keeps_the_other_classes(small: Path, tmp_path: Path) -> None:
@@ -363,10 +363,10 @@ def test_fused_from_the_start(small: Path, tmp_path: Path, cats: Path) -> None:
     assert len(fused) == 27 * 2 + 2
     assert json.loads((tmp_path / "fused" / "config.json").read_text())["fused"] is True
     assert "convert without `--fuse`" in (tmp_path / "fused" / "README.md").read_text(encoding="utf-8")
-    pictures = torch.randn(2, 3, 128, 128)
+    images = torch.randn(2, 3, 128, 128)
     with torch.no_grad():
         ours, expected = (
-            MobileNetForImageClassification.from_pretrained(tmp_path / name)(pictures).logits
+            MobileNetForImageClassification.from_pretrained(tmp_path / name)(images).logits
             for name in ("fused", "plain")
         )
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
@@ -382,7 +382,7 @@ def test_unfolding_is_for_folded_networks(small: Path, tmp_path: Path) -> None:
     assert_fails_without_a_trace(small, tmp_path / "output", "--unfuse is for networks", unfuse=True)
 
 
-def test_command_prints_the_proof_and_errors_in_one_line(small: Path, tmp_path: Path) -> None:
+def test_command_prints_the_comparison_and_errors_in_one_line(small: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["convert", str(small), str(tmp_path / "output")])
     assert done.exit_code == 0, done.output
     assert "MobileNetV1" in done.stdout

@@ -1,4 +1,4 @@
-"""Exports answer as torch does, run where they are meant to, and appear whole or not at all."""
+"""Exports predict as torch does, run where they are meant to, and appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(*arguments: object) -> Result:
 
 
 def make_model(folder: Path, **options: object) -> MobileNetForImageClassification:
-    """Save a small network with batch norms of arbitrary statistics, for pictures of 64 pixels."""
+    """Save a small network with batch norms of arbitrary statistics, for images of 64 pixels."""
     torch.manual_seed(0)
     config = MobileNetConfig(**{"width_multiplier": 0.35, "image_size": 64, "id2label": LABELS, **options})
     model = randomize_norms(MobileNetForImageClassification(config)).eval()
@@ -87,7 +87,7 @@ def exported(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pyte
     return folder
 
 
-def answer(model: torch.nn.Module, pixel_values: Tensor) -> Tensor:
+def predict(model: torch.nn.Module, pixel_values: Tensor) -> Tensor:
     with torch.no_grad():
         return model(pixel_values=pixel_values).logits
 
@@ -101,12 +101,12 @@ def load(folder: Path) -> object:
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_answers_as_torch(exported, model, batch):
+def test_predicts_as_torch(exported, model, batch):
     theirs, ours = load(exported), MobileNetForImageClassification.from_pretrained(model).eval()
     pixel_values = torch.randn(batch, 3, 64, 64)
-    expected = answer(ours, pixel_values)
+    expected = predict(ours, pixel_values)
     assert expected.std() > 0.1
-    torch.testing.assert_close(answer(theirs, pixel_values), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(predict(theirs, pixel_values), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_folder_is_complete(exported):
@@ -153,7 +153,7 @@ def test_onnx_takes_any_size_and_holds_no_needless_operator(tmp_path, options, o
     for shape in ((1, 3, 64, 64), (2, 3, 97, 130), (3, 3, 33, 224), (1, 3, 7, 5)):
         pixel_values = torch.randn(shape)
         torch.testing.assert_close(
-            answer(theirs, pixel_values), answer(ours, pixel_values), rtol=1e-4, atol=1e-4, msg=str(shape)
+            predict(theirs, pixel_values), predict(ours, pixel_values), rtol=1e-4, atol=1e-4, msg=str(shape)
         )
     graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
     found = Counter(node.op_type for node in graph.node)
@@ -180,8 +180,8 @@ def sample(photographs: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
 def test_int8_is_calibrated_by_channel(real_model, sample, tmp_path):
     import onnx
 
-    (comparison,) = export.export(str(real_model), tmp_path / "int8", int8=True, pictures=sample)
-    assert comparison.pictures == 50
+    (comparison,) = export.export(str(real_model), tmp_path / "int8", int8=True, images=sample)
+    assert comparison.images == 50
     assert comparison.agreement >= 0.9
     graph = onnx.load(tmp_path / "int8" / "model.onnx").graph
     tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -199,12 +199,12 @@ def test_int8_is_calibrated_by_channel(real_model, sample, tmp_path):
     size = sum(path.stat().st_size for path in (tmp_path / "int8").glob("model.onnx*"))
     assert size < (real_model / "model.safetensors").stat().st_size / 3
     # Any height and width, too.
-    assert answer(load(tmp_path / "int8"), torch.randn(2, 3, 131, 97)).shape == (2, 1001)
+    assert predict(load(tmp_path / "int8"), torch.randn(2, 3, 131, 97)).shape == (2, 1001)
 
 
 @needs_exporters
-def test_openvino_int8_keeps_its_answers(real_model, sample, tmp_path):
-    options = {"int8": True, "pictures": sample, "min_agreement": 0.85}
+def test_openvino_int8_keeps_its_predictions(real_model, sample, tmp_path):
+    options = {"int8": True, "images": sample, "min_agreement": 0.85}
     for comparison in export.export(str(real_model), tmp_path / "int8", "openvino", **options):
         assert comparison.agreement >= 0.85
     weights = (tmp_path / "int8" / "openvino_model.bin").stat().st_size
@@ -213,7 +213,7 @@ def test_openvino_int8_keeps_its_answers(real_model, sample, tmp_path):
 
 @needs_exporters
 def test_transformers_js_finds_what_it_reads(real_model, sample, tmp_path):
-    comparisons = export.export(str(real_model), tmp_path / "js", "transformers.js", pictures=sample)
+    comparisons = export.export(str(real_model), tmp_path / "js", "transformers.js", images=sample)
     assert [comparison.name for comparison in comparisons] == [
         "onnx/model.onnx, float32",
         "onnx/model_quantized.onnx, int8",
@@ -238,18 +238,18 @@ def test_transformers_js_finds_what_it_reads(real_model, sample, tmp_path):
 
 
 def wrong(name: str, *, is_exact: bool) -> Engine:
-    """An engine that always answers with label 0."""
+    """An engine that always predicts label 0."""
     return Engine(name, lambda pixel_values: torch.eye(5)[0].expand(len(pixel_values), 5), is_exact, False)
 
 
 @pytest.mark.parametrize(
     ("is_exact", "message"),
     [
-        (True, r"ONNX answers otherwise than torch: logits differ by .+, .+ is allowed; nothing was written\."),
-        (False, r"ONNX gives torch's answer on .+ % of 8 pictures, 100 % are asked for; nothing was written\."),
+        (True, r"ONNX predicts otherwise than torch: logits differ by .+, .+ is allowed; nothing was written\."),
+        (False, r"ONNX gives torch's prediction on .+ % of 8 images, 100 % are asked for; nothing was written\."),
     ],
 )
-def test_an_export_that_answers_otherwise_is_not_kept(monkeypatch, model, tmp_path, is_exact, message):
+def test_an_export_that_predicts_otherwise_is_not_kept(monkeypatch, model, tmp_path, is_exact, message):
     monkeypatch.setattr(export, "check_installed", lambda *_: None)
     monkeypatch.setattr(export, "_write", lambda *_: [wrong("ONNX", is_exact=is_exact)])
     with pytest.raises(ExportError, match=message):
@@ -297,7 +297,7 @@ def test_what_it_needs_is_named(monkeypatch, model, tmp_path):
             (),
             'Error: onnx needs onnxscript: in a clone of this project, pip install -c constraints.txt -e ".[onnx]"',
         ),
-        ("nncf", ("-t", "openvino", "--int8", "--pictures", "."), "Error: openvino needs nncf: in a clone"),
+        ("nncf", ("-t", "openvino", "--int8", "--images", "."), "Error: openvino needs nncf: in a clone"),
         (
             "executorch",
             ("-t", "executorch"),
@@ -317,11 +317,11 @@ def test_a_missing_package_is_named(monkeypatch, model, tmp_path, missing, argum
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--int8",), "int8 must be calibrated: name a folder of pictures"),
-        (("-t", "transformers.js"), "int8 must be calibrated: name a folder of pictures"),
+        (("--int8",), "int8 must be calibrated: name a folder of images"),
+        (("-t", "transformers.js"), "int8 must be calibrated: name a folder of images"),
         (("-t", "transformers.js", "--int8"), "a float32 and an int8 network in any case"),
-        (("--pictures", "nowhere"), "pictures must be a folder, got nowhere."),
-        (("--pictures", "{empty}"), "pictures must be a folder of at least 1 pictures, got 0"),
+        (("--images", "nowhere"), "images must be a folder, got nowhere."),
+        (("--images", "{empty}"), "images must be a folder of at least 1 images, got 0"),
     ],
 )
 def test_bad_arguments(monkeypatch, model, tmp_path, arguments, message):

@@ -161,8 +161,8 @@ COMPLETE = {
 )
 def test_convert_survives_signals(run: Run, source: Path, tmp_path: Path, stage: str, fault: str) -> None:
     before = checksums(source)
-    proves = ["--compare" if stage.endswith(".load_back") else "--no-compare"]
-    assert_ended(fault, *run("convert", source, tmp_path / "out", *proves, stage=stage, fault=fault))
+    compares = ["--compare" if stage.endswith(".load_back") else "--no-compare"]
+    assert_ended(fault, *run("convert", source, tmp_path / "out", *compares, stage=stage, fault=fault))
     assert not (tmp_path / "out").exists()
     assert checksums(source) == before
     if fault != "SIGKILL":  # after which nobody can tidy up
@@ -242,20 +242,20 @@ TRAIN_STAGES = [
 
 
 @pytest.fixture
-def colours(tmp_path: Path) -> Path:
-    """Pictures of two classes."""
+def colors(tmp_path: Path) -> Path:
+    """Images of two classes."""
     random = np.random.default_rng(0)
-    for name, colour in {"blue": (40, 60, 200), "red": (200, 50, 40)}.items():
-        (tmp_path / "colours" / name).mkdir(parents=True)
+    for name, color in {"blue": (40, 60, 200), "red": (200, 50, 40)}.items():
+        (tmp_path / "colors" / name).mkdir(parents=True)
         for index in range(12):
-            pixels = random.normal(colour, 30, (20, 24, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "colours" / name / f"{index:02}.png")
-    return tmp_path / "colours"
+            pixels = random.normal(color, 30, (20, 24, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "colors" / name / f"{index:02}.png")
+    return tmp_path / "colors"
 
 
-def training(colours: Path, output: Path) -> list[object]:
+def training(colors: Path, output: Path) -> list[object]:
     options = "--width 0.05 --image-size 32 --epochs 1 --batch-size 8 --validation 0.2 --precision float32"
-    return ["train", colours, "--output", output, *options.split()]
+    return ["train", colors, "--output", output, *options.split()]
 
 
 @pytest.mark.parametrize(
@@ -268,19 +268,19 @@ def training(colours: Path, output: Path) -> list[object]:
     ],
 )
 @pytest.mark.skipif(not is_accelerate_available(), reason="accelerate is not installed")
-def test_train_survives(run: Run, colours: Path, tmp_path: Path, stage: str, fault: str) -> None:
-    before = checksums(colours)
-    code, printed = run(*training(colours, tmp_path / "out"), stage=stage, fault=fault)
+def test_train_survives(run: Run, colors: Path, tmp_path: Path, stage: str, fault: str) -> None:
+    before = checksums(colors)
+    code, printed = run(*training(colors, tmp_path / "out"), stage=stage, fault=fault)
     assert_ended(fault, code, printed)
     assert not (tmp_path / "out").exists()
-    assert checksums(colours) == before
+    assert checksums(colors) == before
     work = tmp_path / "out.training"
     begun = work.exists() and any(work.glob("checkpoint-*"))
     assert begun or fault == "SIGKILL" or not work.exists()
     for checkpoint in work.glob("checkpoint-*"):
         assert {"model.safetensors", "optimizer.pt", "average.safetensors", "trainer_state.json"} <= names(checkpoint)
-    code, printed = run(*training(colours, tmp_path / "out"))
+    code, printed = run(*training(colors, tmp_path / "out"))
     assert code == 0, printed
     assert ("resuming from" in printed) == begun
     assert names(tmp_path / "out") >= COMPLETE
-    assert names(tmp_path) == {"colours", "out"}
+    assert names(tmp_path) == {"colors", "out"}

@@ -37,8 +37,8 @@ def test_logits_equal_those_of_the_native_class(name: str, data: Path, photograp
     theirs = NATIVE[name].from_pretrained(folder).eval()
     assert len(photographs) == 300
     for photograph in photographs:  # one by one, which is what the native class is quickest at
-        pictures = checkpoint.processor(photograph, return_tensors="pt").pixel_values
-        our_logits, their_logits = logits(ours, pictures), logits(theirs, pictures)
+        images = checkpoint.processor(photograph, return_tensors="pt").pixel_values
+        our_logits, their_logits = logits(ours, images), logits(theirs, images)
         torch.testing.assert_close(our_logits, their_logits, atol=1e-4, rtol=0)
         assert our_logits.argmax(-1).equal(their_logits.argmax(-1))
 
@@ -114,8 +114,8 @@ def test_fields_and_preprocessing_are_taken_over(tmp_path: Path) -> None:
     assert (processor.size, processor.resample) == ({"shortest_edge": 100}, 3)
     assert (processor.image_mean, processor.image_std) == ([0.1], [0.2])
     assert processor.crop_size == {"height": 96, "width": 96}
-    pictures = torch.randn(1, 1, 97, 130)
-    torch.testing.assert_close(logits(ours, pictures), logits(model.eval(), pictures), atol=1e-4, rtol=0)
+    images = torch.randn(1, 1, 97, 130)
+    torch.testing.assert_close(logits(ours, images), logits(model.eval(), images), atol=1e-4, rtol=0)
 
 
 def edit_config(folder: Path, **changes: object) -> None:

@@ -60,8 +60,8 @@ def save(model: Any, path: Path) -> Path:
     return path
 
 
-def run(keras: ModuleType, model: Any, pictures: Tensor) -> Tensor:
-    outputs = model(pictures.permute(0, 2, 3, 1).numpy(), training=False)
+def run(keras: ModuleType, model: Any, images: Tensor) -> Tensor:
+    outputs = model(images.permute(0, 2, 3, 1).numpy(), training=False)
     return torch.from_numpy(keras.ops.convert_to_numpy(outputs))
 
 
@@ -86,10 +86,10 @@ def test_logits_equal_those_of_keras(
     checkpoint = read(path, image_size=size if suffix == ".weights.h5" else None)
     ours = build(checkpoint, "")
     assert (ours.config.width_multiplier, ours.config.image_size) == (alpha, size)
-    pictures = torch.randn(2, 3, size, size)
-    expected = run(keras, theirs, pictures)
-    torch.testing.assert_close(logits(ours, pictures), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(checkpoint.oracle().logits(pictures), expected)
+    images = torch.randn(2, 3, size, size)
+    expected = run(keras, theirs, images)
+    torch.testing.assert_close(logits(ours, images), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(checkpoint.oracle().logits(images), expected)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -98,7 +98,7 @@ def test_every_wrong_row_is_noticed(keras: ModuleType, version: int, tmp_path: P
     assert_wrong_tables_are_noticed(checkpoint)
 
 
-def test_it_converts_and_is_proved(keras: ModuleType, tmp_path: Path) -> None:
+def test_it_converts_and_is_compared(keras: ModuleType, tmp_path: Path) -> None:
     model = network(keras, 2, 0.35, 96)
     classifier = model.layers[-1]
     classifier.set_weights([weights / 3 for weights in classifier.get_weights()])  # random norms exaggerate
@@ -140,10 +140,10 @@ def test_files_of_keras_2_are_read(keras: ModuleType, tmp_path: Path) -> None:
         assert "bn16_conv_16_bn_project/bn16_conv_16_bn_project/moving_variance:0" in file
     checkpoint = read(path)
     assert checkpoint.config["image_size"] == 96
-    pictures = torch.randn(1, 3, 96, 96)
-    expected = run(keras, theirs, pictures)
-    torch.testing.assert_close(logits(build(checkpoint, ""), pictures), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(checkpoint.oracle().logits(pictures), expected)
+    images = torch.randn(1, 3, 96, 96)
+    expected = run(keras, theirs, images)
+    torch.testing.assert_close(logits(build(checkpoint, ""), images), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(checkpoint.oracle().logits(images), expected)
     assert_wrong_tables_are_noticed(checkpoint)
 
 
@@ -294,10 +294,10 @@ def test_teachable_machine_converts_whole(keras: ModuleType, tmp_path: Path) -> 
     assert checkpoint.config["classifier_hidden_sizes"] == (100,)
     assert checkpoint.warnings == []
     assert checkpoint.processor.size == {"shortest_edge": 64}
-    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
-    expected = run(keras, theirs, pictures)
-    torch.testing.assert_close(logits(build(checkpoint, ""), pictures).softmax(-1), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(checkpoint.oracle().predictions(pictures), expected)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    expected = run(keras, theirs, images)
+    torch.testing.assert_close(logits(build(checkpoint, ""), images).softmax(-1), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(checkpoint.oracle().predictions(images), expected)
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
@@ -306,9 +306,9 @@ def test_features_without_a_classifier_convert(keras: ModuleType, suffix: str, t
     theirs = own_statistics(keras, make(weights=None, include_top=False, alpha=0.35, input_shape=(64, 64, 3)))
     checkpoint = read(save(theirs, tmp_path / f"model{suffix}"), image_size=64 if suffix == ".weights.h5" else None)
     assert checkpoint.config["num_labels"] == 0
-    pictures = torch.randn(2, 3, 64, 64)
-    expected = run(keras, theirs, pictures).mean((1, 2))
-    torch.testing.assert_close(logits(build(checkpoint, ""), pictures), expected, atol=1e-4, rtol=1e-4)
+    images = torch.randn(2, 3, 64, 64)
+    expected = run(keras, theirs, images).mean((1, 2))
+    torch.testing.assert_close(logits(build(checkpoint, ""), images), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_file_is_what_its_first_bytes_say(keras: ModuleType, tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_a_resizing_inside_is_refused_in_words(keras: ModuleType, tmp_path: Path
         inputs = keras.Input((size, size, 3))
         source = save(keras.Model(inputs, base(layers.Resizing(32, 32)(inputs))), tmp_path / f"model{size}.keras")
         if refused:
-            words = "is a Resizing to 32x32, and pictures must have that size before they enter the network"
+            words = "is a Resizing to 32x32, and images must have that size before they enter the network"
             assert_fails_without_a_trace(source, tmp_path / "output", words)
         else:
             assert read(source).config["num_labels"] == 3

@@ -54,15 +54,15 @@ def export(model: nn.Module, path: Path, **options: object) -> Path:
     return path
 
 
-PICTURES = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
 
 
 def assert_equal(path: Path, theirs: nn.Module) -> None:
     checkpoint = read(path)
-    ours, expected = logits(build(checkpoint, ""), PICTURES), logits(theirs, PICTURES)
+    ours, expected = logits(build(checkpoint, ""), IMAGES), logits(theirs, IMAGES)
     limit = {"atol": 1e-5 * expected.abs().max().item() + 1e-5, "rtol": 0}
     torch.testing.assert_close(ours, expected, **limit)
-    torch.testing.assert_close(checkpoint.oracle().logits(PICTURES), expected, **limit)
+    torch.testing.assert_close(checkpoint.oracle().logits(IMAGES), expected, **limit)
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,13 @@ def test_fewer_bits_convert(kind: str, tmp_path: Path) -> None:
     model = network()
     whole = export(model, tmp_path / "whole.onnx", dynamo=False)
     path = tmp_path / "model.onnx"
-    pictures = draw_images(tmp_path, 6)
+    images = draw_images(tmp_path, 6)
     processor = read(whole).processor
-    given = processor(pictures, return_tensors="np").pixel_values
+    given = processor(images, return_tensors="np").pixel_values
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
-            self.rows = iter({"pixels": np.ascontiguousarray(picture[None])} for picture in given)
+            self.rows = iter({"pixels": np.ascontiguousarray(image[None])} for image in given)
 
         def get_next(self) -> dict | None:
             return next(self.rows, None)
@@ -152,7 +152,7 @@ def test_fewer_bits_convert(kind: str, tmp_path: Path) -> None:
     comparisons = convert(str(path), tmp_path / "output", image_size=SIZE, compare_on=tmp_path)
     assert comparisons[0].against.startswith("the file in ONNX Runtime")
     assert comparisons[0].limits
-    ours, expected = logits(build(read(path), ""), PICTURES), logits(model, PICTURES)
+    ours, expected = logits(build(read(path), ""), IMAGES), logits(model, IMAGES)
     assert (ours - expected).abs().mean() < 0.1 * expected.std() + 0.01 * expected.abs().max()
     kept = tmp_path / "output" / "quantization.json"
     assert kept.exists() == (kind != "half")

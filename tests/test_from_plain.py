@@ -68,19 +68,19 @@ def test_logits_equal_those_of_the_network_written_out(width: float, size: tuple
     torch.save(theirs.state_dict(), tmp_path / "network.pth")
     ours = build(read(tmp_path / "network.pth"), "")
     assert ours.config.width_multiplier == width
-    pictures = torch.randn(2, 3, *size)
-    torch.testing.assert_close(logits(ours, pictures), logits(theirs, pictures), atol=1e-4, rtol=0)
+    images = torch.randn(2, 3, *size)
+    torch.testing.assert_close(logits(ours, images), logits(theirs, images), atol=1e-4, rtol=0)
 
 
 def test_every_wrong_row_is_noticed(tmp_path: Path) -> None:
     torch.save(network(0.25, 10).state_dict(), tmp_path / "network.pth")
     checkpoint = read(tmp_path / "network.pth")
-    pictures = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(checkpoint.oracle().logits(pictures), logits(build(checkpoint, ""), pictures))
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(checkpoint.oracle().logits(images), logits(build(checkpoint, ""), images))
     assert_wrong_tables_are_noticed(checkpoint)
 
 
-def test_it_converts_and_is_proved(tmp_path: Path) -> None:
+def test_it_converts_and_is_compared(tmp_path: Path) -> None:
     theirs = network()
     assert sum(p.numel() for p in theirs.parameters()) == 4_221_032
     torch.save(theirs.state_dict(), tmp_path / "network.pth")

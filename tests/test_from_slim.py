@@ -135,9 +135,9 @@ def test_real_weights_give_the_logits_of_the_hub_layout(
     read_as_is.update(slim_v2(hub.tensors))
     (tmp_path / "mobilenet_v2_1.0_224.ckpt.index").touch()
     checkpoint = read(tmp_path / "mobilenet_v2_1.0_224.ckpt")
-    pictures = checkpoint.processor(photographs[::30], return_tensors="pt").pixel_values
-    assert pictures.equal(hub.processor(photographs[::30], return_tensors="pt").pixel_values)
-    assert logits(build(checkpoint, ""), pictures).equal(logits(build(hub, ""), pictures))
+    images = checkpoint.processor(photographs[::30], return_tensors="pt").pixel_values
+    assert images.equal(hub.processor(photographs[::30], return_tensors="pt").pixel_values)
+    assert logits(build(checkpoint, ""), images).equal(logits(build(hub, ""), images))
     assert_wrong_tables_are_noticed(checkpoint)
 
 
@@ -147,8 +147,8 @@ def test_every_wrong_row_of_v1_is_noticed(data: Path, read_as_is: dict, tmp_path
     (tmp_path / "mobilenet_v1_0.25_224.ckpt.index").touch()
     checkpoint = read(tmp_path / "mobilenet_v1_0.25_224.ckpt")
     assert (checkpoint.config["image_size"], checkpoint.config["width_multiplier"]) == (224, 0.25)
-    pictures = torch.rand(1, 3, 224, 224) * 2 - 1
-    torch.testing.assert_close(logits(build(checkpoint, ""), pictures), logits(build(tflite, ""), pictures))
+    images = torch.rand(1, 3, 224, 224) * 2 - 1
+    torch.testing.assert_close(logits(build(checkpoint, ""), images), logits(build(tflite, ""), images))
     # All its norms do the same, so let each have something of its own.
     for name, tensor in read_as_is.items():
         if "BatchNorm" in name:
@@ -169,7 +169,7 @@ def test_a_written_checkpoint_is_read(hub_layout: Path, suffix: str, tmp_path: P
     ]
 
 
-def test_an_archive_is_proved_by_its_tflite_file(data: Path, tmp_path: Path) -> None:
+def test_an_archive_is_compared_with_its_tflite_file(data: Path, tmp_path: Path) -> None:
     tflite = data / "tflite" / "mobilenet_v1_0.25_224_1_default_1.tflite"
     prefix = write(slim_v1(read(tflite).tensors), tmp_path / "mobilenet_v1_0.25_224.ckpt")
     files = [prefix.with_name(f"{prefix.name}.{suffix}") for suffix in ("index", "data-00000-of-00001")]

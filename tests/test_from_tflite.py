@@ -33,7 +33,7 @@ V1, V2, V2_PER_CHANNEL = (
 
 
 def probabilities(path: Path, photographs: list[Path], size: int) -> Tensor:
-    """What the interpreter makes of photographs, resized and cropped but not normalised by our processor."""
+    """What the interpreter makes of photographs, resized and cropped but not normalized by our processor."""
     interpreter = litert.Interpreter(str(path), num_threads=2)
     interpreter.allocate_tensors()
     given, result = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
@@ -81,18 +81,18 @@ def test_rounded_as_quantization_json_says_logits_are_the_interpreters(
 ) -> None:
     checkpoint = read(data / "tflite" / name)
     model = build(checkpoint, "")
-    pictures = checkpoint.processor(photographs[::20], return_tensors="pt").pixel_values
+    images = checkpoint.processor(photographs[::20], return_tensors="pt").pixel_values
     step = checkpoint.quantization["activations"]["classifier"]["scale"]
-    expected = checkpoint.oracle().logits(pictures)
+    expected = checkpoint.oracle().logits(images)
     with rounded(model, checkpoint.quantization["activations"]):
-        alike = logits(model, pictures)
-    plain = logits(model, pictures)
+        alike = logits(model, images)
+    plain = logits(model, images)
     assert (alike - expected).abs().mean() < 1.1 * step
     assert (alike / step - (alike / step).round()).abs().max() < 1e-3
     assert (plain / step - (plain / step).round()).abs().max() > 0.4  # nothing rounds any more
     levels = checkpoint.processor(photographs[:1], return_tensors="pt").pixel_values
     levels = levels / checkpoint.quantization["activations"]["pixel_values"]["scale"]
-    assert (levels - levels.round()).abs().max() < 1e-3  # each byte of a picture is one of the file's
+    assert (levels - levels.round()).abs().max() < 1e-3  # each byte of an image is one of the file's
 
 
 def test_quantization_json_covers_every_layer(data: Path) -> None:
@@ -139,7 +139,7 @@ def test_another_size_than_the_files_cannot_be_compared(data: Path, tmp_path: Pa
     (comparison,) = convert(str(data / "tflite" / FLOAT), tmp_path / "output", image_size=128)
     assert comparison.against == "the repository, loaded anew"
     card = (tmp_path / "output" / "README.md").read_text()
-    assert "the TFLite file takes pictures of 224 pixels, not of 128." in card
+    assert "the TFLite file takes images of 224 pixels, not of 128." in card
 
 
 def test_batch_norms_are_unfolded_for_fine_tuning(data: Path, tmp_path: Path, cats: Path) -> None:
@@ -147,16 +147,16 @@ def test_batch_norms_are_unfolded_for_fine_tuning(data: Path, tmp_path: Path, ca
     convert(str(source), tmp_path / "output", unfuse=True, drop_background=True, compare_on=cats.parent)
     model = MobileNetForImageClassification.from_pretrained(tmp_path / "output")
     processor = MobileNetImageProcessor.from_pretrained(tmp_path / "output")
-    pictures = processor(
+    images = processor(
         [cats, cats.with_name("parrot.jpg"), cats.with_name("owl.jpg")], return_tensors="pt"
     ).pixel_values
-    folded = logits(build(read(source), ""), pictures)[:, 1:]
-    torch.testing.assert_close(logits(model.eval(), pictures), folded, atol=1e-4, rtol=0)
+    folded = logits(build(read(source), ""), images)[:, 1:]
+    torch.testing.assert_close(logits(model.eval(), images), folded, atol=1e-4, rtol=0)
     assert model.config.id2label[281] == "tabby, tabby cat"
-    # With statistics of real pictures, a step of training starts near where evaluation stands.
-    pictures = processor([*cats.parent.glob("*.*")], return_tensors="pt").pixel_values
-    before = logits(model, pictures)
-    after = logits(model.train(), pictures)
+    # With statistics of real images, a step of training starts near where evaluation stands.
+    images = processor([*cats.parent.glob("*.*")], return_tensors="pt").pixel_values
+    before = logits(model, images)
+    after = logits(model.train(), images)
     assert torch.nn.functional.cosine_similarity(before, after).min() > 0.9
     quantization = json.loads((tmp_path / "output" / "quantization.json").read_text())
     assert quantization["weights"]["classifier.weight"]["scale"] == [pytest.approx(0.0055403, rel=1e-4)]
@@ -271,8 +271,8 @@ def run_file(path: Path, pixels: Tensor) -> Tensor:
     interpreter.allocate_tensors()
     given, result = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
     rows = []
-    for picture in pixels.numpy():
-        interpreter.set_tensor(given["index"], picture[None].astype(given["dtype"]))
+    for image in pixels.numpy():
+        interpreter.set_tensor(given["index"], image[None].astype(given["dtype"]))
         interpreter.invoke()
         rows.append(interpreter.get_tensor(result["index"])[0])
     scale, zero_point = result["quantization"]
@@ -323,7 +323,7 @@ def test_teachable_machine_has_its_labels_and_its_recipe(made: Path, tmp_path: P
     assert checkpoint.processor.size == {"shortest_edge": 32}
 
 
-def test_what_the_user_says_of_pictures_counts(made: Path, tmp_path: Path) -> None:
+def test_what_the_user_says_of_images_counts(made: Path, tmp_path: Path) -> None:
     source = made / "float.tflite"
     for options, mean, std in (
         ({"pixel_range": "0..1"}, [0], [1]),

@@ -59,8 +59,8 @@ def parameters(model: nn.Module) -> int:
 @pytest.mark.parametrize("name", OTHERS + NAMED)
 def test_logits_equal_those_of_timm_for_all_others(name: str, tmp_path: Path) -> None:
     """In double precision: with arbitrary statistics, deep networks magnify what float32 rounds."""
-    pictures = [torch.randn(2, 3, *size) for size in ODD_SIZES]
-    theirs = as_trained(timm_model(name, num_classes=10), pictures[0])
+    images = [torch.randn(2, 3, *size) for size in ODD_SIZES]
+    theirs = as_trained(timm_model(name, num_classes=10), images[0])
     file = tmp_path / (f"{name}.safetensors" if name in NAMED else "model.safetensors")
     save_file(theirs.state_dict(), file)
     checkpoint = read(file)
@@ -68,11 +68,11 @@ def test_logits_equal_those_of_timm_for_all_others(name: str, tmp_path: Path) ->
     assert parameters(ours) == parameters(theirs)
     assert checkpoint.oracle().name == f"timm's {name}"
     theirs = theirs.double()
-    expected = [logits(theirs, batch.double()) for batch in pictures]
+    expected = [logits(theirs, batch.double()) for batch in images]
     assert all(1 < scores.std() < 10 for scores in expected)
     for prepare in (nn.Module.eval, MobileNetForImageClassification.fuse):
         prepare(ours)
-        for batch, scores in zip(pictures, expected, strict=True):
+        for batch, scores in zip(images, expected, strict=True):
             torch.testing.assert_close(logits(ours, batch.double()), scores, atol=1e-8, rtol=0)
 
 
@@ -82,8 +82,8 @@ def test_logits_equal_those_of_timm(name: str, size: tuple[int, int], tmp_path: 
     theirs = network(name)
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     ours = build(read(tmp_path / "model.safetensors"), name)
-    pictures = torch.randn(2, 3, *size)
-    torch.testing.assert_close(logits(ours, pictures), logits(theirs, pictures), atol=1e-4, rtol=0)
+    images = torch.randn(2, 3, *size)
+    torch.testing.assert_close(logits(ours, images), logits(theirs, images), atol=1e-4, rtol=0)
     assert round(100 * ours.config.width_multiplier) == int(name[-3:])
 
 
@@ -96,7 +96,7 @@ def test_every_wrong_row_is_noticed(name: str, tmp_path: Path) -> None:
     assert_wrong_tables_are_noticed(read(tmp_path / "model.pth"))
 
 
-def test_a_repository_converts_and_is_proved(tmp_path: Path) -> None:
+def test_a_repository_converts_and_is_compared(tmp_path: Path) -> None:
     source = save_for_hub(network("mobilenetv2_035", num_classes=1000), tmp_path / "source")
     comparisons = convert(str(source), tmp_path / "output")
     assert [comparison.against for comparison in comparisons] == [
@@ -170,14 +170,14 @@ def test_a_training_checkpoint_gives_its_averaged_weights(tmp_path: Path) -> Non
     assert ours.classifier.weight.equal(averaged.classifier.weight)
 
 
-def test_a_network_for_grayscale_is_proved_on_grayscale(tmp_path: Path) -> None:
+def test_a_network_for_grayscale_is_compared_on_grayscale(tmp_path: Path) -> None:
     torch.save(network("mobilenetv2_035", in_chans=1).state_dict(), tmp_path / "gray.pth")
     theirs, reloaded = convert(str(tmp_path / "gray.pth"), tmp_path / "output")
     assert theirs.largest < 1e-4
     assert reloaded.largest < 1e-4
 
 
-def test_a_width_that_timm_does_not_have_is_converted_unproved(
+def test_a_width_that_timm_does_not_have_is_converted_without_a_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(network("mobilenetv2_035").state_dict(), tmp_path / "model.pth")
@@ -202,7 +202,7 @@ def test_labels_of_a_repository_are_kept(tmp_path: Path) -> None:
         ("tf_mobilenetv3_small_minimal_100.in1k", 224),
     ],
 )
-def test_repositories_of_v3_and_v4_convert_and_are_proved(tag: str, image_size: int, tmp_path: Path) -> None:
+def test_repositories_of_v3_and_v4_convert_and_are_compared(tag: str, image_size: int, tmp_path: Path) -> None:
     theirs = import_timm().create_model(tag, num_classes=10).eval()
     theirs = as_trained(theirs, torch.randn(2, 3, 96, 96))
     source = save_for_hub(theirs, tmp_path / "source")

@@ -150,10 +150,10 @@ def test_logits_equal_those_of_the_published_layout_of_v3(size: str, expected: i
     assert count + 990 * (ours.config.feature_channels + 1) == expected
     ours, theirs = ours.double(), theirs.double()  # no difference can pass for rounding
     for height, width in ODD_SIZES:
-        pictures = torch.randn(2, 3, height, width).double()
-        scores = logits(theirs, pictures)
+        images = torch.randn(2, 3, height, width).double()
+        scores = logits(theirs, images)
         assert scores.std() > 1
-        torch.testing.assert_close(logits(ours, pictures), scores, atol=1e-8, rtol=0)
+        torch.testing.assert_close(logits(ours, images), scores, atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("size", ["large", "small"])
@@ -169,8 +169,8 @@ def published() -> nn.Module:
     with torch.no_grad():
         source.classifier.weight *= 0.1
     model = copy_in_order(source, MobileNetV2(10))
-    pictures = torch.randn(1, 3, 97, 130)
-    torch.testing.assert_close(logits(model, pictures), logits(source, pictures), atol=1e-4, rtol=0)
+    images = torch.randn(1, 3, 97, 130)
+    torch.testing.assert_close(logits(model, images), logits(source, images), atol=1e-4, rtol=0)
     return model
 
 
@@ -178,8 +178,8 @@ def published() -> nn.Module:
 def test_logits_equal_those_of_the_published_layout(published: nn.Module, size: tuple, tmp_path: Path) -> None:
     torch.save(published.state_dict(), tmp_path / "model.pth")
     ours = build(read(tmp_path / "model.pth"), "")
-    pictures = torch.randn(2, 3, *size)
-    torch.testing.assert_close(logits(ours, pictures), logits(published, pictures), atol=1e-4, rtol=0)
+    images = torch.randn(2, 3, *size)
+    torch.testing.assert_close(logits(ours, images), logits(published, images), atol=1e-4, rtol=0)
 
 
 def test_every_wrong_row_is_noticed(published: nn.Module, tmp_path: Path) -> None:

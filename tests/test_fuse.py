@@ -39,25 +39,25 @@ def norms_left(model: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("architecture", FAMILY)
 @pytest.mark.parametrize("model_class", CLASSES)
-def test_answers_stay(architecture: str, model_class: type) -> None:
+def test_predictions_stay(architecture: str, model_class: type) -> None:
     model = network(model_class, architecture=architecture, width_multiplier=0.5).double()
-    pictures = torch.randn(2, 3, 65, 94, dtype=torch.float64)
-    before = features(model, pictures)
+    images = torch.randn(2, 3, 65, 94, dtype=torch.float64)
+    before = features(model, images)
     assert model.fuse() is model
     assert len(norms_left(model)) == (8 if "hybrid" in architecture else 0)
     assert not any(isinstance(module, LayerScale) for module in model.modules())
-    after = features(model, pictures)
+    after = features(model, images)
     assert len(after) == len(before) > 1
     for ours, expected in zip(after, before, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("architecture", FAMILY)
-def test_answers_stay_in_float32(architecture: str) -> None:
+def test_predictions_stay_in_float32(architecture: str) -> None:
     model = network(architecture=architecture)
-    pictures = torch.randn(2, 3, 224, 224)
-    (before,) = model(pictures, return_dict=False)
-    (after,) = model.fuse()(pictures, return_dict=False)
+    images = torch.randn(2, 3, 224, 224)
+    (before,) = model(images, return_dict=False)
+    (after,) = model.fuse()(images, return_dict=False)
     assert before.std() > 1e-2
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5 * float(before.detach().abs().max()))
 
@@ -66,19 +66,19 @@ def test_answers_stay_in_float32(architecture: str) -> None:
     "architecture", ["mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v4_conv_small"]
 )
 def test_inference_folds_for_the_call(architecture: str) -> None:
-    """Without gradients, no batch norm runs; the answers stay, and so do the weights."""
+    """Without gradients, no batch norm runs; the predictions stay, and so do the weights."""
     model = network(architecture=architecture, width_multiplier=0.5).double()
-    pictures = torch.randn(2, 3, 65, 94, dtype=torch.float64)
-    expected = features(model, pictures)
+    images = torch.randn(2, 3, 65, 94, dtype=torch.float64)
+    expected = features(model, images)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with mock.patch.object(nn.BatchNorm2d, "forward", side_effect=AssertionError), torch.no_grad():
-        folded = features(model, pictures)
+        folded = features(model, images)
     for ours, theirs in zip(folded, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():  # a change of a weight or a statistic is seen at once
         model.backbone.stem.norm.running_mean.add_(1)
-        changed = features(model, pictures)
+        changed = features(model, images)
     assert not torch.allclose(changed[-1], folded[-1])
 
 
@@ -159,7 +159,7 @@ def test_twice_is_harmless() -> None:
 
 
 def test_a_part_alone_is_not_saved(tmp_path: Path) -> None:
-    """No configuration says it, so its answers would be lost."""
+    """No configuration says it, so its predictions would be lost."""
     model = network(width_multiplier=0.35)
     model.backbone.fuse()
     with pytest.raises(ValueError, match="a network must be fused as a whole to be saved"):
@@ -193,8 +193,8 @@ def test_saves_and_loads(architecture: str, tmp_path: Path) -> None:
     assert len(loaded.state_dict()) <= unfused / (1.5 if "v3" in architecture else 2)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     assert (loaded.config.fused, loaded.config.has_batch_norm) == (True, False)
-    pictures = torch.randn(2, 3, 96, 96)
-    torch.testing.assert_close(loaded(pictures).logits, model(pictures).logits, rtol=1e-4, atol=1e-5)
+    images = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(loaded(images).logits, model(images).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -31,17 +31,17 @@ SMALL = {"size": 32}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     from conftest import DATA
 
     photographs = sorted(map(str, (DATA / "imagenet_sample").glob("*.JPEG")))[::50]
-    return photographs or draw_images(tmp_path_factory.mktemp("pictures"))
+    return photographs or draw_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.mark.parametrize(
     ("variant", "field"),
     [
-        # What was once taken for keras.applications, and proved against it.
+        # What was once taken for keras.applications, and compared with it.
         (Variant(2, pool="max", suffix=".h5", **SMALL), ("pooling", "max")),
         (Variant(1, act="relu", suffix=".h5", **SMALL), ("hidden_act", "relu")),
         (Variant(1, scaling="255", suffix=".h5", **SMALL), ("hidden_act", "relu6")),
@@ -62,8 +62,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ],
     ids=lambda value: value.differences if isinstance(value, Variant) else "",
 )
-def test_what_has_a_place_converts(variant: Variant, field: tuple, pictures: list[str], tmp_path: Path) -> None:
-    assert variants.attempt(variant, tmp_path, pictures).startswith("converted")
+def test_what_has_a_place_converts(variant: Variant, field: tuple, images: list[str], tmp_path: Path) -> None:
+    assert variants.attempt(variant, tmp_path, images).startswith("converted")
     name, value = field
     assert read(tmp_path / f"variant{variant.suffix}").config[name] == value
 
@@ -108,17 +108,17 @@ def test_what_has_none_is_refused_by_the_name_of_its_layer(
     assert_fails_without_a_trace(path, tmp_path / "output", f"{path}: is no MobileNet that can be converted: ", *words)
 
 
-def test_variants_by_chance_are_refused_or_equal(pictures: list[str], tmp_path: Path) -> None:
+def test_variants_by_chance_are_refused_or_equal(images: list[str], tmp_path: Path) -> None:
     results = []
     for seed in range(10):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        results.append(variants.attempt(variants.draw(seed), folder, pictures, seed))
+        results.append(variants.attempt(variants.draw(seed), folder, images, seed))
     converted = sum(result.startswith("converted") for result in results)
     assert 2 < converted < 9
 
 
-def test_an_odd_network_converts_whole_and_says_how(tmp_path: Path, pictures: list[str]) -> None:
+def test_an_odd_network_converts_whole_and_says_how(tmp_path: Path, images: list[str]) -> None:
     variant = Variant(2, scaling="127.5", pool="max", head="sigmoid", hidden=(16,), size=32, form="sequential")
     path, run = variants.write(variant, tmp_path)
     output = tmp_path / "output"
@@ -127,17 +127,17 @@ def test_an_odd_network_converts_whole_and_says_how(tmp_path: Path, pictures: li
     assert done.exit_code == 0, done.output
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "| the file in Keras, sigmoid |" in card
-    assert "Assumed: that pictures are cropped to the middle 87.5 % (--fit says otherwise)." in card
-    assert "Warning: The file does not say how to prepare pictures." in done.stderr
+    assert "Assumed: that images are cropped to the middle 87.5 % (--fit says otherwise)." in card
+    assert "Warning: The file does not say how to prepare images." in done.stderr
     config = json.loads((output / "config.json").read_text())
     assert (config["pooling"], config["classifier_hidden_sizes"]) == ("max", [16])
     assert config["id2label"]["4"] == "kind 4"
     from transformers import pipeline
 
     classify = pipeline("image-classification", model=str(output), trust_remote_code=True)
-    scores = {answer["label"]: answer["score"] for answer in classify(pictures[0], top_k=5)}
+    scores = {answer["label"]: answer["score"] for answer in classify(images[0], top_k=5)}
     processor = read(path).feed
-    expected = run(processor(pictures[:1], return_tensors="pt").pixel_values)[0]
+    expected = run(processor(images[:1], return_tensors="pt").pixel_values)[0]
     assert [scores[f"kind {index}"] for index in range(5)] == pytest.approx(expected.tolist(), abs=1e-4)
 
 

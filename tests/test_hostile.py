@@ -24,7 +24,7 @@ from hostile import (
     described_files,
     tensors,
     use_edited,
-    use_picture,
+    use_image,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -38,7 +38,7 @@ from mobilenet.loading import load
 
 
 # How many inputs each target gets: some take a tenth of a second.
-COUNTS = {"picture": 300, "array": 300, "config": 60, "processor": 80, "google": 50, "timm": 50}
+COUNTS = {"image": 300, "array": 300, "config": 60, "processor": 80, "google": 50, "timm": 50}
 QUICK = settings(
     derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -95,7 +95,7 @@ def target(request: pytest.FixtureRequest) -> tuple:
 def test_sound_input_is_answered(target: tuple) -> None:
     name, target, seeds = target
     errors = [error for error in (attempt(target, seed) for seed in seeds) if error is not None]
-    if name in ("picture", "safetensors", "bin", "h5", "tflite"):
+    if name in ("image", "safetensors", "bin", "h5", "tflite"):
         assert len(errors) <= 0.04 * len(seeds), errors
 
 
@@ -209,10 +209,10 @@ def test_sources_with_absurd_configurations_are_refused(kind: str, edits: dict, 
         (tmp_path / name).write_bytes(content)
     convert_file(tmp_path)
     if kind == "google":
-        pictures = MobileNetImageProcessor.from_recipe("google", 32).to_dict() | edits.pop(
+        images = MobileNetImageProcessor.from_recipe("google", 32).to_dict() | edits.pop(
             "preprocessor_config.json", {}
         )
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(pictures))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
     edit_json(tmp_path / "config.json", edits)
     with pytest.raises(ConversionError, match=message):
         convert_file(tmp_path)
@@ -316,7 +316,7 @@ def test_labels_nested_without_end_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["EPS", "WMF", "IPTC"])
-def test_pictures_that_are_programs_are_not_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_are_programs_are_not_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow would start Ghostscript for the first, ask Windows to draw the second, and unwrap the third."""
     monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program ran"))
     buffer = io.BytesIO()
@@ -329,14 +329,14 @@ def test_pictures_that_are_programs_are_not_run(name: str, monkeypatch: pytest.M
     elif name == "WMF":
         data = b"\xd7\xcd\xc6\x9a\0\0" + np.int16([0, 0, 80, 80, 72]).tobytes() + bytes(6) + b"\1\0\t\0" + bytes(40)
     with pytest.raises(UnreadableImageError, match=f"{name} is not read: it "):
-        use_picture(data)
+        use_image(data)
 
 
-# Pictures that are large, and as wide as can be
+# Images that are large, and as wide as can be
 
 
 @pytest.mark.parametrize("size", [(1, 1), (60_000, 1), (1, 60_000), (60_000, 3)])
-def test_pictures_of_any_shape_give_what_they_show(size: tuple[int, int]) -> None:
+def test_images_of_any_shape_give_what_they_show(size: tuple[int, int]) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", size, (255, 0, 51)).save(buffer, "PNG")
     pixels = MobileNetImageProcessor(do_normalize=False)(buffer.getvalue(), return_tensors="np").pixel_values[0]
@@ -371,7 +371,7 @@ for mode in ("RGB", "RGBA", "LA", "L", "1", "P", "I", "I;16", "F", "CMYK", "LAB"
 
 @pytest.mark.any_version
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="this system does not tell the peak of memory")
-def test_a_picture_takes_no_more_memory_than_is_stated() -> None:
+def test_an_image_takes_no_more_memory_than_is_stated() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True)
     used = {mode: float(size) for mode, size in (line.split() for line in done.stdout.splitlines())}

@@ -56,8 +56,8 @@ def hub(request: pytest.FixtureRequest) -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)).save(path)
     return path
 
@@ -74,9 +74,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(original: Path, picture: Path) -> list[list[float]]:
+def expected(original: Path, image: Path) -> list[list[float]]:
     """Logits of the small classifier."""
-    inputs = MobileNetImageProcessor.from_pretrained(original)(Image.open(picture), return_tensors="pt")
+    inputs = MobileNetImageProcessor.from_pretrained(original)(Image.open(image), return_tensors="pt")
     with torch.no_grad():
         return MobileNetForImageClassification.from_pretrained(original)(**inputs).logits.tolist()
 
@@ -90,7 +90,7 @@ def clients() -> Iterator[subprocess.Popen]:
 
 
 @pytest.fixture
-def client(clients: subprocess.Popen, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> Client:
+def client(clients: subprocess.Popen, image: Path, tmp_path_factory: pytest.TempPathFactory) -> Client:
     """Run client.py in a fresh process, with empty caches unless `home` names used ones; return what it prints."""
 
     def run(
@@ -98,7 +98,7 @@ def client(clients: subprocess.Popen, picture: Path, tmp_path_factory: pytest.Te
     ) -> Any:
         home = home or tmp_path_factory.mktemp("home")
         order = {
-            "arguments": list(map(str, (source, picture, *options))),
+            "arguments": list(map(str, (source, image, *options))),
             "environment": hub.environment(home, **variables),
             "folder": str(home),
         }
@@ -306,11 +306,11 @@ def test_a_cut_download_is_tried_again(
 
 
 def test_a_killed_download_starts_again(
-    hub: Hub, client: Client, original: Path, expected: list, picture: Path, tmp_path: Path
+    hub: Hub, client: Client, original: Path, expected: list, image: Path, tmp_path: Path
 ) -> None:
     hub.publish("someone/original", original)
     hub.faults.append(Fault(WEIGHTS, "stall", times=1))
-    command = [sys.executable, "-I", str(CLIENT), "someone/original", str(picture), *TRUSTED]
+    command = [sys.executable, "-I", str(CLIENT), "someone/original", str(image), *TRUSTED]
     with subprocess.Popen(command, env=hub.environment(tmp_path), cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
         assert hub.stalled.wait(120)
         process.kill()

@@ -36,8 +36,8 @@ def native(**kwargs: object) -> object:
     return getattr(transformers, name)(**kwargs)
 
 
-def picture(width: int = 60, height: int = 40, mode: str = "RGB") -> Image.Image:
-    """A picture of noise, the same each time."""
+def photo(width: int = 60, height: int = 40, mode: str = "RGB") -> Image.Image:
+    """A photo of noise, the same each time."""
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     return Image.fromarray(noise).convert(mode)
 
@@ -47,7 +47,7 @@ def pixels(images: object, processor: MobileNetImageProcessor | None = None, **k
 
 
 def raw(images: object, **kwargs: object) -> torch.Tensor:
-    """Pictures in values of 0 to 255, without resizing or cropping."""
+    """Images in values of 0 to 255, without resizing or cropping."""
     off = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), False)
     return pixels(images, **off, **kwargs)
 
@@ -105,7 +105,7 @@ def test_photographs_equal_transformers_under_every_recipe(photographs, name):
 )
 @pytest.mark.parametrize("size", [(60, 40), (41, 67), (300, 300)])
 def test_every_switch_works_as_in_transformers(options, size):
-    image = picture(*size)
+    image = photo(*size)
     options = {"size": {"shortest_edge": 48}, "crop_size": {"height": 32, "width": 32}, **options}
     expected = native()(image, return_tensors="pt", **options).pixel_values
     level = options.get("rescale_factor", 1 / 255) if options.get("do_rescale", True) else 1
@@ -123,7 +123,7 @@ def test_values_by_hand():
     torch.testing.assert_close(values, (torch.tensor([0, 0.2, 1]) - torch.tensor(MEAN)) / torch.tensor(STD))
 
 
-# Pictures of every kind
+# Images of every kind
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_values_by_hand():
     ],
     ids=lambda value: getattr(value, "mode", ""),
 )
-def test_pillow_pictures_of_every_mode(image, expected):
+def test_pillow_images_of_every_mode(image, expected):
     assert raw(image)[0, :, 0, 0].tolist() == list(expected)
 
 
@@ -160,8 +160,8 @@ def test_palettes_with_and_without_transparency():
 
 
 @pytest.mark.parametrize("make", [np.array, lambda image: torch.from_numpy(np.array(image))], ids=["numpy", "torch"])
-def test_arrays_in_either_layout_equal_the_picture(make):
-    image = picture()
+def test_arrays_in_either_layout_equal_the_image(make):
+    image = photo()
     expected = pixels(image)
     array = make(image)
     first = array.transpose(2, 0, 1) if isinstance(array, np.ndarray) else array.permute(2, 0, 1)
@@ -170,8 +170,8 @@ def test_arrays_in_either_layout_equal_the_picture(make):
             assert torch.equal(values, expected[0])
 
 
-def test_floats_in_either_range_equal_the_picture():
-    image = picture()
+def test_floats_in_either_range_equal_the_image():
+    image = photo()
     array = np.array(image)
     unit = (array / 255).astype(np.float32)
     options = {"do_resize": False, "crop_size": 32}
@@ -183,7 +183,7 @@ def test_floats_in_either_range_equal_the_picture():
 
 
 def test_floats_are_resized_without_rounding():
-    image = picture(300, 200)
+    image = photo(300, 200)
     floats = pixels(np.array(image) / 255)
     assert 1e-4 < (floats - pixels(image)).abs().max() <= 1.01 / 127.5
 
@@ -208,17 +208,17 @@ def test_layout_can_be_said_where_it_cannot_be_seen():
 
 def test_grayscale_can_stay_grayscale():
     processor = MobileNetImageProcessor(do_convert_rgb=False, image_mean=0.5, image_std=0.5)
-    for image in (picture(mode="L"), np.array(picture(mode="L")), np.array(picture(mode="L"))[None]):
+    for image in (photo(mode="L"), np.array(photo(mode="L")), np.array(photo(mode="L"))[None]):
         assert pixels(image, processor).shape == (1, 1, 224, 224)
     model = MobileNetForImageClassification(MobileNetConfig(num_channels=1)).eval()
-    assert model(pixels(picture(mode="L"), processor)).logits.shape == (1, 2)
+    assert model(pixels(photo(mode="L"), processor)).logits.shape == (1, 2)
 
 
 FOUR = {"do_convert_rgb": False, "image_mean": [0.1, 0.2, 0.3, 0.4], "image_std": [0.5, 0.6, 0.7, 0.8]}
 
 
 def test_networks_of_four_channels_are_given_four():
-    """Of each channel, what its own picture in grayscale would be."""
+    """Of each channel, what its own photo in grayscale would be."""
     array = np.random.default_rng(0).integers(0, 256, (60, 80, 4), np.uint8)
     processor = MobileNetImageProcessor(size=32, crop_size=32, **FOUR)
     expected = []
@@ -235,7 +235,7 @@ def test_networks_of_four_channels_are_given_four():
     assert model(expected).logits.shape == (1, 2)
 
 
-def test_pictures_of_every_mode_with_transparency_keep_it():
+def test_images_of_every_mode_with_transparency_keep_it():
     options = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
     palette = Image.new("P", (2, 2))
     palette.putpalette([10, 20, 30])
@@ -249,18 +249,18 @@ def test_pictures_of_every_mode_with_transparency_keep_it():
     ):
         assert pixels(image, do_convert_rgb=False, **options)[0, :, 0, 0].tolist() == expected
     with pytest.raises(ValueError, match="image_mean must have one number, or one for each of 3 channels"):
-        MobileNetImageProcessor(**FOUR)(picture())
+        MobileNetImageProcessor(**FOUR)(photo())
 
 
 def test_networks_of_one_channel_are_given_luma():
-    """A picture of colours is what Pillow makes of it in mode L, from any source; one of grays stays as it is."""
+    """A photo of colors is what Pillow makes of it in mode L, from any source; one of grays stays as it is."""
     processor = MobileNetImageProcessor(do_grayscale=True, image_mean=0.5, image_std=0.5)
-    colour, gray = picture(), picture(mode="L")
-    expected = pixels(colour.convert("L"), processor)
+    color, gray = photo(), photo(mode="L")
+    expected = pixels(color.convert("L"), processor)
     assert expected.shape == (1, 1, 224, 224)
-    for image in (colour, np.array(colour), colour.convert("RGBA")):
+    for image in (color, np.array(color), color.convert("RGBA")):
         assert torch.equal(pixels(image, processor), expected)
-    in_floats = pixels(np.array(colour) / 255, processor)
+    in_floats = pixels(np.array(color) / 255, processor)
     torch.testing.assert_close(in_floats, expected, rtol=0, atol=3 / 255)  # luma and both resizes round
     clear = Image.new("L", (8, 8))
     clear.info["transparency"] = 0
@@ -271,7 +271,7 @@ def test_networks_of_one_channel_are_given_luma():
 
 
 def test_files_are_turned_upright(tmp_path):
-    image = picture(60, 40)
+    image = photo(60, 40)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
     image.save(tmp_path / "on its side.png", exif=exif)
@@ -286,8 +286,8 @@ def test_files_are_turned_upright(tmp_path):
 
 
 def smooth(width: int, height: int) -> Image.Image:
-    """A picture without sharp edges."""
-    return picture(12, 9).resize((width, height), Image.Resampling.BICUBIC)
+    """A photo without sharp edges."""
+    return photo(12, 9).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize(
@@ -359,8 +359,8 @@ def test_a_broken_file_of_a_batch_is_named(photographs, tmp_path):
 
 
 def test_urls_are_fetched(tmp_path, serve):
-    picture().save(tmp_path / "noise.png")
-    assert torch.equal(pixels(f"{serve(tmp_path)}/noise.png"), pixels(picture()))
+    photo().save(tmp_path / "noise.png")
+    assert torch.equal(pixels(f"{serve(tmp_path)}/noise.png"), pixels(photo()))
     with pytest.raises(UnreadableImageError, match=r"missing\.png: cannot be downloaded: .*404"):
         pixels(f"{serve(tmp_path)}/missing.png")
 
@@ -373,7 +373,7 @@ def test_urls_that_lead_nowhere_are_named(url):
 
 @pytest.mark.parametrize("scheme", ["file", "ftp", "data"])
 def test_only_http_is_fetched(tmp_path, scheme):
-    picture().save(tmp_path / "secret.png")
+    photo().save(tmp_path / "secret.png")
     with pytest.raises(UnreadableImageError, match="no such file"):
         pixels(f"{scheme}://{tmp_path}/secret.png")
 
@@ -399,40 +399,40 @@ def redirect():
             server = stack.enter_context(ThreadingHTTPServer((address, 0), redirect_to(url)))
             Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             stack.callback(server.shutdown)
-            return f"http://{address}:{server.server_port}/picture.png"
+            return f"http://{address}:{server.server_port}/photo.png"
 
         yield start
 
 
 def test_redirects_are_followed(tmp_path, serve, redirect):
-    picture().save(tmp_path / "noise.png")
-    assert torch.equal(pixels(redirect(f"{serve(tmp_path)}/noise.png")), pixels(picture()))
+    photo().save(tmp_path / "noise.png")
+    assert torch.equal(pixels(redirect(f"{serve(tmp_path)}/noise.png")), pixels(photo()))
 
 
 @pytest.mark.parametrize("scheme", ["file", "ftp", "data"])
 def test_redirects_do_not_lead_to_local_files(tmp_path, redirect, scheme):
-    picture().save(tmp_path / "secret.png")
-    with pytest.raises(UnreadableImageError, match=rf"picture\.png: cannot be downloaded: .*{scheme}:"):
+    photo().save(tmp_path / "secret.png")
+    with pytest.raises(UnreadableImageError, match=rf"photo\.png: cannot be downloaded: .*{scheme}:"):
         pixels(redirect(f"{scheme}://{tmp_path}/secret.png"))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "%31%32%37.0.0.1", "127%2e0.0.1", "localhos%74", "localhost"])
 def test_redirects_do_not_lead_inside(tmp_path, serve, redirect, monkeypatch, host):
     """A public address, which the loopback's second one stands for here, redirects to this machine."""
-    picture().save(tmp_path / "secret.png")
+    photo().save(tmp_path / "secret.png")
     inside = f"{serve(tmp_path)}/secret.png".replace("127.0.0.1", host)
-    assert torch.equal(pixels(redirect(inside)), pixels(picture()))  # from inside it may
+    assert torch.equal(pixels(redirect(inside)), pixels(photo()))  # from inside it may
     is_public = preprocessing_mobilenet._is_public
     monkeypatch.setattr(
         preprocessing_mobilenet, "_is_public", lambda address: address == "127.0.0.2" or is_public(address)
     )
-    with pytest.raises(UnreadableImageError, match=r"picture\.png: cannot be downloaded: .* from a public address"):
+    with pytest.raises(UnreadableImageError, match=r"photo\.png: cannot be downloaded: .* from a public address"):
         pixels(redirect(inside, "127.0.0.2"))
 
 
 def test_names_that_change_their_address_do_not_lead_inside(tmp_path, serve, redirect, monkeypatch):
     """A name server that tells a public address first, and a private one to whoever asks again."""
-    picture().save(tmp_path / "secret.png")
+    photo().save(tmp_path / "secret.png")
     inside = f"{serve(tmp_path)}/secret.png".replace("127.0.0.1", "rebinding.example")
     real, asked = socket.getaddrinfo, []
 
@@ -453,12 +453,12 @@ def test_names_that_change_their_address_do_not_lead_inside(tmp_path, serve, red
 
 
 def test_schemes_may_be_written_in_capitals(tmp_path, serve):
-    picture().save(tmp_path / "noise.png")
-    assert torch.equal(pixels(f"{serve(tmp_path)}/noise.png".replace("http", "HTTP")), pixels(picture()))
+    photo().save(tmp_path / "noise.png")
+    assert torch.equal(pixels(f"{serve(tmp_path)}/noise.png".replace("http", "HTTP")), pixels(photo()))
 
 
 def test_what_a_redirect_says_itself_is_not_read(tmp_path, serve):
-    picture().save(tmp_path / "noise.png")
+    photo().save(tmp_path / "noise.png")
     url = f"{serve(tmp_path)}/noise.png"
 
     class Endless(redirect_to(url)):
@@ -471,7 +471,7 @@ def test_what_a_redirect_says_itself_is_not_read(tmp_path, serve):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
         Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        assert torch.equal(pixels(f"http://127.0.0.1:{server.server_port}/picture.png"), pixels(picture()))
+        assert torch.equal(pixels(f"http://127.0.0.1:{server.server_port}/photo.png"), pixels(photo()))
         server.shutdown()
 
 
@@ -508,25 +508,25 @@ def test_a_server_without_an_end_is_left(serve, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Trickle) as server:
         Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         with pytest.raises(UnreadableImageError, match=r"cannot be downloaded: no end after 0\.3 seconds"):
-            pixels(f"http://127.0.0.1:{server.server_port}/picture.png")
+            pixels(f"http://127.0.0.1:{server.server_port}/photo.png")
         server.shutdown()
 
 
-def test_a_photograph_of_grayscale_and_one_of_colour_make_a_batch(photographs):
+def test_a_photograph_of_grayscale_and_one_of_color_make_a_batch(photographs):
     gray = next(path for path in photographs if open_image(path).mode == "L")
     values = pixels([gray, photographs[0], str(photographs[1])])
     assert values.shape == (3, 3, 224, 224)
 
 
 def test_detail_can_be_reduced_first() -> None:
-    """For networks trained on small pictures: larger ones are reduced to their size first, smaller ones stay."""
+    """For networks trained on small images: larger ones are reduced to their size first, smaller ones stay."""
     options = {"size": 64, "crop_size": 56}
     plain, reducing = MobileNetImageProcessor(**options), MobileNetImageProcessor(**options, detail_size=32)
-    large = picture(300, 200)
+    large = photo(300, 200)
     by_hand = plain(large.resize((48, 32), Image.Resampling.BILINEAR))["pixel_values"][0]
     assert np.array_equal(reducing(large)["pixel_values"][0], by_hand)
     assert not np.array_equal(plain(large)["pixel_values"][0], by_hand)
-    for same in (picture(48, 32), picture(20, 90)):
+    for same in (photo(48, 32), photo(20, 90)):
         assert np.array_equal(reducing(same)["pixel_values"][0], plain(same)["pixel_values"][0])
     in_a_call = plain(large, detail_size=32)["pixel_values"][0]
     assert np.array_equal(in_a_call, by_hand)
@@ -536,25 +536,25 @@ def test_detail_can_be_reduced_first() -> None:
 
 
 def test_tensors_are_channels_last_without_a_copy():
-    values = pixels([picture(), picture(50, 70)])
+    values = pixels([photo(), photo(50, 70)])
     assert values.shape == (2, 3, 224, 224)
     assert values.dtype == torch.float32
     assert values.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_formats_of_the_result():
-    processor, image = MobileNetImageProcessor(), picture()
+    processor, image = MobileNetImageProcessor(), photo()
     assert processor(image).pixel_values[0].shape == (3, 224, 224)
     assert isinstance(processor(image, return_tensors="np").pixel_values, np.ndarray)
     last = processor(image, return_tensors="pt", data_format="channels_last").pixel_values
     assert torch.equal(last.permute(0, 3, 1, 2), pixels(image))
     assert pixels(image, device="meta").device.type == "meta"
-    shapes = [p.shape for p in processor([image, picture(50, 70)], do_resize=False, do_center_crop=False).pixel_values]
+    shapes = [p.shape for p in processor([image, photo(50, 70)], do_resize=False, do_center_crop=False).pixel_values]
     assert shapes == [(3, 40, 60), (3, 70, 50)]
 
 
 def test_input_is_not_changed():
-    array = np.array(picture())
+    array = np.array(photo())
     before = array.copy()
     raw(array)
     pixels(array)
@@ -571,7 +571,7 @@ def test_survives_saving(tmp_path):
     MobileNetConfig().save_pretrained(tmp_path)
     loaded = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=False)
     assert {**loaded.to_dict(), "auto_map": None} == {**processor.to_dict(), "auto_map": None}
-    assert torch.equal(pixels(picture(), loaded), pixels(picture(), processor))
+    assert torch.equal(pixels(photo(), loaded), pixels(photo(), processor))
 
 
 @pytest.mark.parametrize(
@@ -607,13 +607,13 @@ def test_recipes_scale_with_the_image_size(name, image_size, shortest_edge):
 )
 def test_bad_options_name_option_allowed_values_and_value(options, message):
     with pytest.raises(ValueError, match=message):
-        pixels(picture(), **options)
+        pixels(photo(), **options)
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([], "at least one picture"),
+        ([], "at least one photo"),
         (np.zeros(5), r"2 or 3 dimensions, or batches of 4, got shape \(5,\)"),
         (np.zeros((5, 5, 7), np.uint8), r"1, 3 or 4 channels, got shape \(5, 5, 7\)"),
         (np.zeros((0, 5, 3), np.uint8), r"must not be empty, got shape \(0, 5, 3\)"),
@@ -624,32 +624,32 @@ def test_bad_options_name_option_allowed_values_and_value(options, message):
         (Image.new("I", (2, 2), 70000), "from 0 to 65535, got 70000 to 70000"),
     ],
 )
-def test_bad_pictures_are_named(images, message):
+def test_bad_images_are_named(images, message):
     with pytest.raises(ValueError, match=message):
         pixels(images)
 
 
-def test_other_things_are_no_pictures():
-    with pytest.raises(TypeError, match=r"images must be Pillow pictures, .*, got int"):
+def test_other_things_are_no_images():
+    with pytest.raises(TypeError, match=r"images must be Pillow images, .*, got int"):
         pixels(7)
     with pytest.raises(TypeError, match="unknown option do_flip; known are fast_decode, do_convert_rgb, "):
-        pixels(picture(), do_flip=True)
+        pixels(photo(), do_flip=True)
 
 
-def test_pictures_of_different_sizes_make_no_tensor():
+def test_images_of_different_sizes_make_no_tensor():
     with pytest.raises(ValueError, match=r"one shape to make one tensor, got \(40, 60, 3\), \(70, 50, 3\)"):
-        raw([picture(), picture(50, 70)])
+        raw([photo(), photo(50, 70)])
 
 
 def test_broken_files_are_named(tmp_path):
-    picture().save(tmp_path / "whole.png")
+    photo().save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
-    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "text.jpg").write_text("not a photo")
     (tmp_path / "empty.jpg").touch()
     for name, reason in [
         ("cut.png", "cannot be decoded"),
-        ("text.jpg", "not a picture"),
-        ("empty.jpg", "not a picture"),
+        ("text.jpg", "not a photo"),
+        ("empty.jpg", "not a photo"),
         ("none.jpg", "no such file"),
     ]:
         with pytest.raises(UnreadableImageError, match=rf"{name}: {reason}"):

@@ -54,8 +54,8 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def assert_same_network(ours: nn.Module, theirs: nn.Module) -> None:
     """Equal logits at several sizes."""
     for size in SIZES:
-        pictures = torch.randn(2, 3, *size)
-        assert_same(logits(ours, pictures), logits(theirs, pictures))
+        images = torch.randn(2, 3, *size)
+        assert_same(logits(ours, images), logits(theirs, images))
 
 
 def small(**kwargs) -> MobileNetForImageClassification:
@@ -88,10 +88,10 @@ def test_hidden_states_equal_transformers(architecture):
     # Double precision: no difference can pass for rounding.
     theirs = native(config)
     ours, theirs = ours_like(theirs, config).double(), theirs.double()
-    pictures = torch.randn(1, 3, 33, 50).double()
+    images = torch.randn(1, 3, 33, 50).double()
     with torch.no_grad():
-        states = ours(pictures, output_hidden_states=True).hidden_states
-        expected = theirs(pictures, output_hidden_states=True).hidden_states
+        states = ours(images, output_hidden_states=True).hidden_states
+        expected = theirs(images, output_hidden_states=True).hidden_states
     # Theirs lack V1's and V2's stem (V2's first state is after the first block); V1 lists each half of a block.
     expected = expected[1::2] if architecture == "mobilenet_v1" else expected
     states = states[1:] if architecture == "mobilenet_v1" else states[2:]
@@ -133,10 +133,10 @@ def test_feature_maps_equal_timm(name, architecture, width, output_stride):
     # Theirs has no convolution after the pooling.
     names = [key for key in ours.state_dict() if not key.startswith("pre_logits")]
     ours.load_state_dict(dict(zip(names, theirs.state_dict().values(), strict=True)), strict=False)
-    pictures = torch.randn(1, 3, 97, 130).double()
+    images = torch.randn(1, 3, 97, 130).double()
     with torch.no_grad():
-        expected = theirs(pictures)
-        output = ours(pictures, output_hidden_states=True)
+        expected = theirs(images)
+        output = ours(images, output_hidden_states=True)
         # Their last map is what our head makes of the last stage.
         maps = [*(output.hidden_states[end] for end in ENDS[architecture][-5:-1]), ours.head(output.last_hidden_state)]
     for our_map, their_map in zip(maps, expected, strict=True):
@@ -269,7 +269,7 @@ def test_weights_that_are_counted_are_those_that_combine_channels(architecture):
 # Padding
 
 
-def test_eager_network_copies_nothing_larger_than_the_pictures_to_pad(monkeypatch):
+def test_eager_network_copies_nothing_larger_than_the_images_to_pad(monkeypatch):
     model, pad, padded = small(), F.pad, []
     monkeypatch.setattr(F, "pad", lambda x, *args: padded.append(x.shape[1]) or pad(x, *args))
     for size in SIZES:
@@ -310,8 +310,8 @@ def test_compiles_whole_and_once(architecture):
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     # Not square first: torch takes equal sizes for one size, until it sees that they are not.
     for batch, size in [(2, (64, 96)), (3, (97, 130)), (5, (65, 65)), (2, (224, 160))]:
-        pictures = torch.randn(batch, 3, *size)
-        assert_same(logits(compiled, pictures), logits(model, pictures))
+        images = torch.randn(batch, 3, *size)
+        assert_same(logits(compiled, images), logits(model, images))
     assert counter.frame_count == 1
 
 
@@ -340,9 +340,9 @@ def test_exports_with_dynamic_batch_height_and_width(architecture):
         dynamic_shapes={"pixel_values": {0: auto, 2: auto, 3: auto}},
     )
     for batch, size in [(1, (64, 96)), (3, (97, 130)), (2, (33, 224))]:
-        pictures = torch.randn(batch, 3, *size)
+        images = torch.randn(batch, 3, *size)
         with torch.no_grad():
-            assert_same(program.module()(pixel_values=pictures).logits, logits(model, pictures))
+            assert_same(program.module()(pixel_values=images).logits, logits(model, images))
 
 
 # Outputs
@@ -362,12 +362,12 @@ def test_hidden_states_are_the_stem_and_every_block(architecture):
 
 def test_tuples_and_configured_defaults():
     model = small()
-    pictures = torch.randn(1, 3, 64, 64)
-    assert len(model(pictures, return_dict=False)) == 1
-    loss, scores, states = model(pictures, labels=torch.tensor([1]), output_hidden_states=True, return_dict=False)
+    images = torch.randn(1, 3, 64, 64)
+    assert len(model(images, return_dict=False)) == 1
+    loss, scores, states = model(images, labels=torch.tensor([1]), output_hidden_states=True, return_dict=False)
     assert (loss.ndim, scores.shape, len(states)) == (0, (1, 5), 18)
     model.config.output_hidden_states = True
-    assert len(model(pictures).hidden_states) == 18
+    assert len(model(images).hidden_states) == 18
 
 
 def test_without_pooling_there_is_no_head():
@@ -386,10 +386,10 @@ def test_backbone_gives_the_feature_maps_of_a_classifier(tmp_path, architecture,
     sides = sides[-len(ends) :]
     backbone = MobileNetBackbone.from_pretrained(tmp_path, out_indices=list(range(len(ends)))).eval()
     assert backbone.out_features == ["stem", "stage1", "stage2", "stage3", "stage4", "stage5"][: len(ends)]
-    pictures = torch.randn(1, 3, 96, 96)
+    images = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
-        output = backbone(pictures, output_hidden_states=True)
-        states = classifier(pictures, output_hidden_states=True).hidden_states
+        output = backbone(images, output_hidden_states=True)
+        states = classifier(images, output_hidden_states=True).hidden_states
     assert [tuple(m.shape[-2:]) for m in output.feature_maps] == [(s, s) for s in sides]
     assert [m.shape[1] for m in output.feature_maps] == backbone.channels
     for state, expected in zip(output.hidden_states, states, strict=True):
@@ -402,14 +402,14 @@ def test_backbone_gives_the_feature_maps_of_a_classifier(tmp_path, architecture,
 def test_auto_classes_know_the_models(tmp_path):
     model = small()
     model.save_pretrained(tmp_path)
-    pictures = torch.randn(1, 3, 64, 64)
+    images = torch.randn(1, 3, 64, 64)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=False).eval()
-    assert_same(logits(loaded, pictures), logits(model, pictures))
+    assert_same(logits(loaded, images), logits(model, images))
     features = AutoModel.from_pretrained(tmp_path, trust_remote_code=False).eval()
     with torch.no_grad():
-        assert_same(features(pictures).pooler_output, model.backbone(pictures).pooler_output)
+        assert_same(features(images).pooler_output, model.backbone(images).pooler_output)
     backbone = AutoBackbone.from_config(MobileNetConfig(out_indices=[2, 4]), trust_remote_code=False)
-    assert [m.shape[1] for m in backbone(pictures).feature_maps] == [24, 96]
+    assert [m.shape[1] for m in backbone(images).feature_maps] == [24, 96]
 
 
 @pytest.mark.parametrize(
@@ -480,11 +480,11 @@ def test_transformers_own_drop_what_they_should_keep(architecture):
 def test_fresh_features_of_transformers_own_vanish(architecture):
     """Every convolution of theirs starts with a standard deviation of 0.02, however many inputs a filter has."""
     config_class, model_class, _, _ = NATIVE[architecture]
-    pictures = torch.randn(2, 3, 96, 96)
+    images = torch.randn(2, 3, 96, 96)
     ours = MobileNetForImageClassification(MobileNetConfig(architecture=architecture))
     with torch.no_grad():
-        theirs = model_class(config_class()).eval()(pictures, output_hidden_states=True).hidden_states[-1]
-        ours = ours.eval()(pictures, output_hidden_states=True).hidden_states[-1]
+        theirs = model_class(config_class()).eval()(images, output_hidden_states=True).hidden_states[-1]
+        ours = ours.eval()(images, output_hidden_states=True).hidden_states[-1]
     assert theirs.abs().max() < 1e-15
     assert ours.std() > 1e-2
 
@@ -505,22 +505,22 @@ def test_no_batch_norm_means_biases_everywhere(config):
 
 
 def test_loss_of_one_label_many_labels_and_regression():
-    pictures = torch.randn(4, 3, 64, 64)
+    images = torch.randn(4, 3, 64, 64)
     model = small()
-    scores = logits(model, pictures)
+    scores = logits(model, images)
     one = torch.tensor([0, 4, 2, 1])
-    torch.testing.assert_close(model(pictures, labels=one).loss, F.cross_entropy(scores, one))
+    torch.testing.assert_close(model(images, labels=one).loss, F.cross_entropy(scores, one))
 
     many = torch.tensor([[1, 0, 0, 1, 1]] * 4).float()
     model = small(problem_type="multi_label_classification")
-    scores = logits(model, pictures)
+    scores = logits(model, images)
     expected = F.binary_cross_entropy_with_logits(scores, many)
-    torch.testing.assert_close(model(pictures, labels=many).loss, expected)
+    torch.testing.assert_close(model(images, labels=many).loss, expected)
 
     model = small(num_labels=1)
-    scores = logits(model, pictures)
+    scores = logits(model, images)
     values = torch.randn(4)
-    torch.testing.assert_close(model(pictures, labels=values).loss, F.mse_loss(scores[:, 0], values))
+    torch.testing.assert_close(model(images, labels=values).loss, F.mse_loss(scores[:, 0], values))
 
 
 def test_trainer_must_scale_the_loss_itself():
@@ -533,13 +533,13 @@ def test_gradient_checkpointing_changes_no_gradient(architecture, use_reentrant)
     model = small(architecture=architecture, classifier_dropout=0.0).train()
     # float64: two runs of the same float32 convolution need not agree to the bit.
     model = model.double()
-    pictures, labels = torch.randn(4, 3, 48, 48).double(), torch.tensor([0, 1, 2, 3])
-    model(pictures, labels=labels).loss.backward()
+    images, labels = torch.randn(4, 3, 48, 48).double(), torch.tensor([0, 1, 2, 3])
+    model(images, labels=labels).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert model.is_gradient_checkpointing
-    model(pictures, labels=labels).loss.backward()
+    model(images, labels=labels).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
 
@@ -554,9 +554,9 @@ def test_half_precision_runs_and_agrees(tmp_path, architecture, dtype):
     model.save_pretrained(tmp_path)
     half = MobileNetForImageClassification.from_pretrained(tmp_path, torch_dtype=dtype).eval()
     assert half.dtype == dtype
-    pictures = torch.randn(2, 3, 64, 64)
-    expected = logits(model, pictures)
-    scores = logits(half, pictures)  # pictures stay float32: the model casts them
+    images = torch.randn(2, 3, 64, 64)
+    expected = logits(model, images)
+    scores = logits(half, images)  # images stay float32: the model casts them
     assert scores.dtype == dtype
     assert (scores.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
@@ -572,11 +572,11 @@ def test_loads_with_a_device_map(tmp_path):
     model = small()
     model.save_pretrained(tmp_path)
     loaded = MobileNetForImageClassification.from_pretrained(tmp_path, device_map={"": "cpu"}).eval()
-    pictures = torch.randn(1, 3, 64, 64)
-    assert_same(logits(loaded, pictures), logits(model, pictures))
+    images = torch.randn(1, 3, 64, 64)
+    assert_same(logits(loaded, images), logits(model, images))
 
 
-def test_a_new_head_is_initialised_and_the_rest_kept(tmp_path):
+def test_a_new_head_is_initialized_and_the_rest_kept(tmp_path):
     model = small()
     model.save_pretrained(tmp_path)
     loaded = MobileNetForImageClassification.from_pretrained(tmp_path, num_labels=70, ignore_mismatched_sizes=True)
@@ -604,11 +604,11 @@ def test_missing_norms_start_neutral(tmp_path):
 @pytest.mark.parametrize("architecture", FAMILY)
 def test_memory_format_of_the_input_does_not_matter(architecture):
     model = small(architecture=architecture)
-    pictures = torch.randn(2, 3, 97, 64)
-    channels_last = pictures.to(memory_format=torch.channels_last)
-    assert torch.equal(logits(model, pictures), logits(model, channels_last))
+    images = torch.randn(2, 3, 97, 64)
+    channels_last = images.to(memory_format=torch.channels_last)
+    assert torch.equal(logits(model, images), logits(model, channels_last))
     with torch.no_grad():
-        states = model(pictures, output_hidden_states=True).hidden_states
+        states = model(images, output_hidden_states=True).hidden_states
     assert all(state.is_contiguous(memory_format=torch.channels_last) for state in states)
 
 
@@ -620,13 +620,13 @@ def test_grayscale_networks():
 
 
 @pytest.mark.parametrize(
-    ("pictures", "got"),
+    ("images", "got"),
     [(None, "None"), (torch.zeros(3, 64, 64), r"\(3, 64, 64\)"), (torch.zeros(1, 64, 64, 3), r"\(1, 64, 64, 3\)")],
 )
-def test_bad_pictures_are_named(pictures, got):
+def test_bad_images_are_named(images, got):
     for model in (small(), small().backbone):
         with pytest.raises(ValueError, match=rf"pixel_values must .*, got {got}\."):
-            model(pictures)
+            model(images)
 
 
 def test_maximum_pooling_and_hidden_layers(tmp_path):

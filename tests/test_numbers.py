@@ -31,17 +31,17 @@ results = {}
 for architecture in ("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v4_hybrid_medium"):
     model = MobileNetForImageClassification(MobileNetConfig(architecture, 0.5)).eval()
     torch.nn.init.normal_(model.classifier.weight)
-    pictures = torch.randn(3, 3, 97, 130)
+    images = torch.randn(3, 3, 97, 130)
     with torch.inference_mode():
         for kind in ("eager", "fused"):
             for turn in range(3):
-                results[f"{architecture} {kind} {turn}"] = model(pictures).logits.clone()
+                results[f"{architecture} {kind} {turn}"] = model(images).logits.clone()
             model.fuse()
 save_file(results, sys.argv[1])
 """
 
 
-def test_the_same_picture_gives_the_same_bits_run_after_run(tmp_path: Path) -> None:
+def test_the_same_image_gives_the_same_bits_run_after_run(tmp_path: Path) -> None:
     """Three times in a process, and in three processes; threads as the system has them."""
     from safetensors.torch import load_file
 
@@ -69,11 +69,11 @@ def real(folder: Path, photographs: tuple[Path, ...]) -> tuple[nn.Module, Tensor
     return build(checkpoint, ""), checkpoint.processor(list(photographs), return_tensors="pt").pixel_values
 
 
-def assert_batches_agree(model: nn.Module, pictures: Tensor) -> None:
+def assert_batches_agree(model: nn.Module, images: Tensor) -> None:
     """Alone, in pairs, in sevens or all at once: logits within 1e-4, for scores of the size of trained networks'."""
-    alone = torch.cat([logits(model, picture[None]) for picture in pictures])
-    for size in (2, 7, len(pictures)):
-        together = torch.cat([logits(model, batch) for batch in pictures.split(size)])
+    alone = torch.cat([logits(model, image[None]) for image in images])
+    for size in (2, 7, len(images)):
+        together = torch.cat([logits(model, batch) for batch in images.split(size)])
         assert (together - alone).abs().max() < 1e-4
 
 
@@ -81,20 +81,20 @@ def assert_batches_agree(model: nn.Module, pictures: Tensor) -> None:
 def test_the_batch_changes_logits_of_real_networks_by_less_than_1e4(
     name: str, data: Path, photographs: list[Path]
 ) -> None:
-    model, pictures = real(data / "checkpoints" / name, tuple(photographs[::15]))
-    assert_batches_agree(model, pictures)
-    assert_batches_agree(copy.deepcopy(model).fuse(), pictures)
+    model, images = real(data / "checkpoints" / name, tuple(photographs[::15]))
+    assert_batches_agree(model, images)
+    assert_batches_agree(copy.deepcopy(model).fuse(), images)
 
 
 @pytest.mark.parametrize("architecture", FAMILY)
 def test_the_batch_changes_logits_by_less_than_1e4(architecture: str) -> None:
     model = randomize_norms(MobileNetForImageClassification(MobileNetConfig(architecture, 0.35))).eval()
-    pictures = torch.randn(20, 3, 65, 96)
-    model.classifier.weight.data *= 3 / logits(model, pictures).std()  # as trained networks have it
-    assert_batches_agree(model, pictures)
+    images = torch.randn(20, 3, 65, 96)
+    model.classifier.weight.data *= 3 / logits(model, images).std()  # as trained networks have it
+    assert_batches_agree(model, images)
 
 
-# Mean and largest difference of logits from float32's, over the deviation of logits; share of pictures with the same
+# Mean and largest difference of logits from float32's, over the deviation of logits; share of images with the same
 # first label. Measured on 50 photographs: bfloat16 0.059, 0.54 and 0.90 at worst; float16 0.0069, 0.060 and 0.98.
 # float16 is slow on a CPU.
 BOUNDS = {torch.bfloat16: (0.08, 0.8, 0.85), torch.float16: (0.01, 0.1, 0.95)}
@@ -109,11 +109,11 @@ BOUNDS = {torch.bfloat16: (0.08, 0.8, 0.85), torch.float16: (0.01, 0.1, 0.95)}
 def test_half_precision_stays_within_bounds(
     name: str, dtype: torch.dtype, fused: bool, data: Path, photographs: list[Path]
 ) -> None:
-    model, pictures = real(data / "checkpoints" / name, tuple(photographs[::15]))
-    expected = logits(model, pictures)
+    model, images = real(data / "checkpoints" / name, tuple(photographs[::15]))
+    expected = logits(model, images)
     half = copy.deepcopy(model)
     half = (half.fuse() if fused else half).to(dtype)
-    found = logits(half, pictures).float()
+    found = logits(half, images).float()
     difference = (found - expected).abs() / expected.std()
     mean, largest, agreement = BOUNDS[dtype]
     assert 0 < difference.mean() < mean

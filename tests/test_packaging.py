@@ -165,12 +165,12 @@ def test_a_clone_with_weights_is_a_repository(clone: Path, tmp_path: Path) -> No
     processor.save_pretrained(tmp_path / "saved")
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         shutil.copy(tmp_path / "saved" / name, repository)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 70, 3), np.uint8))
-    picture.save(tmp_path / "picture.png")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 70, 3), np.uint8))
+    image.save(tmp_path / "image.png")
     client = Path(__file__).parent / "client.py"
-    output = run(sys.executable, "-I", client, repository, tmp_path / "picture.png", "--trust", "true", cwd=tmp_path)
+    output = run(sys.executable, "-I", client, repository, tmp_path / "image.png", "--trust", "true", cwd=tmp_path)
     result = json.loads(output.splitlines()[-1])
     with torch.no_grad():  # as the client does
-        expected = model(**processor(picture, return_tensors="pt")).logits
+        expected = model(**processor(image, return_tensors="pt")).logits
     assert result["logits"] == expected.tolist()
     assert all(name.startswith("transformers_modules.") for name in result["classes"])

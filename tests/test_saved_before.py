@@ -1,4 +1,4 @@
-"""Repositories as the first version saved them: they load whole, answer as they did, and keep their fields."""
+"""Repositories as the first version saved them: they load whole, predict as they did, and keep their fields."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ CONFIGS = {
         "classifier_dropout": 0.0,
     },
 }
-# What the first version answers to `pictures()` with the weights of `tensors()`, in double precision.
+# What the first version predicts for `images()` with the weights of `tensors()`, in double precision.
 LOGITS = {
     "V1": [[-4.15019456, -2.59778861, 0.13679872], [-3.90812489, -1.39173911, -0.26363403]],
     "V2": [[-2.8875649, 5.39556053, -2.81994842], [-3.84803242, 4.90948058, -3.15404226]],
@@ -141,8 +141,8 @@ def tensors(config: dict) -> dict[str, Tensor]:
     return result
 
 
-def pictures() -> Tensor:
-    """Two pictures of noise."""
+def images() -> Tensor:
+    """Two images of noise."""
     return torch.tensor(np.random.RandomState(1).standard_normal((2, 3, 65, 94)), dtype=torch.float32)
 
 
@@ -156,7 +156,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
     return request.param, tmp_path
 
 
-def test_it_loads_whole_and_answers_as_it_did(saved: tuple[str, Path]) -> None:
+def test_it_loads_whole_and_predicts_as_it_did(saved: tuple[str, Path]) -> None:
     name, folder = saved
     model, report = AutoModelForImageClassification.from_pretrained(
         folder, trust_remote_code=False, output_loading_info=True
@@ -166,7 +166,7 @@ def test_it_loads_whole_and_answers_as_it_did(saved: tuple[str, Path]) -> None:
     state = model.state_dict()
     assert list(state) == list(expected)
     assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
-    found = logits(model.double(), pictures().double())
+    found = logits(model.double(), images().double())
     torch.testing.assert_close(found, torch.tensor(LOGITS[name], dtype=torch.float64), rtol=0, atol=1e-7)
 
 
@@ -178,7 +178,7 @@ def test_saved_again_it_has_the_same_fields_and_bits(saved: tuple[str, Path], tm
     versions = {"dtype", "torch_dtype", "transformers_version"}
     assert {field: value for field, value in fields.items() if field not in versions} == CONFIGS[name]
     again = MobileNetForImageClassification.from_pretrained(tmp_path / "again")
-    assert torch.equal(logits(again, pictures()), logits(model, pictures()))
+    assert torch.equal(logits(again, images()), logits(model, images()))
 
 
 @pytest.mark.parametrize("saved", ["V1", "V2, fused"], indirect=True)
@@ -188,12 +188,12 @@ def test_with_todays_code_beside_it_no_package_is_needed(saved: tuple[str, Path]
         shutil.copy(file, folder)
     processor = MobileNetImageProcessor.from_recipe("timm", 64)
     processor.save_pretrained(folder)
-    picture = Image.fromarray(np.random.RandomState(2).randint(0, 256, (90, 120, 3), np.uint8))
-    picture.save(folder / "picture.png")
-    client = [sys.executable, "-I", Path(__file__).parent / "client.py", folder, folder / "picture.png"]
+    image = Image.fromarray(np.random.RandomState(2).randint(0, 256, (90, 120, 3), np.uint8))
+    image.save(folder / "image.png")
+    client = [sys.executable, "-I", Path(__file__).parent / "client.py", folder, folder / "image.png"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     done = subprocess.run([*client, "--trust", "true"], env=environment, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
     assert all(name.startswith("transformers_modules.") for name in result["classes"])
     model = MobileNetForImageClassification.from_pretrained(folder)
-    assert result["logits"] == logits(model, processor(picture, return_tensors="pt").pixel_values).tolist()
+    assert result["logits"] == logits(model, processor(image, return_tensors="pt").pixel_values).tolist()

@@ -45,8 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[bytes]:
-    """Pictures of several sizes and formats, as the bytes of files."""
+def images() -> list[bytes]:
+    """Images of several sizes and formats, as the bytes of files."""
     random = np.random.default_rng(0)
     result = []
     for size, name in zip(SIZES, cycle(("JPEG", "PNG", "WEBP")), strict=False):
@@ -59,7 +59,7 @@ def pictures() -> list[bytes]:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["network", "fused"])
 def test_threads_that_share_a_model_get_the_bits_that_one_thread_gets(
-    folder: Path, pictures: list[bytes], kind: str
+    folder: Path, images: list[bytes], kind: str
 ) -> None:
     if kind == "fused":
         classifier = load(str(folder))
@@ -68,22 +68,22 @@ def test_threads_that_share_a_model_get_the_bits_that_one_thread_gets(
         model = MobileNetForImageClassification.from_pretrained(folder).eval()
         processor = MobileNetImageProcessor.from_pretrained(folder)
 
-        def read(picture: bytes) -> np.ndarray:
-            return processor(picture, return_tensors="np").pixel_values
+        def read(image: bytes) -> np.ndarray:
+            return processor(image, return_tensors="np").pixel_values
 
         def network(pixels: np.ndarray) -> np.ndarray:
             with torch.inference_mode():
                 return model(torch.from_numpy(pixels)).logits.numpy()
 
-    expected = [(pixels := read(picture), network(pixels)) for picture in pictures]
-    assert len({answer.tolist()[0][0] for _, answer in expected}) == len(pictures)  # or all would pass
+    expected = [(pixels := read(image), network(pixels)) for image in images]
+    assert len({answer.tolist()[0][0] for _, answer in expected}) == len(images)  # or all would pass
     deadline = time.monotonic() + SECONDS / 2
 
     def work(thread: int) -> int:
         answers = 0
-        while time.monotonic() < deadline or answers < len(pictures):
-            index = (thread + answers) % len(pictures)
-            pixels = read(pictures[index])
+        while time.monotonic() < deadline or answers < len(images):
+            index = (thread + answers) % len(images)
+            pixels = read(images[index])
             assert np.array_equal(pixels, expected[index][0])
             assert np.array_equal(network(pixels), expected[index][1])
             answers += 1
@@ -91,7 +91,7 @@ def test_threads_that_share_a_model_get_the_bits_that_one_thread_gets(
 
     with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as threads:
         answers = list(threads.map(work, range(THREADS)))
-    assert min(answers) >= len(pictures)
+    assert min(answers) >= len(images)
     print(f"\n{kind}: {sum(answers)} answers of {THREADS} threads, all equal bit for bit")
 
 

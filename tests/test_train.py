@@ -36,8 +36,8 @@ from mobilenet.training.augment import Augment, Normalize, mix
 from mobilenet.training.data import (
     IMAGE,
     LABEL,
+    Images,
     Order,
-    Pictures,
     Storage,
     check_classes,
     decode,
@@ -61,7 +61,7 @@ from mobilenet.training.trainer import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
-COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
+COLORS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 
 
 @pytest.fixture(autouse=True)
@@ -71,22 +71,22 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def paint(folder: Path, count: int, seed: int = 0) -> Path:
-    """Noisy pictures of 24x20 pixels, a folder for each of three colours."""
+    """Noisy images of 24x20 pixels, a folder for each of three colors."""
     generator = np.random.default_rng(seed)
-    for name, colour in COLOURS.items():
+    for name, color in COLORS.items():
         (folder / name).mkdir(parents=True)
         for index in range(count):
-            pixels = generator.normal(colour, 30, (20, 24, 3)).clip(0, 255).astype(np.uint8)
+            pixels = generator.normal(color, 30, (20, 24, 3)).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{index:03}.png")
     return folder
 
 
 @pytest.fixture
-def colours(tmp_path: Path) -> Path:
-    """A folder with pictures to train on and pictures to test on."""
-    paint(tmp_path / "colours" / "train", 22)
-    paint(tmp_path / "colours" / "test", 5, seed=1)
-    return tmp_path / "colours"
+def colors(tmp_path: Path) -> Path:
+    """A folder with images to train on and images to test on."""
+    paint(tmp_path / "colors" / "train", 22)
+    paint(tmp_path / "colors" / "test", 5, seed=1)
+    return tmp_path / "colors"
 
 
 def options(dataset: Path, output: Path, **kwargs: object) -> Options:
@@ -115,11 +115,11 @@ def weights(repository: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_leaves_a_complete_repository_that_has_learned(tmp_path: Path) -> None:
-    """Weights, code, processor, labels, card, log and pictures; the card's figure is what the files score."""
-    colours, output = tmp_path / "colours", tmp_path / "out"
-    paint(colours / "train", 60)
-    paint(colours / "test", 5, seed=1)
-    assert run(options(colours, output, epochs=6, batch_size=16, erasing=0.2))
+    """Weights, code, processor, labels, card, log and images; the card's figure is what the files score."""
+    colors, output = tmp_path / "colors", tmp_path / "out"
+    paint(colors / "train", 60)
+    paint(colors / "test", 5, seed=1)
+    assert run(options(colors, output, epochs=6, batch_size=16, erasing=0.2))
     assert not (tmp_path / "out.training").exists()
 
     for name in ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "training.json"):
@@ -128,9 +128,9 @@ def test_a_run_leaves_a_complete_repository_that_has_learned(tmp_path: Path) -> 
         name = f"{part}_mobilenet.py"
         assert (output / name).read_bytes() == (ROOT / name).read_bytes()
     for name in ("curves.png", "confusion_matrix.png"):
-        with Image.open(output / name) as picture:
-            assert picture.width > 300
-            assert np.asarray(picture.convert("L")).std() > 5
+        with Image.open(output / name) as image:
+            assert image.width > 300
+            assert np.asarray(image.convert("L")).std() > 5
     assert list((output / "runs").glob("events.out.tfevents.*"))
     with (output / "log.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -140,12 +140,12 @@ def test_a_run_leaves_a_complete_repository_that_has_learned(tmp_path: Path) -> 
 
     # By a way of its own: the pipeline, on files.
     classify = pipeline("image-classification", model=str(output), trust_remote_code=False)
-    files = sorted((colours / "test").glob("*/*.png"))
+    files = sorted((colors / "test").glob("*/*.png"))
     right = sum(classify(str(file))[0]["label"] == file.parent.name for file in files)
     assert right >= 0.8 * len(files)
 
-    measured = evaluate_checkpoint(str(output), str(colours))
-    assert (measured.split, measured.pictures) == ("test", 15)
+    measured = evaluate_checkpoint(str(output), str(colors))
+    assert (measured.split, measured.images) == ("test", 15)
     assert measured.metrics["accuracy"] == pytest.approx(right / len(files))
     assert measured.on_card == pytest.approx(right / len(files), abs=1e-6)
     assert np.mean(list(measured.by_class.values())) == pytest.approx(measured.metrics["balanced_accuracy"])
@@ -153,9 +153,9 @@ def test_a_run_leaves_a_complete_repository_that_has_learned(tmp_path: Path) -> 
     assert {(r.dataset_split, r.metric_name) for r in results} >= {("test", "accuracy"), ("held out", "accuracy")}
 
 
-def test_the_record_repeats_the_run(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_record_repeats_the_run(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The configuration beside the weights gives the same options, and its command too; both can be overridden."""
-    given = options(colours, tmp_path / "out", epochs=1, flip=False, balance="sampling", overwrite=True)
+    given = options(colors, tmp_path / "out", epochs=1, flip=False, balance="sampling", overwrite=True)
     run(given)
     record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     assert record["versions"]["torch"] == torch.__version__
@@ -202,12 +202,12 @@ def start(dataset: Path, output: Path, given: dict, *launcher: str) -> subproces
     return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_killed_in_mid_epoch_it_goes_on_to_the_same_weights(colours: Path, tmp_path: Path) -> None:
+def test_killed_in_mid_epoch_it_goes_on_to_the_same_weights(colors: Path, tmp_path: Path) -> None:
     """SIGKILL leaves a complete checkpoint, and the same command ends bit for bit where no one had killed it."""
-    given = vars(options(colours, tmp_path, epochs=24, save_steps=3, erasing=0.3, mixup=0.2, first_size=16))
+    given = vars(options(colors, tmp_path, epochs=24, save_steps=3, erasing=0.3, mixup=0.2, first_size=16))
     given = {name: given[name] for name in given if name not in ("dataset", "output")}
     work = tmp_path / "killed.training"
-    process = start(colours, tmp_path / "killed", given)
+    process = start(colors, tmp_path / "killed", given)
     deadline = time.monotonic() + 240
     # An epoch has 4 steps: a checkpoint at step 9 lies within one.
     while not (work / "checkpoint-9").exists():
@@ -224,33 +224,33 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_same_weights(colours: Path, tmp_p
     step = int(found[-1].name.split("-")[1])
     assert step < 96, "killed too late to prove anything"
 
-    run(Options(dataset=str(colours), output=str(tmp_path / "killed"), **given))
-    run(Options(dataset=str(colours), output=str(tmp_path / "undisturbed"), **given))
+    run(Options(dataset=str(colors), output=str(tmp_path / "killed"), **given))
+    run(Options(dataset=str(colors), output=str(tmp_path / "undisturbed"), **given))
     resumed, undisturbed = weights(tmp_path / "killed"), weights(tmp_path / "undisturbed")
     assert resumed.keys() == undisturbed.keys()
     for name in resumed:
         assert torch.equal(resumed[name], undisturbed[name]), name
 
 
-def test_what_another_run_decoded_is_not_trained_on(colours: Path, tmp_path: Path) -> None:
-    """A run that was killed while it decoded left pictures that a run with other options has no use for."""
+def test_what_another_run_decoded_is_not_trained_on(colors: Path, tmp_path: Path) -> None:
+    """A run that was killed while it decoded left images that a run with other options has no use for."""
     given = {"epochs": 1, "validation": 0.0}
     work = tmp_path / "out.training"
     work.mkdir()
-    other = training._record(options(colours, tmp_path / "out", seed=1, **given), 1)
+    other = training._record(options(colors, tmp_path / "out", seed=1, **given), 1)
     (work / "training.json").write_text(json.dumps(other), encoding="utf-8")
     np.save(work / "train.npy", np.zeros((3, 3, 8, 8), np.uint8))
     np.save(work / "train.labels.npy", np.arange(3))
     with pytest.raises(ValueError, match=r"other options: seed \(was 1\)"):
-        run(options(colours, tmp_path / "out", **given))
-    assert run(options(colours, tmp_path / "out", restart=True, **given))
-    assert run(options(colours, tmp_path / "whole", **given))
+        run(options(colors, tmp_path / "out", **given))
+    assert run(options(colors, tmp_path / "out", restart=True, **given))
+    assert run(options(colors, tmp_path / "whole", **given))
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "out")[name]), name
 
 
-def test_a_folder_of_another_kind_is_not_taken_for_an_unfinished_run(colours: Path, tmp_path: Path) -> None:
-    shutil.copytree(colours, tmp_path / "out.training")
+def test_a_folder_of_another_kind_is_not_taken_for_an_unfinished_run(colors: Path, tmp_path: Path) -> None:
+    shutil.copytree(colors, tmp_path / "out.training")
     for restart in (False, True):
         with pytest.raises(
             ValueError, match=r"out\.training must be free for the unfinished run, but holds something"
@@ -259,7 +259,7 @@ def test_a_folder_of_another_kind_is_not_taken_for_an_unfinished_run(colours: Pa
     assert (tmp_path / "out.training" / "train" / "red" / "000.png").exists()
 
 
-def test_a_checkpoint_is_complete_or_absent(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_complete_or_absent(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that dies while it writes a checkpoint leaves none by that name."""
 
     def die(self: ClassifierTrainer, folder: str) -> None:
@@ -268,28 +268,28 @@ def test_a_checkpoint_is_complete_or_absent(colours: Path, tmp_path: Path, monke
     with monkeypatch.context() as context:
         context.setattr(ClassifierTrainer, "_save_rng_state", die)
         with pytest.raises(KeyboardInterrupt):
-            run(options(colours, tmp_path / "out", epochs=1))
+            run(options(colors, tmp_path / "out", epochs=1))
     assert not (tmp_path / "out.training").exists()  # nothing to go on from, so nothing stays
     assert not (tmp_path / "out").exists()
 
 
-def test_a_time_limit_stops_with_a_checkpoint(colours: Path, tmp_path: Path) -> None:
+def test_a_time_limit_stops_with_a_checkpoint(colors: Path, tmp_path: Path) -> None:
     """The same command goes on to the weights of an unlimited run; other options are refused, or start anew."""
     given = {"epochs": 2, "erasing": 0.3}
-    assert not run(options(colours, tmp_path / "limited", time_limit=1e-9, **given))
+    assert not run(options(colors, tmp_path / "limited", time_limit=1e-9, **given))
     work = tmp_path / "limited.training"
     assert [path.name for path in checkpoints(work)] == ["checkpoint-1"]
     assert not (tmp_path / "limited").exists()
     with pytest.raises(ValueError, match=r"other options: epochs \(was 2\)"):
-        run(options(colours, tmp_path / "limited", **{**given, "epochs": 3}))
-    assert run(options(colours, tmp_path / "limited", keep_checkpoints=True, **given))
+        run(options(colors, tmp_path / "limited", **{**given, "epochs": 3}))
+    assert run(options(colors, tmp_path / "limited", keep_checkpoints=True, **given))
     assert [path.name for path in checkpoints(work)] == ["checkpoint-4", "checkpoint-8"]
-    assert run(options(colours, tmp_path / "whole", **given))
+    assert run(options(colors, tmp_path / "whole", **given))
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "limited")[name]), name
 
 
-def test_two_processes_are_one_with_twice_the_batch(colours: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one_with_twice_the_batch(colors: Path, tmp_path: Path) -> None:
     """torchrun with two processes (gloo) gives the weights and metrics of one process with twice the batch.
 
     With norms in eval mode and nothing random, they are equal but for rounding; norms that train see half the batch.
@@ -310,9 +310,9 @@ def test_two_processes_are_one_with_twice_the_batch(colours: Path, tmp_path: Pat
         "precision": "float32",
         "ema": 0.9,
     }
-    one = start(colours, tmp_path / "one", {**given, "batch_size": 16})
+    one = start(colors, tmp_path / "one", {**given, "batch_size": 16})
     two = start(
-        colours, tmp_path / "two", {**given, "batch_size": 8}, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        colors, tmp_path / "two", {**given, "batch_size": 8}, "-m", "torch.distributed.run", "--nproc-per-node", "2",
         "--standalone",
     )  # fmt: skip
     for process in (one, two):
@@ -324,7 +324,7 @@ def test_two_processes_are_one_with_twice_the_batch(colours: Path, tmp_path: Pat
             logs.append(list(csv.DictReader(file)))
     for one, two in zip(*logs, strict=True):
         assert (one["step"], one["eval_accuracy"]) == (two["step"], two["eval_accuracy"])
-        # In eval_loss, the Trainer counts pictures twice that fill up the last batch of a process.
+        # In eval_loss, the Trainer counts images twice that fill up the last batch of a process.
         for key, tolerance in (("loss", 1e-4), ("learning_rate", 1e-9), ("eval_loss", 0.2)):
             assert bool(one[key]) == bool(two[key])
             if one[key]:
@@ -394,27 +394,27 @@ def test_a_checkpoint_s_preprocessing_can_be_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first_size", [None, 16])
-def test_training_starts_from_what_the_checkpoint_answers(tmp_path: Path, first_size: int | None) -> None:
+def test_training_starts_from_what_the_checkpoint_predicts(tmp_path: Path, first_size: int | None) -> None:
     """Once aligned, the loss in training is the loss in evaluation; no random number is used up."""
     trainer = trainer_of(
         tmp_path, [0, 1, 2, 0, 2, 1, 0], crop_scale=1.0, flip=False, label_smoothing=0.0, first_size=first_size
     )
     model = randomize_norms(trainer.model)
-    pictures = trainer.train_dataset.pictures.batch(range(7))
+    images = trainer.train_dataset.images.batch(range(7))
     size = (32, 32) if first_size is None else (first_size, first_size)
-    resized = F.interpolate(pictures["pixels"].float(), size, mode="bilinear")
+    resized = F.interpolate(images["pixels"].float(), size, mode="bilinear")
     with torch.no_grad():
         expected = model.eval()(trainer.normalize(resized)).logits
-        expected = F.cross_entropy(expected, pictures["labels"]).item()
+        expected = F.cross_entropy(expected, images["labels"]).item()
         copy = deepcopy(model).train()
-        assert trainer.compute_loss(copy, pictures).item() != pytest.approx(expected, rel=1e-2)
+        assert trainer.compute_loss(copy, images).item() != pytest.approx(expected, rel=1e-2)
         state = torch.get_rng_state()
         trainer.align_batch_norm()
         assert torch.equal(torch.get_rng_state(), state)
-        assert trainer.compute_loss(model.train(), pictures).item() == pytest.approx(expected, rel=1e-4)
+        assert trainer.compute_loss(model.train(), images).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_run_aligns_a_checkpoint_once(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_aligns_a_checkpoint_once(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not from scratch, not when it is resumed, and not where it is told not to."""
     counts = []
     align = ClassifierTrainer.align_batch_norm
@@ -423,10 +423,10 @@ def test_a_run_aligns_a_checkpoint_once(colours: Path, tmp_path: Path, monkeypat
 
     def aligned(name: str, **kwargs: object) -> int:
         counts.clear()
-        run(options(colours, tmp_path / name, **{**given, **kwargs}))
+        run(options(colors, tmp_path / name, **{**given, **kwargs}))
         return len(counts)
 
-    run(options(colours, tmp_path / "scratch", epochs=1))
+    run(options(colors, tmp_path / "scratch", epochs=1))
     assert not counts
     assert aligned("whole") == 1
     assert aligned("limited", time_limit=1e-9) == 1
@@ -442,7 +442,7 @@ def test_a_run_aligns_a_checkpoint_once(colours: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("last_stages", [0, 2])
-def test_what_is_frozen_does_not_move(colours: Path, tmp_path: Path, last_stages: int) -> None:
+def test_what_is_frozen_does_not_move(colors: Path, tmp_path: Path, last_stages: int) -> None:
     """Neither weights nor statistics of frozen parts change, by a bit; all the others do."""
     source, output = tmp_path / "source", tmp_path / "out"
     model = MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.1, image_size=64, num_labels=5))
@@ -450,7 +450,7 @@ def test_what_is_frozen_does_not_move(colours: Path, tmp_path: Path, last_stages
     MobileNetImageProcessor(size=64, crop_size=64).save_pretrained(source)
     run(
         options(
-            colours, output, model=str(source), last_stages=last_stages, epochs=1, learning_rate=1.0, image_size=None
+            colors, output, model=str(source), last_stages=last_stages, epochs=1, learning_rate=1.0, image_size=None
         )
     )
     before, after = weights(source), weights(output)
@@ -507,11 +507,11 @@ def trainer_of(tmp_path: Path, labels: list[int], **kwargs: object) -> Classifie
     )
     given = options(tmp_path, tmp_path / "out", batch_size=4, **kwargs)
     pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 3, 32, 32), np.uint8)
-    pictures = Pictures(pixels, np.array(labels))
+    images = Images(pixels, np.array(labels))
     arguments = training.training_arguments(given, len(labels), 1, False)
     processor = MobileNetImageProcessor()
     augment = Augment((32, 32), given.crop_scale, given.flip, given.trivial_augment, given.erasing)
-    return ClassifierTrainer(model, arguments, given, pictures, None, augment, Normalize(processor))
+    return ClassifierTrainer(model, arguments, given, images, None, augment, Normalize(processor))
 
 
 def test_balancing(tmp_path: Path) -> None:
@@ -567,7 +567,7 @@ def test_the_average_is_the_moving_average(tmp_path: Path) -> None:
     assert torch.equal(parameter.data, values[-1])
 
 
-def test_pictures_grow(tmp_path: Path) -> None:
+def test_images_grow(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, [0, 1, 2, 0], first_size=8, epochs=12)
     sides = []
     for epoch in range(12):
@@ -577,19 +577,19 @@ def test_pictures_grow(tmp_path: Path) -> None:
     assert sides == [8, 8, 8, 16, 16, 16, 24, 24, 24, 32, 32, 32]
 
 
-# Pictures
+# Images
 
 
-def test_training_and_evaluation_see_what_the_processor_gives(colours: Path, tmp_path: Path) -> None:
-    """Decoded bytes, normalised, are the processor's own pixel_values; training keeps the center square."""
+def test_training_and_evaluation_see_what_the_processor_gives(colors: Path, tmp_path: Path) -> None:
+    """Decoded bytes, normalized, are the processor's own pixel_values; training keeps the center square."""
     processor = MobileNetImageProcessor.from_recipe("torchvision", 16)
-    rows = load_splits(str(colours))["test"]
-    pictures = decode(rows, processor, Storage(tmp_path), "test")
-    files = sorted((colours / "test").glob("*/*.png"))
+    rows = load_splits(str(colors))["test"]
+    images = decode(rows, processor, Storage(tmp_path), "test")
+    files = sorted((colors / "test").glob("*/*.png"))
     expected = processor(files, return_tensors="pt")["pixel_values"]
-    actual = Normalize(processor)(torch.from_numpy(pictures.pixels))
+    actual = Normalize(processor)(torch.from_numpy(images.pixels))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
-    assert pictures.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert images.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert rows.features[LABEL].names == ["blue", "green", "red"]
 
     square = decode(rows, processor, Storage(tmp_path), "train", square=20)
@@ -597,17 +597,17 @@ def test_training_and_evaluation_see_what_the_processor_gives(colours: Path, tmp
     assert np.array_equal(square.pixels[0], np.moveaxis(crop, -1, 0))
 
 
-def test_pictures_that_outgrow_memory_lie_in_a_file(colours: Path, tmp_path: Path) -> None:
+def test_images_that_outgrow_memory_lie_in_a_file(colors: Path, tmp_path: Path) -> None:
     """The file serves other processes and a resumed run, and an incomplete one does not."""
     processor = MobileNetImageProcessor(size=16, crop_size=16)
-    rows = load_splits(str(colours))["test"]
+    rows = load_splits(str(colors))["test"]
     storage = Storage(tmp_path / "work", shared=True)
     assert storage.find("test") is None
-    pictures = decode(rows, processor, storage, "test")
-    assert isinstance(pictures.pixels, np.memmap)
+    images = decode(rows, processor, storage, "test")
+    assert isinstance(images.pixels, np.memmap)
     in_memory = decode(rows, processor, Storage(tmp_path), "test")
     found = storage.find("test")
-    for one in (pictures, found):
+    for one in (images, found):
         assert np.array_equal(one.pixels, in_memory.pixels)
         assert np.array_equal(one.labels, in_memory.labels)
     assert torch.equal(found.batch([3, 1])["pixels"], torch.from_numpy(in_memory.pixels[[3, 1]]))
@@ -616,7 +616,7 @@ def test_pictures_that_outgrow_memory_lie_in_a_file(colours: Path, tmp_path: Pat
 
 
 def test_variation() -> None:
-    """Without options nothing varies; with them, sizes and ranges hold and pictures differ."""
+    """Without options nothing varies; with them, sizes and ranges hold and images differ."""
     pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
     torch.testing.assert_close(Augment((32, 32), 1.0, False, False, 0.0)(pixels), pixels.float(), rtol=0, atol=1e-4)
     mirrored = Augment((32, 32), 1.0, True, False, 0.0)(pixels)
@@ -631,7 +631,7 @@ def test_variation() -> None:
     torch.testing.assert_close(Augment((16, 16), 0.3, True, False, 0.0)(constant), torch.full((8, 3, 16, 16), 77.0))
 
 
-def test_crops_are_boxes_of_the_picture() -> None:
+def test_crops_are_boxes_of_the_image() -> None:
     """Pixels that hold their own place tell which box a crop shows: its area, its shape, and that it is straight."""
     place = torch.arange(64.0) + 0.5
     pixels = torch.stack([place.expand(64, 64), place[:, None].expand(64, 64)]).expand(400, 2, 64, 64)
@@ -660,7 +660,7 @@ def test_small_sizes_are_averaged_not_sampled() -> None:
     assert (small - 127.5).abs().max() < 40
 
 
-def test_mixup_blends_pictures_and_targets_alike() -> None:
+def test_mixup_blends_images_and_targets_alike() -> None:
     pixels = torch.arange(6.0).view(6, 1, 1, 1)
     mixed, targets = mix(pixels, torch.eye(6), 1.0)
     torch.testing.assert_close(targets.sum(-1), torch.ones(6))
@@ -685,16 +685,16 @@ def parquet(path: Path, **columns: object) -> Path:
     return path
 
 
-def png(colour: tuple[int, int, int] = (9, 9, 9)) -> dict:
+def png(color: tuple[int, int, int] = (9, 9, 9)) -> dict:
     import io
 
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def images(*pictures: dict) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"img": list(pictures)}).cast_column("img", datasets.Image(decode=False))
+def images(*images: dict) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"img": list(images)}).cast_column("img", datasets.Image(decode=False))
 
 
 def test_datasets_of_other_forms(tmp_path: Path) -> None:
@@ -719,7 +719,7 @@ def test_datasets_of_other_forms(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="label_column must be one of img, fine_label, id, got 'nothing'"):
         load_splits(str(tmp_path / "one.parquet"), label_column="nothing")
     images(png(), png()).add_column("label", [[0], [0, 1]]).to_parquet(tmp_path / "several.parquet")
-    with pytest.raises(ValueError, match="every picture must have one label, a name or an integer, got List"):
+    with pytest.raises(ValueError, match="every image must have one label, a name or an integer, got List"):
         load_splits(str(tmp_path / "several.parquet"))
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "one.parquet").read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"cut\.parquet' cannot be read: "):
@@ -733,47 +733,47 @@ def test_datasets_of_other_forms(tmp_path: Path) -> None:
 
 
 def test_one_class_is_refused(tmp_path: Path) -> None:
-    paint(tmp_path / "colours", 3)
+    paint(tmp_path / "colors", 3)
     for name in ("green", "red"):
-        for file in (tmp_path / "colours" / name).iterdir():
+        for file in (tmp_path / "colors" / name).iterdir():
             file.unlink()
-        (tmp_path / "colours" / name).rmdir()
+        (tmp_path / "colors" / name).rmdir()
     with pytest.raises(ValueError, match="at least two classes, got blue"):
-        run(options(tmp_path / "colours", tmp_path / "out"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "colours"]
+        run(options(tmp_path / "colors", tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "colors"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="a folder of pictures for each class"):
+    with pytest.raises(ValueError, match="a folder of images for each class"):
         run(options(tmp_path / "empty", tmp_path / "out"))
 
 
-def test_folders_that_are_neither_splits_nor_classes(colours: Path, tmp_path: Path) -> None:
+def test_folders_that_are_neither_splits_nor_classes(colors: Path, tmp_path: Path) -> None:
     """What lies beside the splits is never trained on, and a class may have a split's name."""
-    counts = {name: len(split) for name, split in load_splits(str(colours)).items()}
-    (colours / "__MACOSX").mkdir()
-    (colours / "__MACOSX" / "red.png").write_bytes(png()["bytes"])
-    assert {name: len(split) for name, split in load_splits(str(colours)).items()} == counts
+    counts = {name: len(split) for name, split in load_splits(str(colors)).items()}
+    (colors / "__MACOSX").mkdir()
+    (colors / "__MACOSX" / "red.png").write_bytes(png()["bytes"])
+    assert {name: len(split) for name, split in load_splits(str(colors)).items()} == counts
 
-    (colours / "extras").mkdir()
+    (colors / "extras").mkdir()
     with pytest.raises(ValueError, match="either splits or classes, but beside test, train it has extras"):
-        load_splits(str(colours))
-    (colours / "extras").rename(colours / "training")
+        load_splits(str(colors))
+    (colors / "extras").rename(colors / "training")
     with pytest.raises(ValueError, match="must hold each split once, got test, train, training"):
-        load_splits(str(colours))
-    (colours / "training").rmdir()
-    (colours / "train" / "stray.png").write_bytes(png()["bytes"])
+        load_splits(str(colors))
+    (colors / "training").rmdir()
+    (colors / "train" / "stray.png").write_bytes(png()["bytes"])
     with pytest.raises(ValueError, match=r"the folders of their classes alone, got stray\.png"):
-        load_splits(str(colours))
+        load_splits(str(colors))
 
-    (colours / "train" / "stray.png").unlink()
-    (colours / "train" / "red" / "dark").mkdir()
+    (colors / "train" / "stray.png").unlink()
+    (colors / "train" / "red" / "dark").mkdir()
     with pytest.raises(ValueError, match="the folders of their classes alone, got red/dark"):
-        load_splits(str(colours))
-    (colours / "train" / "red" / "dark").rmdir()
-    (colours / "overview.png").write_bytes(png()["bytes"])
-    (colours / "train" / "about.pdf").touch()
-    assert {name: len(split) for name, split in load_splits(str(colours)).items()} == counts
-    (colours / "train").rename(colours / "Val")
-    assert sorted(load_splits(str(colours))) == ["test", "validation"]
+        load_splits(str(colors))
+    (colors / "train" / "red" / "dark").rmdir()
+    (colors / "overview.png").write_bytes(png()["bytes"])
+    (colors / "train" / "about.pdf").touch()
+    assert {name: len(split) for name, split in load_splits(str(colors)).items()} == counts
+    (colors / "train").rename(colors / "Val")
+    assert sorted(load_splits(str(colors))) == ["test", "validation"]
 
     vehicles = tmp_path / "vehicles [2024]"
     for name in ("bus", "train"):
@@ -784,37 +784,35 @@ def test_folders_that_are_neither_splits_nor_classes(colours: Path, tmp_path: Pa
     assert splits["train"].features[LABEL].names == ["bus", "train"]
 
 
-def test_unreadable_pictures_are_listed_or_left_out(
-    colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    (colours / "train" / "red" / "000.png").write_bytes(b"no picture")
-    whole = (colours / "train" / "blue" / "001.png").read_bytes()
-    (colours / "train" / "blue" / "001.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="2 of 66 pictures of train cannot be read") as error:
-        run(options(colours, tmp_path / "out", validation=0.0))
+def test_unreadable_images_are_listed_or_left_out(colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (colors / "train" / "red" / "000.png").write_bytes(b"no image")
+    whole = (colors / "train" / "blue" / "001.png").read_bytes()
+    (colors / "train" / "blue" / "001.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="2 of 66 images of train cannot be read") as error:
+        run(options(colors, tmp_path / "out", validation=0.0))
     assert "red/000.png" in str(error.value)
     assert "blue/001.png" in str(error.value)
     assert not (tmp_path / "out.training").exists()
-    assert run(options(colours, tmp_path / "out", validation=0.0, epochs=1, skip_unreadable=True))
+    assert run(options(colors, tmp_path / "out", validation=0.0, epochs=1, skip_unreadable=True))
     assert "red/000.png" in capsys.readouterr().out
-    for file in (colours / "train" / "red").iterdir():
-        file.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="every class needs pictures to train on; there are none of red"):
-        run(options(colours, tmp_path / "again", validation=0.0, skip_unreadable=True))
+    for file in (colors / "train" / "red").iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="every class needs images to train on; there are none of red"):
+        run(options(colors, tmp_path / "again", validation=0.0, skip_unreadable=True))
 
 
-def test_splits_with_other_labels_are_refused(colours: Path, tmp_path: Path) -> None:
-    (colours / "test" / "red").rename(colours / "test" / "scarlet")
+def test_splits_with_other_labels_are_refused(colors: Path, tmp_path: Path) -> None:
+    (colors / "test" / "red").rename(colors / "test" / "scarlet")
     with pytest.raises(ValueError, match="none of scarlet"):
-        run(options(colours, tmp_path / "out"))
+        run(options(colors, tmp_path / "out"))
 
 
-def test_a_checkpoint_with_other_labels_is_refused(colours: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_other_labels_is_refused(colors: Path, tmp_path: Path) -> None:
     config = MobileNetConfig(width_multiplier=0.1, id2label={0: "blue", 1: "green", 2: "yellow"})
     MobileNetForImageClassification(config).save_pretrained(tmp_path / "model")
     MobileNetImageProcessor(size=32, crop_size=32).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="labels that the checkpoint knows, blue, green, yellow; it has red"):
-        evaluate_checkpoint(str(tmp_path / "model"), str(colours))
+    with pytest.raises(ValueError, match="labels that the checkpoint has, blue, green, yellow; it has red"):
+        evaluate_checkpoint(str(tmp_path / "model"), str(colors))
 
 
 @pytest.mark.parametrize(
@@ -828,11 +826,11 @@ def test_a_checkpoint_with_other_labels_is_refused(colours: Path, tmp_path: Path
     ],
 )
 def test_a_broken_model_is_one_error(
-    colours: Path, tmp_path: Path, file: str, fields: dict | None, message: str
+    colors: Path, tmp_path: Path, file: str, fields: dict | None, message: str
 ) -> None:
     """Above all, weights that do not fit must not be replaced by random ones in silence."""
     model = tmp_path / "model"
-    labels = {"id2label": dict(enumerate(COLOURS)), "label2id": {name: index for index, name in enumerate(COLOURS)}}
+    labels = {"id2label": dict(enumerate(COLORS)), "label2id": {name: index for index, name in enumerate(COLORS)}}
     MobileNetForImageClassification(MobileNetConfig("mobilenet_v1", 0.05, **labels)).save_pretrained(model)
     MobileNetImageProcessor.from_recipe("google", 32).save_pretrained(model)
     path = model / file
@@ -841,19 +839,19 @@ def test_a_broken_model_is_one_error(
     else:
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with pytest.raises(ValueError, match=message):
-        run(options(colours, tmp_path / "out", model=str(model)))
+        run(options(colors, tmp_path / "out", model=str(model)))
     with pytest.raises(ValueError, match=message):
-        evaluate_checkpoint(str(model), str(colours))
+        evaluate_checkpoint(str(model), str(colors))
     assert not (tmp_path / "out").exists()
 
 
-def test_classes_without_pictures_count_for_nothing() -> None:
+def test_classes_without_images_count_for_nothing() -> None:
     logits, labels = torch.eye(3)[[0, 0, 1, 2]], torch.tensor([0, 0, 1, 1])
     assert class_accuracies(logits, labels) == [1.0, 0.5, None]
     assert metrics(logits, labels) == {"accuracy": 0.75, "balanced_accuracy": 0.75}
 
 
-def test_labels_count_by_name(colours: Path, tmp_path: Path) -> None:
+def test_labels_count_by_name(colors: Path, tmp_path: Path) -> None:
     """A checkpoint whose labels stand in another order is measured by their names."""
     config = MobileNetConfig(
         width_multiplier=0.1, image_size=32, id2label={0: "red", 1: "other", 2: "green", 3: "blue"}
@@ -863,20 +861,20 @@ def test_labels_count_by_name(colours: Path, tmp_path: Path) -> None:
     model.classifier.bias.data = torch.tensor([0.0, 0.0, 0.0, 9.0])  # always blue
     model.save_pretrained(tmp_path / "model")
     MobileNetImageProcessor(size=32, crop_size=32).save_pretrained(tmp_path / "model")
-    measured = evaluate_checkpoint(str(tmp_path / "model"), str(colours))
+    measured = evaluate_checkpoint(str(tmp_path / "model"), str(colors))
     assert measured.by_class == {"blue": 1.0, "green": 0.0, "red": 0.0}
     assert measured.metrics["accuracy"] == pytest.approx(1 / 3)
     assert measured.on_card is None
 
 
-def test_too_few_pictures_for_a_validation_split(tmp_path: Path) -> None:
-    paint(tmp_path / "colours", 3)
-    with pytest.raises(ValueError, match=r"0\.1 of 9 pictures is too few for 3 classes"):
-        run(options(tmp_path / "colours", tmp_path / "out"))
-    for file in list((tmp_path / "colours" / "green").iterdir())[1:]:
+def test_too_few_images_for_a_validation_split(tmp_path: Path) -> None:
+    paint(tmp_path / "colors", 3)
+    with pytest.raises(ValueError, match=r"0\.1 of 9 images is too few for 3 classes"):
+        run(options(tmp_path / "colors", tmp_path / "out"))
+    for file in list((tmp_path / "colors" / "green").iterdir())[1:]:
         file.unlink()
-    with pytest.raises(ValueError, match=r"at least 2 pictures of each class, got green \(1\)"):
-        run(options(tmp_path / "colours", tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"at least 2 images of each class, got green \(1\)"):
+        run(options(tmp_path / "colors", tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -892,22 +890,22 @@ def test_too_few_pictures_for_a_validation_split(tmp_path: Path) -> None:
         ("architecture", "v2", "architecture must be mobilenet_v1, mobilenet_v1_head, mobilenet_v2, .+, got 'v2'"),
     ],
 )
-def test_options_are_checked(colours: Path, tmp_path: Path, name: str, value: object, message: str) -> None:
+def test_options_are_checked(colors: Path, tmp_path: Path, name: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        run(options(colours, tmp_path / "out", **{name: value}))
+        run(options(colors, tmp_path / "out", **{name: value}))
     assert not (tmp_path / "out.training").exists()
 
 
-def test_an_existing_folder_stays(colours: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_stays(colors: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
     with pytest.raises(FileExistsError, match="set --overwrite to replace it"):
-        run(options(colours, tmp_path / "out"))
+        run(options(colors, tmp_path / "out"))
     with pytest.raises(ValueError, match="is no model repository, and is not replaced"):
-        run(options(colours, tmp_path / "out", overwrite=True))
+        run(options(colors, tmp_path / "out", overwrite=True))
     assert (tmp_path / "out" / "precious").exists()
     (tmp_path / "out" / "config.json").write_text('{"model_type": "mobilenet"}')
-    assert run(options(colours, tmp_path / "out", epochs=1, overwrite=True))
+    assert run(options(colors, tmp_path / "out", epochs=1, overwrite=True))
     assert not (tmp_path / "out" / "precious").exists()
 
 

@@ -24,8 +24,8 @@ SIZE = 48
 
 
 @pytest.fixture
-def pictures(data: Path, tmp_path: Path) -> datasets.Dataset:
-    """642 pictures of CIFAR-10, half of them airplanes and half frogs."""
+def images(data: Path, tmp_path: Path) -> datasets.Dataset:
+    """642 images of CIFAR-10, half of them airplanes and half frogs."""
     rows = datasets.load_dataset(
         "parquet", data_files=str(data / "cifar10" / "train.parquet"), split="train[:8000]", cache_dir=str(tmp_path)
     )
@@ -79,10 +79,10 @@ def losses(trainer: Trainer) -> list[float]:
 
 
 def test_two_epochs_learn_and_the_result_reloads(
-    pictures: datasets.Dataset, processor: MobileNetImageProcessor, tmp_path: Path
+    images: datasets.Dataset, processor: MobileNetImageProcessor, tmp_path: Path
 ) -> None:
-    """The loss falls, running statistics serve as well as a batch's own, and a reloaded model answers the same."""
-    rows = as_batches(pictures, processor)
+    """The loss falls, running statistics serve as well as a batch's own, and a reloaded model predicts the same."""
+    rows = as_batches(images, processor)
     model = small_model()
     trainer = Trainer(model, arguments(tmp_path / "run"), train_dataset=rows, processing_class=processor)
     trainer.train()
@@ -103,7 +103,7 @@ def test_two_epochs_learn_and_the_result_reloads(
         model.train().dropout.eval()
         in_train_mode = (model(torch.stack(list(batch))).logits.argmax(-1) == targets).float().mean()
     # Measured for three seeds: 0.83 to 0.89 in train mode, and at most 0.01 less in eval mode. An epoch's last batch
-    # has two pictures: with a momentum of 0.997, which transformers' own class has, their statistics remain alone,
+    # has two images: with a momentum of 0.997, which transformers' own class has, their statistics remain alone,
     # and eval mode is 0.11 to 0.28 worse.
     assert in_train_mode > 0.75
     assert in_eval_mode > in_train_mode - 0.05
@@ -111,17 +111,17 @@ def test_two_epochs_learn_and_the_result_reloads(
     reloaded = AutoModelForImageClassification.from_pretrained(tmp_path / "saved").eval()
     again = AutoImageProcessor.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
-        answers = reloaded(**again(pictures[:8]["image"], return_tensors="pt")).logits
+        answers = reloaded(**again(images[:8]["image"], return_tensors="pt")).logits
     torch.testing.assert_close(answers, logits[:8], rtol=0, atol=1e-5)
     assert torch.equal(answers.argmax(-1), logits[:8].argmax(-1))
 
 
 def test_gradient_accumulation_reports_the_mean_loss(
-    pictures: datasets.Dataset, processor: MobileNetImageProcessor, tmp_path: Path
+    images: datasets.Dataset, processor: MobileNetImageProcessor, tmp_path: Path
 ) -> None:
     """Four batches of 8 in one step report the mean of their four losses, and step by the mean gradient."""
-    rows = as_batches(pictures.select(range(32)), processor)
-    # Without batch norm and dropout the loss of 32 pictures is the mean over four batches of 8.
+    rows = as_batches(images.select(range(32)), processor)
+    # Without batch norm and dropout the loss of 32 images is the mean over four batches of 8.
     options = {"use_batch_norm": False, "classifier_dropout": 0.0}
     torch.manual_seed(1)
     initial = small_model(**options)
@@ -156,10 +156,10 @@ def test_gradient_accumulation_reports_the_mean_loss(
 
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="it is 5 that reports the sum")
 def test_transformers_own_report_a_loss_that_grows_with_accumulation(
-    pictures: datasets.Dataset, processor: MobileNetImageProcessor, tmp_path: Path
+    images: datasets.Dataset, processor: MobileNetImageProcessor, tmp_path: Path
 ) -> None:
     """Two batches in one step: theirs report the sum of two losses, ours report their mean."""
-    rows = as_batches(pictures.select(range(32)), processor)
+    rows = as_batches(images.select(range(32)), processor)
 
     def reported(model: torch.nn.Module, accumulation: int) -> float:
         run = arguments(

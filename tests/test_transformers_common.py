@@ -30,7 +30,7 @@ backbone, configuration, image_processing, modeling = transformers_suite.load()
 
 
 class Networks:
-    """What the common tests ask of a model's tester: a small network, and pictures for it."""
+    """What the common tests ask of a model's tester: a small network, and images for it."""
 
     batch_size = 3
     is_training = True
@@ -170,7 +170,7 @@ class TestMobileNetV2Backbone(BackboneTests, unittest.TestCase):
     architecture = "mobilenet_v2"
 
 
-class Pictures(image_processing.ImageProcessingTester):
+class Images(image_processing.ImageProcessingTester):
     """What the common tests ask of an image processor's tester."""
 
     def __init__(self, parent: unittest.TestCase, **kwargs: Any) -> None:
@@ -205,7 +205,7 @@ class Pictures(image_processing.ImageProcessingTester):
     }
 )
 class TestMobileNetImageProcessor(image_processing.ImageProcessingTestMixin, unittest.TestCase):
-    image_processor_tester_class = Pictures
+    image_processor_tester_class = Images
     test_cast_dtype = True
 
     def setUp(self) -> None:

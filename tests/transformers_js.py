@@ -22,10 +22,8 @@ def test_transformers_js_answers_as_torch(data: Path, cats: Path, tmp_path: Path
     """Its logits are torch's; its own image processor, which resizes otherwise, leads to the same labels."""
     model, exports = tmp_path / "model", tmp_path / "exports"
     convert(str(data / "checkpoints" / "google_mobilenet_v2_1.0_224"), model, compare=False)
-    pictures = shutil.copytree(
-        data / "imagenet_sample", tmp_path / "pictures", ignore=lambda _, names: sorted(names)[60:]
-    )
-    arguments = (model, exports / "mobilenet", "--target", "transformers.js", "--pictures", pictures)
+    images = shutil.copytree(data / "imagenet_sample", tmp_path / "images", ignore=lambda _, names: sorted(names)[60:])
+    arguments = (model, exports / "mobilenet", "--target", "transformers.js", "--images", images)
     result = CliRunner().invoke(app, ["export", *map(str, arguments)])
     assert result.exit_code == 0, result.stderr
     pixel_values = MobileNetImageProcessor.from_pretrained(model)(cats, return_tensors="pt").pixel_values
@@ -45,7 +43,7 @@ def test_transformers_js_answers_as_torch(data: Path, cats: Path, tmp_path: Path
     for found in (single, int8):
         labels = [answer["label"] for answer in found["answers"]]
         assert labels == ["tabby, tabby cat", "tiger cat", "Egyptian cat"]
-    # A picture resized by sharp instead of Pillow.
+    # An image resized by sharp instead of Pillow.
     assert single["answers"][0]["score"] == pytest.approx(0.785, abs=0.06)
     torch.testing.assert_close(torch.tensor(single["logits"]), expected, rtol=0, atol=1e-3)
     assert torch.corrcoef(torch.stack([torch.tensor(int8["logits"]), expected]))[0, 1] > 0.98

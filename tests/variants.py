@@ -1,7 +1,7 @@
 """Networks that people might have made of MobileNets, drawn by chance: some are MobileNets still, and some are not.
 
-python tests/variants.py 300 0 pictures/*.jpg
-KERAS_BACKEND=tensorflow python tests/variants.py 300 0 pictures/*.jpg .tflite
+python tests/variants.py 300 0 images/*.jpg
+KERAS_BACKEND=tensorflow python tests/variants.py 300 0 images/*.jpg .tflite
 
 writes as many with Keras and with torch.onnx (or with tf.lite's converter), from a seed on, converts each, and
 compares what the source itself makes of photographs with what the converted network makes of them. Each must be
@@ -541,15 +541,15 @@ def write(variant: Variant, folder: Path, seed: int = 0) -> tuple[Path, Callable
 
 
 def interpreted(path: Path, pixels: Tensor) -> Tensor:
-    """What a TFLite file makes of pixels, as its users run it: without what the proof asks of the interpreter."""
+    """What a TFLite file makes of pixels, as its users run it: without what the comparison asks of the interpreter."""
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path))
     interpreter.allocate_tensors()
     given, result = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
     rows = []
-    for picture in pixels.permute(0, 2, 3, 1).numpy():
-        interpreter.set_tensor(given, picture[None].astype(np.float32))
+    for image in pixels.permute(0, 2, 3, 1).numpy():
+        interpreter.set_tensor(given, image[None].astype(np.float32))
         interpreter.invoke()
         rows.append(interpreter.get_tensor(result)[0])
     return torch.from_numpy(np.stack(rows))
@@ -615,9 +615,9 @@ def in_process(model: Any, checkpoint: Any) -> Iterator[None]:
 
     kept = parity.load_back
 
-    def same(folder: Path, pictures: list[str]) -> Tensor:
+    def same(folder: Path, images: list[str]) -> Tensor:
         with torch.no_grad():
-            return model(checkpoint.processor(pictures, return_tensors="pt").pixel_values).logits
+            return model(checkpoint.processor(images, return_tensors="pt").pixel_values).logits
 
     parity.load_back = same
     try:

@@ -16,10 +16,10 @@ from mobilenet.text import clean
 
 # The subcommands: each is a function of its own name in a module of its own name, with a line of help for the list.
 COMMANDS = {
-    "classify": "Name what pictures show.",
+    "classify": "Name what images show.",
     "convert": "Convert a MobileNet of any public source into a repository for transformers.",
-    "train": "Train a MobileNet on labelled pictures and write a complete repository.",
-    "evaluate": "Measure a checkpoint on labelled pictures.",
+    "train": "Train a MobileNet on labeled images and write a complete repository.",
+    "evaluate": "Measure a checkpoint on labeled images.",
     "export": "Write a network for another engine.",
     "verify": "Compare a repository with what was released.",
 }
@@ -33,6 +33,7 @@ RENAMED = {
         "--verify": "--compare",
         "--verify-on": "--compare-on",
     },
+    "export": {"--pictures": "--images"},
 }
 
 
@@ -103,4 +104,4 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """MobileNets: classify pictures, train and evaluate, convert checkpoints, export to other engines, verify."""
+    """MobileNets: classify images, train and evaluate, convert checkpoints, export to other engines, verify."""

@@ -69,7 +69,7 @@ def convert(
     fit: Annotated[
         str | None,
         typer.Option(
-            help="How pictures become squares: crop to the middle, stretch, or pad. By default as the recipe says.",
+            help="How images become squares: crop to the middle, stretch, or pad. By default as the recipe says.",
             show_default=False,
         ),
     ] = None,
@@ -83,13 +83,13 @@ def convert(
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Side of the pictures; by default as the source records it, or 224.", show_default=False
+            min=1, help="Side of the images; by default as the source records it, or 224.", show_default=False
         ),
     ] = None,
     compare_on: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of pictures to compare on; by default, synthetic ones. With a folder for each class, or a "
+            help="Folder of images to compare on; by default, synthetic ones. With a folder for each class, or a "
             "labels.csv, accuracy is measured under each plausible recipe.",
             show_default=False,
         ),

@@ -24,13 +24,13 @@ def evaluate(
         str | None, typer.Option(help="Configuration of a dataset of the Hub, where it has several.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a dataset of the Hub.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column of the pictures, where there are several.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the images, where there are several.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels, where there are several.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that the network sees at once.")] = 128,
-    skip_unreadable: Annotated[bool, typer.Option(help="Leave out pictures that cannot be read.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that the network sees at once.")] = 128,
+    skip_unreadable: Annotated[bool, typer.Option(help="Leave out images that cannot be read.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
-    """Measure a checkpoint on labelled pictures, as its model card says it was measured."""
+    """Measure a checkpoint on labeled images, as its model card says it was measured."""
     require("datasets", "kornia", "psutil", "torchmetrics", extra="train", purpose="evaluation")
     result = import_module("mobilenet.training.evaluate").evaluate_checkpoint(
         model, dataset, split, subset, revision, image_column, label_column, batch_size, skip_unreadable
@@ -38,7 +38,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result._asdict()))
         return
-    table = Table("", f"{result.split}, {result.pictures:,} pictures")
+    table = Table("", f"{result.split}, {result.images:,} images")
     for name, value in result.metrics.items():
         table.add_row(name.replace("_", " "), percent(value))
     if result.on_card is not None:

@@ -21,15 +21,15 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
     target: Annotated[Target, typer.Option("--target", "-t", help="Where the network shall run.")] = Target.ONNX,
     int8: Annotated[bool, typer.Option("--int8", help="Quantize weights and activations to 8 bits.")] = False,
-    pictures: Annotated[
+    images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of pictures such as the network will see, to calibrate int8 on and to compare on.",
+            help="Folder of images such as the network will see, to calibrate int8 on and to compare on.",
             show_default=False,
         ),
     ] = None,
     min_agreement: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of pictures on which int8 and bfloat16 must answer as torch.")
+        float, typer.Option(min=0, max=1, help="Share of images on which int8 and bfloat16 must predict as torch.")
     ] = MIN_AGREEMENT,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
@@ -44,13 +44,13 @@ def export(
         output,
         target,
         int8=int8,
-        pictures=pictures,
+        images=images,
         min_agreement=min_agreement,
         revision=revision,
         overwrite=overwrite,
     )
     console = Console()
-    table = Table(*module.Comparison.COLUMNS, caption="difference: largest of logits; ms: one picture, the median")
+    table = Table(*module.Comparison.COLUMNS, caption="difference: largest of logits; ms: one image, the median")
     for comparison in comparisons:
         table.add_row(*comparison.cells)
     console.print(table)

@@ -49,9 +49,9 @@ def read_source(given: str, revision: str | None = None, options: Options | None
 
 # The first bytes of files that are something else.
 _SIGNATURES = {
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
-    b"GIF8": "a picture",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"GIF8": "an image",
     b"%PDF": "a document",
     b"<": "text such as HTML, as a failed download leaves it",
     b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file that it stands for",

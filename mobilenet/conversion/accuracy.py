@@ -1,4 +1,4 @@
-"""Accuracy on pictures of known classes, under each way to prepare them that a network may have been trained with."""
+"""Accuracy on images of known classes, under each way to prepare them that a network may have been trained with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .rename import ConversionError
 
 
 BATCH = 16
-MAX_PICTURES = 500  # more would not tell recipes apart any better
+MAX_IMAGES = 500  # more would not tell recipes apart any better
 
 
 class Measured(NamedTuple):
@@ -38,13 +38,13 @@ class Measured(NamedTuple):
         return self.name, f"{100 * self.accuracy:.4g} %", "written" if self.is_ours else ""
 
 
-def find_labelled(folder: Path, labels: Sequence[str]) -> list[tuple[str, int]]:
-    """Pictures and their classes: from a labels.csv with columns "file" and "label", or by folders named by classes.
+def find_labeled(folder: Path, labels: Sequence[str]) -> list[tuple[str, int]]:
+    """Images and their classes: from a labels.csv with columns "file" and "label", or by folders named by classes.
 
     A class goes by its label, one of its synonyms, or its number.
 
     Returns:
-        Paths and indices; nothing where pictures are not labelled.
+        Paths and indices; nothing where images are not labeled.
 
     Raises:
         ConversionError: A labels.csv names a class that there is not.
@@ -77,21 +77,21 @@ def _from_listing(listing: Path, numbers: dict[str, int]) -> list[tuple[str, int
 
 
 @torch.no_grad()
-def measure_recipes(model: nn.Module, checkpoint: Checkpoint, pictures: Sequence[tuple[str, int]]) -> list[Measured]:
+def measure_recipes(model: nn.Module, checkpoint: Checkpoint, images: Sequence[tuple[str, int]]) -> list[Measured]:
     """Top-1 accuracy of a network under each range of pixels and each fit, best first.
 
     Args:
         model: The converted network.
         checkpoint: Its source, with the preprocessing that was chosen.
-        pictures: Paths and classes.
+        images: Paths and classes.
     """
-    step = max(1, len(pictures) // MAX_PICTURES)
-    pictures = pictures[::step][:MAX_PICTURES]
+    step = max(1, len(images) // MAX_IMAGES)
+    images = images[::step][:MAX_IMAGES]
     side = checkpoint.processor.crop_size["height"]
     candidates = {"as written": checkpoint.processor}
     for fit, options in FITS.items():
         for name, (mean, std) in RANGES.items():
-            # What the file scales by itself is known; how pictures become squares is not.
+            # What the file scales by itself is known; how images become squares is not.
             chosen = {"image_mean": checkpoint.processor.image_mean, "image_std": checkpoint.processor.image_std}
             if checkpoint.feed is None and checkpoint.quantization is None:
                 chosen = {"image_mean": list(mean), "image_std": list(std)}
@@ -105,13 +105,13 @@ def measure_recipes(model: nn.Module, checkpoint: Checkpoint, pictures: Sequence
             del base["image_processor_type"]
             candidates[words] = MobileNetImageProcessor(**base)
     result = []
-    truth = torch.tensor([index for _, index in pictures])
+    truth = torch.tensor([index for _, index in images])
     for name, processor in track(list(candidates.items()), "measuring accuracy"):
         guesses = [
             model(
-                processor([path for path, _ in pictures[start : start + BATCH]], return_tensors="pt").pixel_values
+                processor([path for path, _ in images[start : start + BATCH]], return_tensors="pt").pixel_values
             ).logits.argmax(-1)
-            for start in range(0, len(pictures), BATCH)
+            for start in range(0, len(images), BATCH)
         ]
         result.append(Measured(name, (torch.cat(guesses) == truth).float().mean().item(), name == "as written"))
     return sorted(result, key=lambda each: (-each.accuracy, not each.is_ours))
@@ -124,7 +124,7 @@ def advise(measured: Sequence[Measured], count: int) -> str | None:
     if best.accuracy <= ours.accuracy + max(2 * error, 1 / count):
         return None
     return (
-        f"On the labelled pictures the network is right on {100 * ours.accuracy:.3g} % as written, and on "
-        f"{100 * best.accuracy:.3g} % with {best.name}: convert again with that, if the pictures are like those that "
+        f"On the labeled images the network is right on {100 * ours.accuracy:.3g} % as written, and on "
+        f"{100 * best.accuracy:.3g} % with {best.name}: convert again with that, if the images are like those that "
         "it is for."
     )

@@ -94,7 +94,7 @@ class Options(NamedTuple):
 
         Args:
             recipe: A key of RECIPES.
-            image_size: Side of the pictures, if it is recorded.
+            image_size: Side of the images, if it is recorded.
             **known: Options of the processor that the source records.
 
         Raises:
@@ -110,7 +110,7 @@ class Options(NamedTuple):
         return MobileNetImageProcessor.from_recipe(self.recipe or recipe, side, **known)
 
     def size(self, recorded: int | None) -> int:
-        """The size that pictures are cropped to; 224 where nobody knows."""
+        """The size that images are cropped to; 224 where nobody knows."""
         return self.image_size or recorded or 224
 
 
@@ -161,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def understanding(path: Path) -> Iterator[None]:
+def field_errors(path: Path) -> Iterator[None]:
     """Read fields of a JSON file, of which any may be missing or of another type.
 
     Raises:

@@ -25,9 +25,9 @@ from mobilenet.progress import warn
 from mobilenet.repository import staged
 
 from . import Checkpoint, ConversionError, Options, read_source
-from .accuracy import Measured, advise, find_labelled, measure_recipes
+from .accuracy import Measured, advise, find_labeled, measure_recipes
 from .labels import known, read_labels
-from .parity import BATCH, Comparison, check_parity, find_pictures
+from .parity import BATCH, Comparison, check_parity, find_images
 from .rename import rename
 from .unfuse import unfuse_batch_norm
 
@@ -37,7 +37,7 @@ UNFUSED = (
     "computes is the same."
 )
 FUSED = "Batch norms are folded into the convolutions: for inference. To fine-tune, convert without `--fuse`."
-# Statistics of unfused batch norms settle with fewer pictures than this.
+# Statistics of unfused batch norms settle with fewer images than this.
 MAX_STATISTICS = 256
 
 
@@ -67,19 +67,19 @@ def convert(
         output: Folder to write. It appears complete or not at all.
         revision: Branch, tag or commit of a Hub id.
         recipe: Preprocessing, a key of RECIPES; by default, what the source records, or its publisher's recipe.
-        image_size: Side of the pictures in pixels; by default, what the source records, or 224.
+        image_size: Side of the images in pixels; by default, what the source records, or 224.
         pixel_range: What the network sees of pixels, a key of RANGES; by default, what the source records, or as the
             recipe says.
         mean: Mean of values in 0 to 1, one or one for each channel; with `std`, instead of a range.
         std: Deviation of values in 0 to 1.
-        fit: How pictures become squares, a key of FITS; by default, as the recipe says.
+        fit: How images become squares, a key of FITS; by default, as the recipe says.
         labels: File of labels, "imagenet" or "imagenet-background"; by default, the source's own, or those of
             ImageNet for 1000 and 1001 classes.
         drop_background: Whether to leave out class 0, "background", so that ImageNet's classes count from 0.
         unfuse: Whether to put batch norms back into a network that comes folded, so that it can be fine-tuned.
         fuse: Whether to fold batch norms into the convolutions: for inference, from a third of the tensors.
         compare: Whether to load the result back and compare it with the source's own runtime.
-        compare_on: Folder of pictures to compare on, and to take the statistics of unfused batch norms from; by
+        compare_on: Folder of images to compare on, and to take the statistics of unfused batch norms from; by
             default, synthetic ones. Where it has a folder for each class, or a labels.csv with the columns "file" and
             "label", accuracy is measured under each plausible recipe.
         overwrite: Whether to replace a repository that exists.
@@ -95,21 +95,21 @@ def convert(
     if unfuse and fuse:
         raise ValueError("unfuse and fuse exclude each other.")
     with staged(Path(output), overwrite, source) as folder, tempfile.TemporaryDirectory() as scratch:
-        pictures = find_pictures(Path(compare_on)) if compare_on else []
+        images = find_images(Path(compare_on)) if compare_on else []
         options = Options(recipe, image_size, pixel_range, mean, std, fit)
         origin, checkpoint = read_source(source, revision, options)
         choose_labels(checkpoint, labels, drop_background)
         if checkpoint.config["num_channels"] == 1:
             for processor in filter(None, (checkpoint.processor, checkpoint.feed)):
                 keep_gray(processor)
-        if not pictures and (compare or unfuse):
-            pictures = draw_images(Path(scratch))
+        if not images and (compare or unfuse):
+            images = draw_images(Path(scratch))
         model = build(checkpoint, origin.given)
         if unfuse:
-            starts = range(0, min(len(pictures), MAX_STATISTICS), BATCH)
+            starts = range(0, min(len(images), MAX_STATISTICS), BATCH)
             process = checkpoint.processor
             model = unfuse_batch_norm(
-                model, (process(pictures[i : i + BATCH], return_tensors="pt").pixel_values for i in starts)
+                model, (process(images[i : i + BATCH], return_tensors="pt").pixel_values for i in starts)
             )
             checkpoint.notes.append(UNFUSED)
         if drop_background:
@@ -122,15 +122,15 @@ def convert(
         comparisons, caveats = [], ["Not compared: converted with `--no-compare`."]
         if compare:
             classes = slice(1 if drop_background else 0, None)
-            comparisons, caveats = check_parity(folder, model, checkpoint, pictures, classes)
+            comparisons, caveats = check_parity(folder, model, checkpoint, images, classes)
             checkpoint.warnings += caveats
         if compare_on and checkpoint.labels and model.config.num_labels > 1:
             names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-            labelled = find_labelled(Path(compare_on).expanduser(), names)
-            if labelled:
-                measured = measure_recipes(model, checkpoint, labelled)
-                say_accuracy(measured, len(labelled))
-                checkpoint.warnings += filter(None, [advise(measured, len(labelled))])
+            labeled = find_labeled(Path(compare_on).expanduser(), names)
+            if labeled:
+                measured = measure_recipes(model, checkpoint, labeled)
+                say_accuracy(measured, len(labeled))
+                checkpoint.warnings += filter(None, [advise(measured, len(labeled))])
         for warning in checkpoint.warnings:
             warn(warning)
         with writing(folder):
@@ -141,7 +141,7 @@ def convert(
 
 def say_accuracy(measured: Sequence[Measured], count: int) -> None:
     """Print accuracy by recipe on stderr, where the table of comparisons does not stand."""
-    table = Table(*Measured.COLUMNS, title=f"top-1 on {count} labelled pictures")
+    table = Table(*Measured.COLUMNS, title=f"top-1 on {count} labeled images")
     for each in measured:
         table.add_row(*each.cells)
     Console(stderr=True).print(table)

@@ -13,7 +13,7 @@ from mobilenet.architectures_mobilenet import ARCHITECTURES
 from mobilenet.configuration_mobilenet import MAX_LABELS
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 
-from .checkpoint import Checkpoint, Options, Oracle, Origin, read_json, read_torch, understanding, weights_file
+from .checkpoint import Checkpoint, Options, Oracle, Origin, field_errors, read_json, read_torch, weights_file
 from .labels import check
 from .rename import TORCH, ConversionError, Row, Table
 
@@ -83,7 +83,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         raise ConversionError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
     expected = _native(model_type, "ForImageClassification").__name__
     files = [folder / "config.json", weights_file(folder)]
-    with understanding(files[0]):
+    with field_errors(files[0]):
         if theirs.architectures and expected not in theirs.architectures:
             raise ConversionError(f"{origin.given}: must hold a {expected}, got {', '.join(theirs.architectures)}.")
         for name, value in _FIXED.items():
@@ -98,7 +98,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     if (folder / "preprocessor_config.json").is_file() and options == Options():
         files.append(folder / "preprocessor_config.json")
         recorded = read_json(files[-1])
-    with understanding(files[-1]):
+    with field_errors(files[-1]):
         processor = recorded_processor(recorded, processor)
     return Checkpoint(
         kind=f"transformers' {expected}",

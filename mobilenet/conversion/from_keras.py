@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line, understanding
+from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, field_errors, first_line
 from .graph import (
     SAME,
     Act,
@@ -180,7 +180,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         ImportError: h5py is not installed.
     """
     stored = _load(origin.path)
-    with understanding(origin.path):
+    with field_errors(origin.path):
         if stored.config is None:
             return _read_weights(origin, stored, options)
         reader = Reader(stored, origin.path)
@@ -449,7 +449,7 @@ class Reader:
             self.ops.append(_pool(kind, fields, common))
         elif kind in _SIZES:
             size = f"{fields.get('height')}x{fields.get('width')}"
-            what = f"a {kind} to {size}, and pictures must have that size before they enter the network"
+            what = f"a {kind} to {size}, and images must have that size before they enter the network"
             self.ops.append(Other(**common, what=what))
         elif kind == "Lambda":
             self.ops.append(Other(**common, what="a Lambda layer, which holds code, and no code of a file is run"))
@@ -626,7 +626,7 @@ def _pair(given: Any) -> tuple[int, int]:
 
 
 def _pool(kind: str, fields: Mapping[str, Any], common: dict[str, Any]) -> Op:
-    """A pooling over the whole picture, or over a window that must turn out to be it."""
+    """A pooling over the whole image, or over a window that must turn out to be it."""
     if kind.startswith("Global"):
         return Pool(**common, kind=_POOLS[kind])
     window = _pair(fields.get("pool_size", 2))
@@ -796,7 +796,7 @@ def _own_runtime(path: Path, reader: Reader, found: Match, image_size: int) -> O
     if strange:
         raise NoOracleError(f"the file names {', '.join(strange)}, which could run code, so Keras does not load it")
     if reader.graph.size not in (None, image_size):
-        raise NoOracleError(f"the file takes pictures of {reader.graph.size} pixels, not of {image_size}")
+        raise NoOracleError(f"the file takes images of {reader.graph.size} pixels, not of {image_size}")
     keras = _keras()
     try:
         model = _load_model(keras, path)

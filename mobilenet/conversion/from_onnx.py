@@ -18,9 +18,9 @@ from .checkpoint import (
     Options,
     Oracle,
     Origin,
+    field_errors,
     first_line,
     read_json,
-    understanding,
 )
 from .from_google import recorded_processor
 from .graph import (
@@ -106,7 +106,7 @@ class File:
             )
         self.input, self.output = inputs[0], outputs[0].name
         sizes = [d.dim_value for d in self.input.type.tensor_type.shape.dim]
-        self.shapes: dict[str, list[int]] = {}  # of values, for one picture
+        self.shapes: dict[str, list[int]] = {}  # of values, for one image
         if len(sizes) == 4 and all(sizes[1:]):
             self.shapes[self.input.name] = [1, *sizes[1:]]
         for node in self.model.graph.node:
@@ -420,7 +420,7 @@ class File:
         return affine(_ARITHMETIC[kind], value, names[0] in self.constants, common)
 
     def pool(self, kind: str, fields: Mapping[str, Any], names: list[str], layout: str, common: dict[str, Any]) -> Op:
-        """Translate a pooling over the whole picture, or over a window that must turn out to be it."""
+        """Translate a pooling over the whole image, or over a window that must turn out to be it."""
         if "Reduce" in kind:
             axes = fields.get("axes")
             if axes is None and len(names) > 1 and names[1] in self.constants:
@@ -446,7 +446,7 @@ class File:
             value = self.constants[names[2]].any() if names[2] in self.constants else True
         mode = fields.get("mode", b"constant")
         if pads is None or len(pads) != 8 or value or mode != b"constant" or any(pads[i] for i in (0, 1, 4, 5)):
-            return Other(**common, what="a padding with other than zeros around the picture")
+            return Other(**common, what="a padding with other than zeros around the image")
         return Pad(**common, pads=((int(pads[2]), int(pads[6])), (int(pads[3]), int(pads[7]))))
 
     def activation(self, kind: str, fields: Mapping[str, Any], names: list[str]) -> str | None:
@@ -506,14 +506,14 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         ImportError: onnx is not installed.
     """
     path = _file(origin.path) if origin.path.is_dir() else origin.path
-    with understanding(path):
+    with field_errors(path):
         file = File(path)
         found = match(file.graph, str(path), options.size(None))
     count, size, files = found.config["num_labels"], file.graph.size, [path]
     labels, _ = beside(path, count)
     for config in _neighbors(path, "config.json"):
         files.append(config)
-        with understanding(config):
+        with field_errors(config):
             names = read_json(config).get("id2label")
             if isinstance(names, dict) and len(names) == count:
                 labels = check([names[str(index)] for index in range(count)], count, config)
@@ -528,7 +528,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     for recorded in _neighbors(path, "preprocessor_config.json"):
         if options == Options() and found.scaling is None:
             files.append(recorded)
-            with understanding(recorded):
+            with field_errors(recorded):
                 processor, feed, said = recorded_processor(read_json(recorded), processor), None, []
         break
     return Checkpoint(
@@ -553,10 +553,10 @@ def _runtime(file: File, found: Match, image_size: int) -> Oracle:
     """The file itself in ONNX Runtime.
 
     Raises:
-        NoOracleError: It takes pictures of another size, or the runtime refuses it.
+        NoOracleError: It takes images of another size, or the runtime refuses it.
     """
     if file.graph.size not in (None, image_size):
-        raise NoOracleError(f"the ONNX file takes pictures of {file.graph.size} pixels, not of {image_size}")
+        raise NoOracleError(f"the ONNX file takes images of {file.graph.size} pixels, not of {image_size}")
     import onnxruntime
 
     model, given = file.model, file.input
@@ -577,8 +577,8 @@ def _runtime(file: File, found: Match, image_size: int) -> Oracle:
 
     def run(name: str, pixel_values: Tensor) -> Tensor:
         rows = []
-        for picture in (pixel_values.permute(0, 2, 3, 1) if last else pixel_values).contiguous().numpy():
-            (values,) = session.run([name], {given.name: picture[None].astype(kind)})
+        for image in (pixel_values.permute(0, 2, 3, 1) if last else pixel_values).contiguous().numpy():
+            (values,) = session.run([name], {given.name: image[None].astype(kind)})
             values = np.asarray(values, np.float32)
             if values.ndim == 4 and values.shape[-2:] != (1, 1) and not found.config["num_labels"]:
                 values = values.max((2, 3)) if found.config.get("pooling") == "max" else values.mean((2, 3))

@@ -43,7 +43,7 @@ def from_tensors(tensors: Mapping[str, Tensor], table: Table, options: Options, 
 
 
 def _run(tensors: Mapping[str, Tensor], pixel_values: Tensor) -> Tensor:
-    """The network itself, which has no other runtime than PyTorch: logits of pictures (B, C, H, W)."""
+    """The network itself, which has no other runtime than PyTorch: logits of images (B, C, H, W)."""
 
     def conv(x: Tensor, name: str, **kwargs: int) -> Tensor:
         return F.conv2d(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"], **kwargs)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, first_line, understanding
+from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, field_errors, first_line
 from .graph import (
     BYTES,
     SAME,
@@ -223,7 +223,7 @@ class File:
             self.ops.append(op)
 
     def add_pool(self, kind: str, options: Any, inputs: list[int], layout: str, common: dict[str, Any]) -> None:
-        """Translate a pooling over the whole picture; or over windows of which there is one."""
+        """Translate a pooling over the whole image; or over windows of which there is one."""
         if kind in ("MEAN", "REDUCE_MAX"):
             axes = {layout[axis] for axis in self.constant(inputs[1]).reshape(-1).tolist()}
             window, whole = None, axes == {"H", "W"}
@@ -388,7 +388,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         ConversionError: The file is broken, or holds another network.
         ImportError: ai-edge-litert is not installed.
     """
-    with understanding(origin.path):
+    with field_errors(origin.path):
         file = File(origin.path.read_bytes(), origin.path)
         found = match(file.graph, str(origin.path), file.graph.size)
         recorded = file.normalization()
@@ -422,7 +422,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
 
 def twin(data: bytes, path: Path, name: str, image_size: int) -> Oracle:
     """Run a TFLite file that comes with another checkpoint."""
-    with understanding(path):
+    with field_errors(path):
         file = File(data, path)
         found = match(file.graph, str(path), file.graph.size)
     return interpreter(file, found, name, image_size)
@@ -443,13 +443,13 @@ def _labels(path: Path, count: int) -> list[str] | None:
 
 
 def interpreter(file: File, found: Match, name: str, image_size: int) -> Oracle:
-    """Run a TFLite file on pictures of a size.
+    """Run a TFLite file on images of a size.
 
     Raises:
-        NoOracleError: The file takes pictures of another size.
+        NoOracleError: The file takes images of another size.
     """
     if image_size != file.graph.size:
-        raise NoOracleError(f"the TFLite file takes pictures of {file.graph.size} pixels, not of {image_size}")
+        raise NoOracleError(f"the TFLite file takes images of {file.graph.size} pixels, not of {image_size}")
     from importlib.metadata import version
 
     from ai_edge_litert.interpreter import Interpreter
@@ -467,8 +467,8 @@ def interpreter(file: File, found: Match, name: str, image_size: int) -> Oracle:
 
     def run(number: int, pixel_values: Tensor) -> Tensor:
         result, rows = details[number], []
-        for picture in (pixel_values if first else pixel_values.permute(0, 2, 3, 1)).numpy():
-            runtime.set_tensor(given["index"], _quantized(picture[None], given))
+        for image in (pixel_values if first else pixel_values.permute(0, 2, 3, 1)).numpy():
+            runtime.set_tensor(given["index"], _quantized(image[None], given))
             runtime.invoke()
             values = _real(runtime.get_tensor(result["index"]), result)
             if values.ndim == 4 and not found.config["num_labels"]:  # features that the file does not pool

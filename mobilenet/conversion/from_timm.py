@@ -18,9 +18,9 @@ from .checkpoint import (
     Options,
     Oracle,
     Origin,
+    field_errors,
     read_json,
     read_torch,
-    understanding,
     weights_file,
 )
 from .labels import check
@@ -186,7 +186,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         )
     weights = weights_file(origin.path)
     checkpoint = _describe(read_torch(weights), network, name, options, path, weights)
-    with understanding(path):
+    with field_errors(path):
         if config.get("label_names") is not None:
             checkpoint.labels = check(config["label_names"], checkpoint.config["num_labels"], path)
         recorded = config.get("pretrained_cfg", {})

@@ -106,14 +106,14 @@ class Add(Op):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pad(Op):
-    """Zeros around a picture."""
+    """Zeros around an image."""
 
     pads: Pads
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pool(Op):
-    """A mean or maximum over the whole picture, or over windows of it."""
+    """A mean or maximum over the whole image, or over windows of it."""
 
     kind: str  # "avg" or "max"
     window: tuple[int, int] | None = None
@@ -156,7 +156,7 @@ class Graph:
     input: Any
     output: Any
     channels: int
-    size: int | None = None  # side of the pictures that the file takes; None where it takes any
+    size: int | None = None  # side of the images that the file takes; None where it takes any
     padding: str = "same"  # what to call padding that has both names at this size
     scales: Mapping[Any, Scale] = field(default_factory=dict)  # of activations
 
@@ -341,7 +341,7 @@ def match(graph: Graph, source: str, image_size: int) -> Match:
     Args:
         graph: The graph.
         source: What to call it in errors.
-        image_size: Side of the pictures, for a graph that takes any.
+        image_size: Side of the images, for a graph that takes any.
 
     Raises:
         ConversionError: There is none; the message names the first layer that has no place in it.

@@ -28,16 +28,16 @@ BATCH = 16
 
 
 class Comparison(NamedTuple):
-    """How two runtimes agree on the same pictures."""
+    """How two runtimes agree on the same images."""
 
     against: str
-    pictures: int
+    images: int
     largest: float  # difference of two logits, or probabilities
     mean: float
-    agreement: float  # share of pictures with the same top-1; of several labels each, share of the same yes and no
+    agreement: float  # share of images with the same top-1; of several labels each, share of the same yes and no
     limits: dict[str, float]  # on `largest` or `mean`
 
-    COLUMNS = ("compared with", "pictures", "largest difference", "mean difference", "limit", "same top-1")
+    COLUMNS = ("compared with", "images", "largest difference", "mean difference", "limit", "same top-1")
 
     @classmethod
     def of(
@@ -49,7 +49,7 @@ class Comparison(NamedTuple):
             against: What ours is compared with.
             ours: Of the converted network.
             theirs: Of the source.
-            threshold: Where a label is given to a picture; by default, the label of the largest value is.
+            threshold: Where a label is given to an image; by default, the label of the largest value is.
             **limits: On `largest` or `mean`.
 
         Raises:
@@ -80,7 +80,7 @@ class Comparison(NamedTuple):
         limits = ", ".join(f"{name} {limit:.2g}" for name, limit in self.limits.items())
         return (
             self.against,
-            str(self.pictures),
+            str(self.images),
             f"{self.largest:.2g}",
             f"{self.mean:.2g}",
             limits or "none",
@@ -121,7 +121,7 @@ def rounded(model: nn.Module, activations: dict[str, dict[str, Any]]) -> Iterato
 
 
 def check_parity(
-    folder: Path, model: nn.Module, checkpoint: Checkpoint, pictures: Sequence[str], classes: slice
+    folder: Path, model: nn.Module, checkpoint: Checkpoint, images: Sequence[str], classes: slice
 ) -> tuple[list[Comparison], list[str]]:
     """Compare a network with its source's runtime, and with the repository that was written, loaded back.
 
@@ -129,7 +129,7 @@ def check_parity(
         folder: The repository.
         model: The network in memory.
         checkpoint: The source.
-        pictures: Paths of pictures.
+        images: Paths of images.
         classes: Which of the source's classes the network has.
 
     Returns:
@@ -147,8 +147,8 @@ def check_parity(
     quantized = checkpoint.quantization is not None
     activations = checkpoint.quantization["activations"] if quantized else {}
     batches: dict[str, list[Tensor]] = {"ours": [], "theirs": [], "predictions": [], "ours rounded": []}
-    for start in track(range(0, len(pictures), BATCH), "comparing"):
-        paths = pictures[start : start + BATCH]
+    for start in track(range(0, len(images), BATCH), "comparing"):
+        paths = images[start : start + BATCH]
         batch = checkpoint.processor(paths, return_tensors="pt").pixel_values
         with torch.no_grad():
             batches["ours"].append(model(batch).logits)
@@ -178,7 +178,7 @@ def check_parity(
                     **limits,
                 )
             )
-    loaded = load_back(folder, pictures)
+    loaded = load_back(folder, images)
     comparisons.append(Comparison.of("the repository, loaded anew", ours, loaded, largest=limit(ours)))
     return comparisons, caveats
 
@@ -208,29 +208,29 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-repo, pictures, result, batch = *sys.argv[1:4], int(sys.argv[4])
-with open(pictures, encoding="utf-8") as file:
-    pictures = json.load(file)
+repo, images, result, batch = *sys.argv[1:4], int(sys.argv[4])
+with open(images, encoding="utf-8") as file:
+    images = json.load(file)
 processor = AutoImageProcessor.from_pretrained(repo, trust_remote_code=True)
 model = AutoModelForImageClassification.from_pretrained(repo, trust_remote_code=True).eval()
 with torch.no_grad():
     logits = [
-        model(**processor(images=pictures[i : i + batch], return_tensors="pt")).logits
-        for i in range(0, len(pictures), batch)
+        model(**processor(images=images[i : i + batch], return_tensors="pt")).logits
+        for i in range(0, len(images), batch)
     ]
 save_file({"logits": torch.cat(logits)}, result)
 """
 
 
-def load_back(folder: Path, pictures: Sequence[str]) -> Tensor:
+def load_back(folder: Path, images: Sequence[str]) -> Tensor:
     """Logits of a repository, loaded through the Auto classes by a process of its own.
 
     Raises:
         ConversionError: It does not load; the message holds the last line of the process.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        listing, result = Path(scratch, "pictures.json"), Path(scratch, "logits.safetensors")
-        listing.write_text(json.dumps(list(pictures)), encoding="utf-8")
+        listing, result = Path(scratch, "images.json"), Path(scratch, "logits.safetensors")
+        listing.write_text(json.dumps(list(images)), encoding="utf-8")
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", _LOAD_BACK, str(folder), str(listing), str(result), str(BATCH)]
         with status("loading the result back"):
@@ -243,13 +243,13 @@ def load_back(folder: Path, pictures: Sequence[str]) -> Tensor:
         return load_file(result)["logits"]
 
 
-def find_pictures(folder: Path) -> list[str]:
-    """Every picture below a folder, sorted.
+def find_images(folder: Path) -> list[str]:
+    """Every image below a folder, sorted.
 
     Raises:
         ConversionError: There is none.
     """
     found = sorted(str(path.absolute()) for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
     if not found:
-        raise ConversionError(f"--compare-on must be a folder of pictures, got {folder}, which holds none.")
+        raise ConversionError(f"--compare-on must be a folder of images, got {folder}, which holds none.")
     return found

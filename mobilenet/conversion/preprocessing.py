@@ -1,4 +1,4 @@
-"""What a file's pictures must look like: said by the user, by the file or by its publisher; else assumed, aloud."""
+"""What a file's images must look like: said by the user, by the file or by its publisher; else assumed, aloud."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEACHABLE_MACHINE = r"(keras_model|converted_keras)\.h5|model(_unquant|_quant)?\
 
 
 class Preprocessing(NamedTuple):
-    """How pictures are prepared for a network, and for the file that it comes from."""
+    """How images are prepared for a network, and for the file that it comes from."""
 
     processor: MobileNetImageProcessor
     feed: MobileNetImageProcessor | None  # of the file, where it scales pixels in part by itself
@@ -53,7 +53,7 @@ def find(
     Args:
         options: What the user says, which counts most.
         default: Recipe to assume where nobody says anything.
-        image_size: Side of the pictures, if it is recorded.
+        image_size: Side of the images, if it is recorded.
         publisher: Recipe of the file's publisher.
         recorded: Mean and deviation that the file records, of values in 0 to 1.
         scaling: Factor and offset that the network itself applies to its input, of shape () or (C,).
@@ -72,10 +72,8 @@ def find(
         )
         assumed.append(f"that the network takes pixels scaled to {spoken} (--range, --mean and --std say otherwise)")
     if not (options.fit or options.recipe or publisher):
-        assumed.append("that pictures are cropped to the middle 87.5 % (--fit says otherwise)")
-    warnings = (
-        [f"The file does not say how to prepare pictures. Assumed: {', and '.join(assumed)}."] if assumed else []
-    )
+        assumed.append("that images are cropped to the middle 87.5 % (--fit says otherwise)")
+    warnings = [f"The file does not say how to prepare images. Assumed: {', and '.join(assumed)}."] if assumed else []
     if scaling is None:
         return Preprocessing(processor, None, warnings)
     factor, offset = (value.expand(max(value.numel() for value in scaling)).tolist() for value in scaling)

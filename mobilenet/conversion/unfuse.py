@@ -21,12 +21,12 @@ def unfuse_batch_norm(
 ) -> MobileNetForImageClassification:
     """Put a batch norm behind every convolution, without changing what the network computes.
 
-    The norms take their statistics from what the convolutions put out for some pictures, so that training starts
+    The norms take their statistics from what the convolutions put out for some images, so that training starts
     where evaluation stands.
 
     Args:
         model: A network without batch norm.
-        batches: Pictures, of shape (B, C, H, W).
+        batches: Images, of shape (B, C, H, W).
 
     Raises:
         ConversionError: The network has batch norms.

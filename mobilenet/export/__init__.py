@@ -12,5 +12,5 @@ class Target(str, Enum):
     TRANSFORMERS_JS = "transformers.js"
 
 
-# Share of pictures on which an int8 or bfloat16 network must give torch's answer.
+# Share of images on which an int8 or bfloat16 network must give torch's prediction.
 MIN_AGREEMENT = 0.9

@@ -15,7 +15,7 @@ from mobilenet.repository import RepositoryError
 
 
 class ExportError(RepositoryError):
-    """A network that cannot be exported, or an export that does not answer as the network does."""
+    """A network that cannot be exported, or an export that does not predict as the network does."""
 
 
 # Largest difference of logits from torch's, over the largest logit, that float32 may show.
@@ -32,30 +32,30 @@ class Engine(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """Answers to pictures that came one by one."""
+    """Logits of images that came one by one."""
 
-    logits: Tensor  # of shape (pictures, labels)
-    milliseconds: float  # for one picture, the median
+    logits: Tensor  # of shape (images, labels)
+    milliseconds: float  # for one image, the median
 
 
 class Comparison(NamedTuple):
-    """How an exported network answers, beside torch."""
+    """How an exported network predicts, beside torch."""
 
     name: str
-    pictures: int
+    images: int
     difference: float  # largest difference of logits
-    agreement: float  # share of pictures with the same top-1
-    milliseconds: float  # for one picture, the median
+    agreement: float  # share of images with the same top-1
+    milliseconds: float  # for one image, the median
     torch_milliseconds: float
 
-    COLUMNS = ("engine", "pictures", "difference", "same top-1", "ms", "torch, ms", "speed")
+    COLUMNS = ("engine", "images", "difference", "same top-1", "ms", "torch, ms", "speed")
 
     @property
     def cells(self) -> tuple[str, ...]:
         """A row of the table that is printed and written into the model card."""
         return (
             self.name,
-            str(self.pictures),
+            str(self.images),
             f"{self.difference:.1e}",
             f"{100 * self.agreement:.4g} %",
             f"{self.milliseconds:.1f}",
@@ -67,33 +67,33 @@ class Comparison(NamedTuple):
 def compare(
     engine: Engine,
     reference: Callable[[Tensor], Tensor],
-    pictures: Sequence[Tensor],
+    images: Sequence[Tensor],
     expected: Timed,
     min_agreement: float,
 ) -> Comparison:
-    """Hold an export against torch: picture by picture, in a batch, and at another size.
+    """Hold an export against torch: image by image, in a batch, and at another size.
 
     Raises:
-        ExportError: They do not answer alike.
+        ExportError: They do not predict alike.
     """
-    channels, height, width = pictures[0].shape[1:]
+    channels, height, width = images[0].shape[1:]
     shapes = [(3, channels, height, width)]
     if engine.takes_any_size:
         shapes.append((2, channels, height + 31, max(33, width - 32)))
     for shape in shapes:
         pixel_values = torch.randn(shape)
         _check(engine, engine.run(pixel_values), reference(pixel_values))
-    answers = measure(engine.run, pictures, f"comparing {engine.name}")
-    _check(engine, answers.logits, expected.logits)
-    agreement = (answers.logits.argmax(-1) == expected.logits.argmax(-1)).double().mean().item()
+    measured = measure(engine.run, images, f"comparing {engine.name}")
+    _check(engine, measured.logits, expected.logits)
+    agreement = (measured.logits.argmax(-1) == expected.logits.argmax(-1)).double().mean().item()
     if not engine.is_exact and agreement < min_agreement:
         raise ExportError(
-            f"{engine.name} gives torch's answer on {100 * agreement:.3g} % of {len(pictures)} pictures, "
+            f"{engine.name} gives torch's prediction on {100 * agreement:.3g} % of {len(images)} images, "
             f"{100 * min_agreement:.3g} % are asked for; nothing was written."
         )
-    difference = (answers.logits - expected.logits).abs().max().item()
-    times = answers.milliseconds, expected.milliseconds
-    return Comparison(engine.name, len(pictures), difference, agreement, *times)
+    difference = (measured.logits - expected.logits).abs().max().item()
+    times = measured.milliseconds, expected.milliseconds
+    return Comparison(engine.name, len(images), difference, agreement, *times)
 
 
 def _check(engine: Engine, logits: Tensor, expected: Tensor) -> None:
@@ -106,16 +106,16 @@ def _check(engine: Engine, logits: Tensor, expected: Tensor) -> None:
     difference = (logits - expected).abs().max().item()
     if engine.is_exact and difference > allowed:
         raise ExportError(
-            f"{engine.name} answers otherwise than torch: logits differ by {difference:.3g}, {allowed:.3g} is "
+            f"{engine.name} predicts otherwise than torch: logits differ by {difference:.3g}, {allowed:.3g} is "
             "allowed; nothing was written."
         )
 
 
-def measure(run: Callable[[Tensor], Tensor], pictures: Sequence[Tensor], description: str) -> Timed:
-    """Run pictures of shape (1, C, H, W) one by one."""
-    run(pictures[0])  # the first call allocates
+def measure(run: Callable[[Tensor], Tensor], images: Sequence[Tensor], description: str) -> Timed:
+    """Run images of shape (1, C, H, W) one by one."""
+    run(images[0])  # the first call allocates
     logits, seconds = [], []
-    for pixel_values in track(pictures, description):
+    for pixel_values in track(images, description):
         start = time.perf_counter()
         logits.append(run(pixel_values))
         seconds.append(time.perf_counter() - start)

@@ -42,8 +42,8 @@ _NEEDS = {
     Target.TRANSFORMERS_JS: (("onnx", "onnxruntime", "onnxscript"), "onnx"),
 }
 _NEEDS_FOR_INT8 = {Target.OPENVINO: "nncf", Target.EXECUTORCH: "torchao"}
-# Pictures to calibrate int8 on, and pictures to compare on.
-MAX_PICTURES = 150
+# Images to calibrate int8 on, and images to compare on.
+MAX_IMAGES = 150
 
 
 def export(
@@ -52,7 +52,7 @@ def export(
     target: str = Target.ONNX,
     *,
     int8: bool = False,
-    pictures: str | os.PathLike | None = None,
+    images: str | os.PathLike | None = None,
     revision: str | None = None,
     min_agreement: float = MIN_AGREEMENT,
     overwrite: bool = False,
@@ -68,10 +68,10 @@ def export(
         output: Folder to write. It appears complete or not at all.
         target: "onnx", "openvino", "executorch" or "transformers.js".
         int8: Whether to quantize weights (a scale for each channel) and activations to 8 bits.
-        pictures: Folder of pictures such as the network will see. int8 is calibrated on half of them and compared with
-            torch on the other half; transformers.js needs it too. Without int8 it may be left out: drawn pictures do.
+        images: Folder of images such as the network will see. int8 is calibrated on half of them and compared with
+            torch on the other half; transformers.js needs it too. Without int8 it may be left out: drawn images do.
         revision: Branch, tag or commit of a Hub id.
-        min_agreement: Share of the pictures on which int8 and bfloat16 must give torch's answer.
+        min_agreement: Share of the images on which int8 and bfloat16 must give torch's prediction.
         overwrite: Whether to replace a repository that exists.
 
     Returns:
@@ -79,7 +79,7 @@ def export(
 
     Raises:
         ImportError: transformers is too old, or the target's packages are missing.
-        ExportError: An argument is not what it allows, or the result answers otherwise than torch.
+        ExportError: An argument is not what it allows, or the result predicts otherwise than torch.
         OSError: The source cannot be loaded.
     """
     try:
@@ -89,17 +89,17 @@ def export(
     quantizes = int8 or target is Target.TRANSFORMERS_JS
     if target is Target.TRANSFORMERS_JS and int8:
         raise ExportError("transformers.js is given a float32 and an int8 network in any case; leave out int8.")
-    if quantizes and pictures is None:
-        raise ExportError("int8 must be calibrated: name a folder of pictures such as the network will see.")
+    if quantizes and images is None:
+        raise ExportError("int8 must be calibrated: name a folder of images such as the network will see.")
     check_installed(target, quantizes)
     with staged(Path(output), overwrite, source) as folder, tempfile.TemporaryDirectory() as scratch, _quiet():
         with status("loading"):
             network, processor = load_network(source, revision)
             network.fuse()
-        paths = draw_images(Path(scratch)) if pictures is None else _pick(pictures, 2 if quantizes else 1)
+        paths = draw_images(Path(scratch)) if images is None else _pick(images, 2 if quantizes else 1)
         tensors = [processor(path, return_tensors="pt").pixel_values for path in track(paths, "reading")]
         if len(shapes := {tuple(tensor.shape[-2:]) for tensor in tensors}) > 1:
-            raise ExportError(f"pictures must leave the image processor in one size, got {len(shapes)} sizes.")
+            raise ExportError(f"images must leave the image processor in one size, got {len(shapes)} sizes.")
         calibrate_on, compare_on = (tensors[0::2], tensors[1::2]) if quantizes else ([], tensors)
         exporter = Exporter(network, processor, *shapes, calibrate_on)
         if target is Target.TRANSFORMERS_JS:
@@ -129,13 +129,13 @@ def check_installed(target: Target, quantizes: bool) -> None:
 
 
 def _pick(folder: str | os.PathLike, parts: int) -> list[str]:
-    """Pictures below a folder, evenly spread over it, no more than MAX_PICTURES for each part."""
+    """Images below a folder, evenly spread over it, no more than MAX_IMAGES for each part."""
     if not os.path.isdir(folder):
-        raise ExportError(f"pictures must be a folder, got {os.fspath(folder)}.")
-    found = [picture.name for picture in find([os.fspath(folder)]) if picture.error is None]
+        raise ExportError(f"images must be a folder, got {os.fspath(folder)}.")
+    found = [image.name for image in find([os.fspath(folder)]) if image.error is None]
     if len(found) < parts:
-        raise ExportError(f"pictures must be a folder of at least {parts} pictures, got {len(found)} in {folder}.")
-    count = min(len(found), parts * MAX_PICTURES)
+        raise ExportError(f"images must be a folder of at least {parts} images, got {len(found)} in {folder}.")
+    count = min(len(found), parts * MAX_IMAGES)
     return [found[index * len(found) // count] for index in range(count)]
 
 

@@ -32,7 +32,7 @@ class Exporter:
         self.network = network
         self.config = network.config
         self.processor = processor
-        self.size = size  # height and width of the pictures
+        self.size = size  # height and width of the images
         self.calibrate_on = calibrate_on
 
     @torch.inference_mode()
@@ -59,7 +59,7 @@ class Exporter:
         return exported
 
     def _quantizer(self, target: Target) -> Any:
-        """int8 with a scale for each channel of a weight and one for each activation, calibrated on the pictures."""
+        """int8 with a scale for each channel of a weight and one for each activation, calibrated on the images."""
         calibration = [{"pixel_values": pixel_values} for pixel_values in self.calibrate_on]
         makers = {
             Target.ONNX: _onnx_quantizer,
@@ -69,8 +69,8 @@ class Exporter:
         return makers[target](calibration)
 
 
-# The stem and the first block see few channels, whose values lie far apart: in 8 bits they cost more answers than all
-# that follows, and in float32 hardly any time.
+# The stem and the first block see few channels, whose values lie far apart: in 8 bits they change more predictions
+# than all that follows, and in float32 hardly any time.
 _CONVOLUTIONS_IN_FLOAT = 3
 
 
@@ -112,7 +112,7 @@ def _pt2e_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
     from transformers.exporters import PT2EQuantizer
 
     config = xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True)
-    # The histograms that it would collect take seconds a picture.
+    # The histograms that it would collect take seconds an image.
     activations = dataclasses.replace(
         config.input_activation, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12)
     )
@@ -123,7 +123,7 @@ def _pt2e_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
 def _free_size(graph_model: Any, pads_same: bool) -> None:
     """Let an ONNX graph, traced at one height and width, take any.
 
-    ONNX has TensorFlow's SAME padding of its own, which runtimes compute from the picture at hand. Traced sizes would
+    ONNX has TensorFlow's SAME padding of its own, which runtimes compute from the image at hand. Traced sizes would
     need an operator that pads before each strided convolution, at the price of a copy of its input.
     """
     from onnx_ir import AttrString, Shape

@@ -14,7 +14,7 @@ from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 
 
 class Normalize(nn.Module):
-    """Bytes to what the network takes: the processor's rescaling and normalisation.
+    """Bytes to what the network takes: the processor's rescaling and normalization.
 
     Shape: (B, C, H, W) in 0 to 255 -> (B, C, H, W)
     """
@@ -32,16 +32,16 @@ class Normalize(nn.Module):
 
 
 class Augment(nn.Module):
-    """Vary a batch of pictures, on the device where it is.
+    """Vary a batch of images, on the device where it is.
 
     Shape: (B, C, S, S) in 0 to 255 -> (B, C, *size) in 0 to 255
 
     Args:
         size: Height and width that the network trains on.
-        crop_scale: Least share of the picture's area that a crop keeps; 1 for no crops.
-        flip: Whether to mirror half of the pictures.
+        crop_scale: Least share of the image's area that a crop keeps; 1 for no crops.
+        flip: Whether to mirror half of the images.
         trivial_augment: Whether to apply one random operation of random strength.
-        erasing: Probability of painting a random box over with the mean colour.
+        erasing: Probability of painting a random box over with the mean color.
 
     Source: random resized crops: Szegedy et al., Section 6 (arXiv:1409.4842); TrivialAugment: arXiv:2103.10158;
         random erasing: arXiv:1708.04896.
@@ -60,7 +60,7 @@ class Augment(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Vary pictures; `size` is another height and width than the usual one."""
+        """Vary images; `size` is another height and width than the usual one."""
         size = size or self.size
         x = pixels.float()
         if x.shape[-1] > 2 * max(size):  # a crop looks at no more than four pixels for each of its own
@@ -76,7 +76,7 @@ class Augment(nn.Module):
         return x.clamp(0, 1) * 255
 
     def _crop(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Crop, mirror and resize in one pass. kornia does it in several, each over whole pictures of full size."""
+        """Crop, mirror and resize in one pass. kornia does it in several, each over whole images of full size."""
         count, like = len(x), {"device": x.device, "dtype": x.dtype}
         area = torch.empty(count, **like).uniform_(self.crop_scale, 1)
         ratio = torch.empty(count, **like).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
@@ -92,7 +92,7 @@ class Augment(nn.Module):
 
 
 def mix(pixels: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Blend each picture and its target with those of another one, all by one share drawn from Beta(alpha, alpha).
+    """Blend each image and its target with those of another one, all by one share drawn from Beta(alpha, alpha).
 
     Shape: (B, C, H, W), (B, classes) -> the same
 

@@ -1,4 +1,4 @@
-"""Labelled pictures for training: read, check, split, decode once, and vary them batch by batch."""
+"""Labeled images for training: read, check, split, decode once, and vary them batch by batch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_splits(
 
     Raises:
         FileNotFoundError: The path or Hub id does not exist.
-        ValueError: The dataset cannot be read, has no column of pictures or labels, or its splits do not share their
+        ValueError: The dataset cannot be read, has no column of images or labels, or its splits do not share their
             labels.
     """
     path = Path(dataset)
@@ -97,7 +97,7 @@ def _folders(path: Path) -> dict[str, str]:
     """Patterns of files by split: the folders below are splits if they have such names and hold folders themselves.
 
     Raises:
-        ValueError: There are no folders, or something is neither a split nor a class nor a picture of one.
+        ValueError: There are no folders, or something is neither a split nor a class nor an image of one.
     """
     folders = [folder.name for folder in _below(path)]
     splits = {name: SPLIT_FOLDERS[name.lower()] for name in folders if name.lower() in SPLIT_FOLDERS}
@@ -119,15 +119,15 @@ def _below(path: Path) -> list[Path]:
 
 
 def _classes(path: Path) -> str:
-    """Pattern of the pictures in a folder of classes."""
+    """Pattern of the images in a folder of classes."""
     classes = _below(path)
     if not classes:
-        raise ValueError(f"{path} must hold a folder of pictures for each class, but it has no folders.")
+        raise ValueError(f"{path} must hold a folder of images for each class, but it has no folders.")
     extensions = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
     stray = [entry.name for entry in sorted(path.iterdir()) if entry.is_file() and entry.suffix.lower() in extensions]
     stray += [f"{folder.parent.name}/{folder.name}" for name in classes for folder in _below(name)]
     if stray:
-        raise ValueError(f"{path} must hold pictures in the folders of their classes alone, got {listed(stray)}.")
+        raise ValueError(f"{path} must hold images in the folders of their classes alone, got {listed(stray)}.")
     return f"{glob.escape(str(path))}/*/*"
 
 
@@ -149,7 +149,7 @@ def _with_class_names(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     kind = splits[first].features[LABEL]
     if not isinstance(kind, datasets.ClassLabel):
         if not isinstance(kind, datasets.Value):
-            raise ValueError(f"every picture must have one label, a name or an integer, got {kind}.")
+            raise ValueError(f"every image must have one label, a name or an integer, got {kind}.")
         values = sorted({value for split in splits.values() for value in split[LABEL][:]}, key=str)
         if not all(isinstance(value, (str, int)) for value in values):
             raise ValueError(f"labels must be names or integers, got {listed([repr(v) for v in values])}.")
@@ -169,33 +169,33 @@ def _with_class_names(splits: datasets.DatasetDict) -> datasets.DatasetDict:
             )
     if splits[first].features[LABEL] != kind:
         splits = splits.cast_column(LABEL, kind)
-    labelled = {}
+    labeled = {}
     for name, split in splits.items():
         missing = sum(label is None or label < 0 for label in split[LABEL][:])
         if missing and name == first:
-            raise ValueError(f"every picture must have a label; in {name}, {missing} have none.")
+            raise ValueError(f"every image must have a label; in {name}, {missing} have none.")
         if not missing:  # the Hub's test splits often come without labels: nothing can be measured on them
-            labelled[name] = split
-    return datasets.DatasetDict(labelled)
+            labeled[name] = split
+    return datasets.DatasetDict(labeled)
 
 
 def hold_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split pictures for validation off, the same share of every class.
+    """Split images for validation off, the same share of every class.
 
     Raises:
-        ValueError: A class has too few pictures to give one away, or the share is less than one picture a class.
+        ValueError: A class has too few images to give one away, or the share is less than one image a class.
     """
     counts = np.bincount(rows[LABEL][:], minlength=rows.features[LABEL].num_classes)
     names = rows.features[LABEL].names
     poor = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < 2]
     if poor:
         raise ValueError(
-            f"a validation split needs at least 2 pictures of each class, got {listed(poor)}; add pictures or set "
+            f"a validation split needs at least 2 images of each class, got {listed(poor)}; add images or set "
             "validation to 0."
         )
     if min(fraction, 1 - fraction) * len(rows) < len(names):
         raise ValueError(
-            f"a validation split needs a picture of each class: {fraction:g} of {len(rows)} pictures is too few for "
+            f"a validation split needs an image of each class: {fraction:g} of {len(rows)} images is too few for "
             f"{len(names)} classes; set validation higher, or to 0."
         )
     parts = rows.train_test_split(test_size=fraction, stratify_by_column=LABEL, seed=seed)
@@ -203,18 +203,18 @@ def hold_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datase
 
 
 def check_classes(labels: Sequence[int], names: Sequence[str]) -> None:
-    """Raise ValueError unless there are pictures of at least two classes, and of every class that has a name."""
+    """Raise ValueError unless there are images of at least two classes, and of every class that has a name."""
     counts = np.bincount(labels, minlength=len(names))
     present = [name for name, count in zip(names, counts, strict=True) if count]
     if len(present) < 2:
-        raise ValueError(f"a classifier needs pictures of at least two classes, got {listed(present) or 'none'}.")
+        raise ValueError(f"a classifier needs images of at least two classes, got {listed(present) or 'none'}.")
     absent = [name for name, count in zip(names, counts, strict=True) if not count]
     if absent:
-        raise ValueError(f"every class needs pictures to train on; there are none of {listed(absent)}.")
+        raise ValueError(f"every class needs images to train on; there are none of {listed(absent)}.")
 
 
-class Pictures(NamedTuple):
-    """Pictures decoded to one size, with their labels: a dataset that gives whole batches."""
+class Images(NamedTuple):
+    """Images decoded to one size, with their labels: a dataset that gives whole batches."""
 
     pixels: np.ndarray  # (N, 3, H, W), RGB in 0 to 255, in memory or in a mapped file
     labels: np.ndarray  # (N,), int64
@@ -228,24 +228,24 @@ class Pictures(NamedTuple):
         return self.pixels.shape[2], self.pixels.shape[3]
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Pictures and labels at these places."""
+        """Images and labels at these places."""
         return {"pixels": torch.from_numpy(self.pixels[indices]), "labels": torch.from_numpy(self.labels[indices])}
 
 
 class Batches(torch.utils.data.Dataset):
-    """Pictures as a DataLoader takes them: a batch is gathered at once."""
+    """Images as a DataLoader takes them: a batch is gathered at once."""
 
-    def __init__(self, pictures: Pictures) -> None:
-        self.pictures = pictures
+    def __init__(self, images: Images) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: value[0] for name, value in self.pictures.batch([index]).items()}
+        return {name: value[0] for name, value in self.images.batch([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        return self.pictures.batch(indices)
+        return self.images.batch(indices)
 
 
 def identity_collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -254,13 +254,13 @@ def identity_collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Storage(NamedTuple):
-    """Where decoded pictures go: memory, as long as they take less than half of what is free, or else files.
+    """Where decoded images go: memory, as long as they take less than half of what is free, or else files.
 
     Files serve all processes of a machine, and the next one that resumes the run.
     """
 
     folder: Path
-    shared: bool = False  # whether several processes of this machine want the same pictures
+    shared: bool = False  # whether several processes of this machine want the same images
 
     def allocate(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """An array of bytes.
@@ -274,23 +274,23 @@ class Storage(NamedTuple):
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if size > free:
-            raise OSError(f"the decoded pictures of {name} need {size:,} bytes, but {self.folder} has {free:,}.")
+            raise OSError(f"the decoded images of {name} need {size:,} bytes, but {self.folder} has {free:,}.")
         return np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.uint8, shape)
 
-    def keep(self, name: str, pictures: Pictures) -> None:
+    def keep(self, name: str, images: Images) -> None:
         """Say that a split's file is complete, if it has one; its labels come last and whole."""
-        if isinstance(pictures.pixels, np.memmap):
+        if isinstance(images.pixels, np.memmap):
             partial = self.folder / f"{name}.partial.npy"
-            np.save(partial, pictures.labels)
+            np.save(partial, images.labels)
             os.replace(partial, self.folder / f"{name}.labels.npy")
 
-    def find(self, name: str) -> Pictures | None:
+    def find(self, name: str) -> Images | None:
         """What `keep` kept."""
         labels = self.folder / f"{name}.labels.npy"
         if not labels.exists():
             return None
         labels = np.load(labels)
-        return Pictures(np.load(self.folder / f"{name}.npy", mmap_mode="r")[: len(labels)], labels)
+        return Images(np.load(self.folder / f"{name}.npy", mmap_mode="r")[: len(labels)], labels)
 
 
 def decode(
@@ -301,20 +301,20 @@ def decode(
     square: int | None = None,
     skip_unreadable: bool = False,
     quiet: bool = False,
-) -> Pictures:
-    """Decode every picture once, with the processor's own resizing.
+) -> Images:
+    """Decode every image once, with the processor's own resizing.
 
     Args:
-        rows: Pictures and labels, as load_splits gives them.
+        rows: Images and labels, as load_splits gives them.
         processor: What resizes and crops.
         storage: Where the pixels go.
         name: Of the split, for messages and the file.
         square: Side in pixels of the center square to keep; by default what the processor gives.
-        skip_unreadable: Whether to leave unreadable pictures out, and say so, instead of raising an error.
+        skip_unreadable: Whether to leave unreadable images out, and say so, instead of raising an error.
         quiet: Whether to say nothing.
 
     Raises:
-        ValueError: Pictures are unreadable (all are listed), or none is left.
+        ValueError: Images are unreadable (all are listed), or none is left.
     """
     if found := storage.find(name):
         return found
@@ -324,55 +324,55 @@ def decode(
 
     def read(row: dict[str, Any] | None) -> np.ndarray | str:
         if row is None:
-            return "a row without a picture"
+            return "a row without an image"
         try:
-            picture = open_image(row["path"] if row["bytes"] is None else row["bytes"])
-            return processor(picture, **options)["pixel_values"][0].astype(np.uint8)
+            image = open_image(row["path"] if row["bytes"] is None else row["bytes"])
+            return processor(image, **options)["pixel_values"][0].astype(np.uint8)
         except UnreadableImageError as error:
             reason = str(error).removeprefix("bytes: ")
-            return reason if row["bytes"] is None else f"{row['path'] or 'a picture without a name'}: {reason}"
+            return reason if row["bytes"] is None else f"{row['path'] or 'an image without a name'}: {reason}"
 
     pixels, labels, broken = None, [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(f"decoding {name}", quiet) as bar:
         task = bar.add_task("", total=len(rows))
         for batch in rows.iter(batch_size=256):
-            for label, picture in zip(batch[LABEL], pool.map(read, batch[IMAGE]), strict=True):
+            for label, image in zip(batch[LABEL], pool.map(read, batch[IMAGE]), strict=True):
                 bar.advance(task)
-                if isinstance(picture, str):
-                    broken.append(picture)
+                if isinstance(image, str):
+                    broken.append(image)
                     continue
                 if pixels is None:
-                    pixels = storage.allocate(name, (len(rows), *picture.shape))
-                if picture.shape != pixels.shape[1:]:
+                    pixels = storage.allocate(name, (len(rows), *image.shape))
+                if image.shape != pixels.shape[1:]:
                     raise ValueError(
-                        f"the processor must give pictures of one size, got {picture.shape} and {pixels.shape[1:]}; "
+                        f"the processor must give images of one size, got {image.shape} and {pixels.shape[1:]}; "
                         "set its do_center_crop."
                     )
-                pixels[len(labels)] = picture
+                pixels[len(labels)] = image
                 labels.append(label)
     if broken and not skip_unreadable:
         raise ValueError(
-            f"{len(broken)} of {len(rows)} pictures of {name} cannot be read: {listed(broken, '; ')}. Set "
+            f"{len(broken)} of {len(rows)} images of {name} cannot be read: {listed(broken, '; ')}. Set "
             "skip_unreadable to leave them out."
         )
     for reason in () if quiet else broken:
         print(f"left out {reason}")
     if pixels is None:
-        raise ValueError(f"{name} must hold at least one readable picture, got none.")
-    pictures = Pictures(pixels[: len(labels)], np.asarray(labels, np.int64))
-    storage.keep(name, pictures)
-    return pictures
+        raise ValueError(f"{name} must hold at least one readable image, got none.")
+    images = Images(pixels[: len(labels)], np.asarray(labels, np.int64))
+    storage.keep(name, images)
+    return images
 
 
 class Order(torch.utils.data.Sampler[int]):
-    """The order of an epoch's pictures: a function of seed and epoch alone, so that a resumed run sees the same.
+    """The order of an epoch's images: a function of seed and epoch alone, so that a resumed run sees the same.
 
     Args:
-        count: Pictures that there are.
-        drawn: Pictures in an epoch: a whole number of batches, lest a small last one spoil the norms' statistics.
+        count: Images that there are.
+        drawn: Images in an epoch: a whole number of batches, lest a small last one spoil the norms' statistics.
         seed: Seed.
         epoch: Gives the number of the epoch that begins.
-        weights: How often to draw each picture, of shape (count,); by default none comes twice.
+        weights: How often to draw each image, of shape (count,); by default none comes twice.
     """
 
     def __init__(

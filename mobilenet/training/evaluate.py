@@ -1,4 +1,4 @@
-"""Measure a checkpoint on labelled pictures."""
+"""Measure a checkpoint on labeled images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mobilenet.pretrained import load_network
 from mobilenet.progress import progress_bar
 
 from .augment import Normalize
-from .data import LABEL, Pictures, Storage, decode, listed, load_splits
+from .data import LABEL, Images, Storage, decode, listed, load_splits
 from .report import class_accuracies, metrics
 
 
@@ -24,18 +24,18 @@ from .report import class_accuracies, metrics
 def predict(
     model: MobileNetForImageClassification,
     processor: MobileNetImageProcessor,
-    pictures: Pictures,
+    images: Images,
     batch_size: int = 128,
 ) -> Tensor:
-    """Logits of pictures that the processor has resized and cropped, computed in float32: (N, classes)."""
+    """Logits of images that the processor has resized and cropped, computed in float32: (N, classes)."""
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
     normalize = Normalize(processor).to(device)
     logits = []
     with progress_bar("measuring") as bar:
-        for start in bar.track(range(0, len(pictures), batch_size)):
-            pixels = torch.from_numpy(pictures.pixels[start : start + batch_size])
+        for start in bar.track(range(0, len(images), batch_size)):
+            pixels = torch.from_numpy(images.pixels[start : start + batch_size])
             logits.append(model(normalize(pixels.to(device))).logits.float().cpu())
     return torch.cat(logits)
 
@@ -44,7 +44,7 @@ class Evaluation(NamedTuple):
     """What a checkpoint scores on a split."""
 
     split: str
-    pictures: int
+    images: int
     metrics: dict[str, float]
     by_class: dict[str, float]
     on_card: float | None  # the accuracy that the checkpoint's model card gives for this split
@@ -61,7 +61,7 @@ def evaluate_checkpoint(
     batch_size: int = 128,
     skip_unreadable: bool = False,
 ) -> Evaluation:
-    """Measure a checkpoint on labelled pictures, in float32 and with its own processor.
+    """Measure a checkpoint on labeled images, in float32 and with its own processor.
 
     Args:
         model: Folder or Hub id.
@@ -71,7 +71,7 @@ def evaluate_checkpoint(
         revision: Of a dataset of the Hub.
         image_column: As Options has it.
         label_column: As Options has it.
-        batch_size: Pictures that the network sees at once.
+        batch_size: Images that the network sees at once.
         skip_unreadable: As Options has it.
 
     Raises:
@@ -86,16 +86,16 @@ def evaluate_checkpoint(
     known = {label: index for index, label in network.config.id2label.items()}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(
-            f"dataset must have labels that the checkpoint knows, {listed(list(known))}; it has {listed(unknown)}."
+            f"dataset must have labels that the checkpoint has, {listed(list(known))}; it has {listed(unknown)}."
         )
     with tempfile.TemporaryDirectory() as folder:
-        pictures = decode(splits[split], processor, Storage(Path(folder)), split, None, skip_unreadable)
-        logits = predict(network, processor, pictures, batch_size)
-    labels = torch.tensor([known[name] for name in names])[torch.from_numpy(pictures.labels)]
+        images = decode(splits[split], processor, Storage(Path(folder)), split, None, skip_unreadable)
+        logits = predict(network, processor, images, batch_size)
+    labels = torch.tensor([known[name] for name in names])[torch.from_numpy(images.labels)]
     accuracies = class_accuracies(logits, labels)
     return Evaluation(
         split,
-        len(pictures),
+        len(images),
         metrics(logits, labels),
         {name: accuracies[known[name]] for name in names},
         accuracy_on_card(model, dataset, split, subset),

@@ -29,26 +29,26 @@ class Options:
     dataset: Annotated[
         str,
         typer.Argument(
-            help="Folder with a folder of pictures for each class (or with such folders in train, validation and "
+            help="Folder with a folder of images for each class (or with such folders in train, validation and "
             "test), parquet file, folder of parquet files, or dataset of the Hub."
         ),
     ]
     output: Annotated[str, _option("Folder to write the finished repository to.", "--output", "-o")]
     subset: Annotated[str | None, _option("Configuration of a dataset of the Hub, where it has several.")] = None
     revision: Annotated[str | None, _option("Branch, tag or commit of a dataset of the Hub.")] = None
-    image_column: Annotated[str | None, _option("Column of the pictures, where there are several.")] = None
+    image_column: Annotated[str | None, _option("Column of the images, where there are several.")] = None
     label_column: Annotated[str | None, _option("Column of the labels, where there are several.")] = None
     train_split: Annotated[str, _option("Split to train on.")] = "train"
     validation_split: Annotated[
         str | None, _option("Split to evaluate after each epoch; by default 'validation', where there is one.")
     ] = None
     validation: Annotated[
-        float, _option("Share of the training pictures to hold out where there is no such split; 0 for none.")
+        float, _option("Share of the training images to hold out where there is no such split; 0 for none.")
     ] = 0.1
     test_split: Annotated[
         str | None, _option("Split to measure the finished model on; by default 'test', where there is one.")
     ] = None
-    skip_unreadable: Annotated[bool, _option("Leave out pictures that cannot be read.")] = False
+    skip_unreadable: Annotated[bool, _option("Leave out images that cannot be read.")] = False
 
     # What to train
     model: Annotated[
@@ -69,19 +69,17 @@ class Options:
     ] = None
     first_size: Annotated[
         int | None,
-        _option("Side of the pictures in the first epoch; it grows to the full size over three quarters of them."),
+        _option("Side of the images in the first epoch; it grows to the full size over three quarters of them."),
     ] = None
     crop_fraction: Annotated[
         float | None,
-        _option(
-            "Share of a picture's shorter edge that the center crop keeps; by default the checkpoint's, or 0.875."
-        ),
+        _option("Share of an image's shorter edge that the center crop keeps; by default the checkpoint's, or 0.875."),
     ] = None
     detail_size: Annotated[
         int | None,
         _option(
-            "Side of the pictures to train on, where it is far below the network's input: the finished repository "
-            "reduces larger pictures to it first, as they would look too sharp."
+            "Side of the images to train on, where it is far below the network's input: the finished repository "
+            "reduces larger images to it first, as they would look too sharp."
         ),
     ] = None
     last_stages: Annotated[
@@ -94,21 +92,21 @@ class Options:
     align_norms: Annotated[
         bool,
         _option(
-            "From a checkpoint: give its batch norms the statistics of these pictures before training, while weight "
-            "and bias keep its answers as they are."
+            "From a checkpoint: give its batch norms the statistics of these images before training, while weight "
+            "and bias keep its predictions as they are."
         ),
     ] = True
 
-    # How to vary the pictures
+    # How to vary the images
     crop_scale: Annotated[float, _option("Least share of the area that a random crop keeps; 1 for no crops.")] = 0.35
-    flip: Annotated[bool, _option("Mirror half of the pictures.")] = True
+    flip: Annotated[bool, _option("Mirror half of the images.")] = True
     trivial_augment: Annotated[bool, _option("Apply TrivialAugment.")] = False
     erasing: Annotated[float, _option("Probability of erasing a random box.")] = 0.0
     mixup: Annotated[float, _option("Alpha of mixup; 0 for none.")] = 0.0
 
     # How to optimize
     epochs: Annotated[int, _option("Epochs.")] = 30
-    batch_size: Annotated[int, _option("Pictures in a batch, in each process.")] = 128
+    batch_size: Annotated[int, _option("Images in a batch, in each process.")] = 128
     accumulation: Annotated[int, _option("Batches that make one step.")] = 1
     optimizer: Annotated[
         str | None,
@@ -119,7 +117,7 @@ class Options:
     learning_rate: Annotated[
         float | None,
         _option(
-            "Peak learning rate for 256 pictures a step; it grows in proportion to these. By default 0.003 for adamw, "
+            "Peak learning rate for 256 images a step; it grows in proportion to these. By default 0.003 for adamw, "
             "and otherwise 0.1 from scratch and 0.02 from a checkpoint."
         ),
     ] = None
@@ -138,7 +136,7 @@ class Options:
         str, _option("auto (mixed where the hardware is fast at it), float32, bfloat16, float16.")
     ] = "auto"
     compile: Annotated[bool, _option("Compile the network with torch.compile.")] = False
-    workers: Annotated[int, _option("Processes that gather batches; 0 suits pictures that fit in memory.")] = 0
+    workers: Annotated[int, _option("Processes that gather batches; 0 suits images that fit in memory.")] = 0
     log_steps: Annotated[int | None, _option("Steps between log lines; by default a tenth of an epoch.")] = None
     save_steps: Annotated[int | None, _option("Steps between checkpoints; by default an epoch.")] = None
     time_limit: Annotated[
@@ -191,7 +189,7 @@ class Options:
 
     @property
     def peak_learning_rate(self) -> float:
-        """For 256 pictures a step."""
+        """For 256 images a step."""
         if self.learning_rate is not None:
             return self.learning_rate
         if self.chosen_optimizer == "adamw":

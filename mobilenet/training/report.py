@@ -1,4 +1,4 @@
-"""What a training run shows people: metrics, and plots of its course."""
+"""What a training run shows people: metrics, and plots of its curves."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _class_accuracies(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def class_accuracies(logits: Tensor, labels: Tensor) -> list[float | None]:
-    """The share of each class's pictures that is recognised; None where there are none."""
+    """The share of each class's images that is recognized; None where there are none."""
     return [None if value != value else value for value in _class_accuracies(logits, labels).tolist()]
 
 
@@ -43,7 +43,7 @@ def evaluate_logits(prediction: Any) -> dict[str, float]:
     return metrics(torch.from_numpy(np.asarray(prediction.predictions)), torch.from_numpy(prediction.label_ids))
 
 
-def plot_course(log: list[dict[str, float]], path: Path) -> None:
+def plot_curves(log: list[dict[str, float]], path: Path) -> None:
     """Draw loss, learning rate and validation accuracy over the epochs."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
@@ -66,13 +66,13 @@ def plot_course(log: list[dict[str, float]], path: Path) -> None:
 
 
 def plot_confusion(logits: Tensor, labels: Tensor, names: list[str], path: Path) -> None:
-    """Draw what share of each class's pictures is taken for which class."""
+    """Draw what share of each class's images is taken for which class."""
     matrix = multiclass_confusion_matrix(logits, labels, len(names), normalize="true").numpy()
     side = min(4 + 0.35 * len(names), 30)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="answer", ylabel="truth")
+    axes.set(xlabel="predicted", ylabel="label")
     if len(names) <= 100:
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)

@@ -27,10 +27,10 @@ from mobilenet.pretrained import load_network
 from mobilenet.repository import check_output, write_json
 
 from .augment import Augment, Normalize
-from .data import LABEL, Pictures, Storage, check_classes, decode, hold_out, load_splits
+from .data import LABEL, Images, Storage, check_classes, decode, hold_out, load_splits
 from .evaluate import predict
 from .options import FREE_TO_CHANGE, RECORD, Options
-from .report import class_accuracies, evaluate_logits, metrics, plot_confusion, plot_course
+from .report import class_accuracies, evaluate_logits, metrics, plot_confusion, plot_curves
 from .trainer import STAGING, ClassifierTrainer, checkpoints, freeze, whole_batches
 
 
@@ -53,7 +53,7 @@ def run(options: Options) -> bool:
 
     Raises:
         FileExistsError: The output folder exists, and options.overwrite is not set.
-        ValueError: An option is not allowed, or the pictures cannot be trained on.
+        ValueError: An option is not allowed, or the images cannot be trained on.
     """
     options.check()
     output = Path(options.output)
@@ -78,7 +78,7 @@ def run(options: Options) -> bool:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise ValueError(
                 f"batch_size must be what the memory of the GPU takes, got {options.batch_size}; with a smaller one, "
-                "set accumulation to keep the pictures of a step."
+                "set accumulation to keep the images of a step."
             ) from error
         raise
 
@@ -92,7 +92,7 @@ def _run(options: Options, state: PartialState) -> bool:
         train, validation, test = (
             _decode(options, data, split, processor, state) for split in ("train", "validation", "test")
         )
-    check_classes(train.labels, data.names)  # some of them may be of no readable picture
+    check_classes(train.labels, data.names)  # some of them may be of no readable image
     state.wait_for_everyone()
     frozen = [] if options.last_stages is None else freeze(model, options.last_stages)
     size = _input_size(processor)
@@ -286,7 +286,7 @@ def _input_size(processor: MobileNetImageProcessor) -> tuple[int, int]:
 
 def _decode(
     options: Options, data: Data, split: str, processor: MobileNetImageProcessor, state: PartialState
-) -> Pictures | None:
+) -> Images | None:
     rows = getattr(data, split)
     if rows is None:
         return None
@@ -307,7 +307,7 @@ def training_arguments(options: Options, count: int, processes: int, validates: 
     """The recipe in the words of the Trainer."""
     batch = options.batch_size * processes
     steps = -(-whole_batches(count, batch) // (batch * options.accumulation))
-    pictures = min(batch * options.accumulation, count)
+    images = min(batch * options.accumulation, count)
     precision = _best_precision() if options.precision == "auto" else options.precision
     return TrainingArguments(
         output_dir=str(options.work),
@@ -315,7 +315,7 @@ def training_arguments(options: Options, count: int, processes: int, validates: 
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=2 * options.batch_size,
         gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.peak_learning_rate * pictures / 256,
+        learning_rate=options.peak_learning_rate * images / 256,
         lr_scheduler_type="cosine",
         warmup_steps=round(options.warmup * steps * options.epochs),
         max_grad_norm=0.0,
@@ -350,8 +350,8 @@ def _finish(
     processor: MobileNetImageProcessor,
     log: list[dict[str, float]],
     data: Data,
-    validation: Pictures | None,
-    test: Pictures | None,
+    validation: Images | None,
+    test: Images | None,
 ) -> None:
     """Write the repository beside its place, measure what was written, and move it there."""
     work, output = options.work, Path(options.output)
@@ -362,14 +362,14 @@ def _finish(
     shutil.copy(work / RECORD, repository)
     shutil.copy(work / "log.csv", repository)
     shutil.copytree(work / "runs", repository / "runs")
-    plot_course(log, repository / "curves.png")
+    plot_curves(log, repository / "curves.png")
     written = MobileNetForImageClassification.from_pretrained(repository)
     command = json.loads((work / RECORD).read_text(encoding="utf-8"))["command"]
     measured = {}
-    for role, pictures in (("validation", validation), ("test", test)):
-        if pictures is not None:
-            logits = predict(written, processor, pictures, options.batch_size)
-            labels = torch.from_numpy(pictures.labels)
+    for role, images in (("validation", validation), ("test", test)):
+        if images is not None:
+            logits = predict(written, processor, images, options.batch_size)
+            labels = torch.from_numpy(images.labels)
             figures = Measured(len(labels), metrics(logits, labels), class_accuracies(logits, labels))
             measured[data.splits.get(role, HELD_OUT)] = figures
             plot_confusion(logits, labels, data.names, repository / "confusion_matrix.png")  # of the last one

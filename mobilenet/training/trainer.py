@@ -23,14 +23,14 @@ from mobilenet.batch_norm import align_batch_norm
 from mobilenet.progress import progress_bar
 
 from .augment import mix
-from .data import Batches, Order, Pictures, identity_collate
+from .data import Batches, Images, Order, identity_collate
 from .options import Options
 
 
 AVERAGE = "average.safetensors"
 STAGING = "incomplete"
 CHECKPOINTS_KEPT = 2
-ALIGNED = 1024  # pictures that give batch norms their first statistics
+ALIGNED = 1024  # images that give batch norms their first statistics
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -40,7 +40,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def whole_batches(count: int, batch: int) -> int:
-    """The most pictures that make whole batches; all of them where they do not fill one."""
+    """The most images that make whole batches; all of them where they do not fill one."""
     return count // batch * batch or count
 
 
@@ -100,14 +100,14 @@ def make_optimizer(groups: list[dict[str, Any]], options: Options, learning_rate
 
 
 class ClassifierTrainer(Trainer):
-    """Trains a classifier on decoded pictures, and evaluates the moving average of its weights.
+    """Trains a classifier on decoded images, and evaluates the moving average of its weights.
 
     Args:
         model: A classifier whose output has logits.
         args: Arguments of the Trainer.
         options: The recipe.
-        train: Pictures to train on.
-        validation: Pictures to evaluate on after each epoch, or None.
+        train: Images to train on.
+        validation: Images to evaluate on after each epoch, or None.
         augment: Varies a batch of bytes.
         normalize: Turns bytes into what the network takes.
         frozen: Modules that do not train: their norms stay in eval mode.
@@ -120,8 +120,8 @@ class ClassifierTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         options: Options,
-        train: Pictures,
-        validation: Pictures | None,
+        train: Images,
+        validation: Images | None,
         augment: nn.Module,
         normalize: nn.Module,
         frozen: list[nn.Module] | None = None,
@@ -141,7 +141,7 @@ class ClassifierTrainer(Trainer):
         self.normalize = normalize.to(args.device)
         self.frozen = frozen or []
         counts = torch.bincount(torch.from_numpy(train.labels)).float()
-        self.class_weights = counts.sum() / (len(counts) * counts)  # their mean over the pictures is 1
+        self.class_weights = counts.sum() / (len(counts) * counts)  # their mean over the images is 1
         self.average = None
         if options.ema:
             self.average = AveragedModel(self.model, multi_avg_fn=self._blend, use_buffers=True)
@@ -154,7 +154,7 @@ class ClassifierTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Cross entropy: of varied pictures and soft targets in training, plain in evaluation."""
+        """Cross entropy: of varied images and soft targets in training, plain in evaluation."""
         pixels, labels = inputs["pixels"], inputs["labels"]
         if model.training:
             for module in self.frozen:
@@ -184,13 +184,13 @@ class ClassifierTrainer(Trainer):
         return tuple(min(full, first + int((full - first) * progress) // 8 * 8) for full in size)
 
     def align_batch_norm(self) -> None:
-        """Start from what the checkpoint computes: give its batch norms the statistics of the varied pictures."""
-        pictures = self.train_dataset.pictures
-        chosen = torch.linspace(0, len(pictures) - 1, min(len(pictures), ALIGNED)).round().long()
+        """Start from what the checkpoint computes: give its batch norms the statistics of the varied images."""
+        images = self.train_dataset.images
+        chosen = torch.linspace(0, len(images) - 1, min(len(images), ALIGNED)).round().long()
         with self._random_numbers_kept():
             torch.manual_seed(self.options.seed)
             batches = (
-                self.augment(pictures.batch(part.numpy())["pixels"].to(self.args.device), self._size())
+                self.augment(images.batch(part.numpy())["pixels"].to(self.args.device), self._size())
                 for part in chosen.split(self.options.batch_size)
             )
             align_batch_norm(self.model, map(self.normalize, batches))
@@ -209,7 +209,7 @@ class ClassifierTrainer(Trainer):
     def _get_train_sampler(self, *args: Any) -> Order:
         weights = None
         if self.options.balance == "sampling":
-            weights = self.class_weights[torch.from_numpy(self.train_dataset.pictures.labels)]
+            weights = self.class_weights[torch.from_numpy(self.train_dataset.images.labels)]
         # Whole epochs are exact in state.epoch; within one, its whole part is the number of the epoch.
         return Order(
             len(self.train_dataset),
@@ -301,7 +301,7 @@ class TrainingCallback(TrainerCallback):
         self.progress = progress_bar("training", quiet=not trainer.is_world_process_zero())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let each process vary its pictures in its own way."""
+        """Let each process vary its images in its own way."""
         torch.manual_seed(self.trainer.options.seed + args.process_index)
         self.progress.start()
         self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
