@@ -117,7 +117,7 @@ def test_folder_is_complete(exported):
     card = ModelCard.load(exported / "README.md")
     assert card.data.library_name == "transformers"
     assert re.search(r"\| 8 \| \d\.\de-\d\d \| 100 % \|", card.text)
-    here = str(Path(__file__).parents[1]).encode()
+    here = str(Path(__file__).parents[2]).encode()
     assert not [path.name for path in exported.iterdir() if here in path.read_bytes()]
 
 
