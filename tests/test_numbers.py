@@ -19,7 +19,7 @@ from mobilenet import MobileNetConfig, MobileNetForImageClassification
 from mobilenet.conversion.convert import build
 
 
-pytestmark = [pytest.mark.any_version, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.any_version
 
 RUN = """
 import sys

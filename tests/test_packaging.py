@@ -151,7 +151,7 @@ def test_the_converter_runs_as_a_script(clone: Path, tmp_path: Path) -> None:
 
 @pytest.mark.any_version
 def test_pytest_finds_the_package_from_a_clone(clone: Path) -> None:
-    output = run(sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_packaging.py", cwd=clone)
+    output = run(sys.executable, "-m", "pytest", "--collect-only", "-q", "-n0", "tests/test_packaging.py", cwd=clone)
     assert "test_pytest_finds_the_package_from_a_clone" in output
 
 

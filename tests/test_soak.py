@@ -56,7 +56,6 @@ def images() -> list[bytes]:
     return result
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["network", "fused"])
 def test_threads_that_share_a_model_get_the_bits_that_one_thread_gets(
     folder: Path, images: list[bytes], kind: str

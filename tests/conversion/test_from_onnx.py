@@ -19,7 +19,7 @@ from mobilenet.conversion.convert import build, convert
 from mobilenet.draw import draw_images
 
 
-pytestmark = [pytest.mark.any_version, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.any_version
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

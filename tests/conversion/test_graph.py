@@ -20,7 +20,7 @@ from mobilenet.conversion.preprocessing import find
 from mobilenet.draw import draw_images
 
 
-pytestmark = [pytest.mark.any_version, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.any_version
 
 pytest.importorskip("keras", reason="Keras is not installed")
 pytest.importorskip("h5py", reason="h5py is not installed")

@@ -18,8 +18,6 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZE = 48
 
 
