@@ -105,12 +105,12 @@ def read(origin: Origin, options: Options) -> Checkpoint:
             prefixes = sorted(_prefix(path) for path in folder.glob("*.index"))
             if len(prefixes) != 1:
                 raise ConversionError(f"{origin.path}: must hold one checkpoint (.index), got {len(prefixes)}.")
-            tensors = _load(prefixes[0], origin.path)
+            tensors = read_variables(prefixes[0], origin.path)
             twins = [path.read_bytes() for path in folder.glob("*.tflite")]
         name, files = origin.path.name, [origin.path]
     else:
         prefix = _prefix(origin.path)
-        tensors, twins = _load(prefix, prefix), []
+        tensors, twins = read_variables(prefix, prefix), []
         name, files = prefix.name, [_index(prefix), *sorted(prefix.parent.glob(f"{prefix.name}.data-*"))]
     if any("/act_quant/" in tensor for tensor in tensors):
         raise ConversionError(f"{origin.path}: was trained for 8 bits: convert the .tflite file that comes with it.")
@@ -136,7 +136,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     )
 
 
-def _load(prefix: Path, origin: Path) -> dict[str, Tensor]:
+def read_variables(prefix: Path, origin: Path) -> dict[str, Tensor]:
     """Every variable of a checkpoint; its moving average, where training kept one."""
     try:
         from tensorflow.train import load_checkpoint

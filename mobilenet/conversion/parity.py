@@ -201,7 +201,7 @@ def _compare(oracle: Oracle, quantization: dict[str, Any] | None, logits: dict[s
 
 
 # What a user would type. This package is not imported, so the code that runs is the repository's own.
-_LOAD_BACK = """
+LOAD_BACK = """
 import json, sys
 import torch
 from safetensors.torch import save_file
@@ -232,7 +232,7 @@ def load_back(folder: Path, images: Sequence[str]) -> Tensor:
         listing, result = Path(scratch, "images.json"), Path(scratch, "logits.safetensors")
         listing.write_text(json.dumps(list(images)), encoding="utf-8")
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", _LOAD_BACK, str(folder), str(listing), str(result), str(BATCH)]
+        command = [sys.executable, "-c", LOAD_BACK, str(folder), str(listing), str(result), str(BATCH)]
         with status("loading the result back"):
             run = subprocess.run(  # noqa: S603
                 command, cwd=scratch, env=environment, capture_output=True, text=True, check=False

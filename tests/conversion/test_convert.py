@@ -270,15 +270,15 @@ def test_missing_parents_of_the_output_are_made(small: Path, tmp_path: Path) -> 
 def test_a_result_that_does_not_load_is_not_written(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "_LOAD_BACK", "raise SystemExit('no such class')")
+    monkeypatch.setattr(parity, "LOAD_BACK", "raise SystemExit('no such class')")
     assert_fails_without_a_trace(small, tmp_path / "output", "does not load: no such class")
 
 
 def test_a_result_that_loads_as_another_network_is_not_written(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = parity._LOAD_BACK.replace("with torch", "model.classifier.bias.data[7] += 0.01\nwith torch")
-    monkeypatch.setattr(parity, "_LOAD_BACK", script)
+    script = parity.LOAD_BACK.replace("with torch", "model.classifier.bias.data[7] += 0.01\nwith torch")
+    monkeypatch.setattr(parity, "LOAD_BACK", script)
     assert_fails_without_a_trace(small, tmp_path / "output", "is another than the repository, loaded anew", "is 0.01")
 
 
@@ -286,7 +286,7 @@ def test_without_the_runtime_the_card_says_so(small: Path, tmp_path: Path, monke
     def missing(*_: object) -> None:
         raise ImportError("No module named 'timm'")
 
-    monkeypatch.setattr("mobilenet.conversion.from_google._oracle", missing)
+    monkeypatch.setattr("mobilenet.conversion.from_google.native_oracle", missing)
     (comparison,) = convert(str(small), tmp_path / "output")
     assert comparison.against == "the repository, loaded anew"
     card = (tmp_path / "output" / "README.md").read_text()

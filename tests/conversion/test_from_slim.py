@@ -119,7 +119,7 @@ def pack(archive: Path, *files: Path) -> Path:
 def read_as_is(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Tensors that stand for what TensorFlow would read from any checkpoint."""
     tensors: dict[str, Tensor] = {}
-    monkeypatch.setattr(from_slim, "_load", lambda prefix, origin: tensors)
+    monkeypatch.setattr(from_slim, "read_variables", lambda prefix, origin: tensors)
     return tensors
 
 

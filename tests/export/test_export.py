@@ -251,7 +251,7 @@ def wrong(name: str, *, is_exact: bool) -> Engine:
 )
 def test_an_export_that_predicts_otherwise_is_not_kept(monkeypatch, model, tmp_path, is_exact, message):
     monkeypatch.setattr(export, "check_installed", lambda *_: None)
-    monkeypatch.setattr(export, "_write", lambda *_: [wrong("ONNX", is_exact=is_exact)])
+    monkeypatch.setattr(export, "write", lambda *_: [wrong("ONNX", is_exact=is_exact)])
     with pytest.raises(ExportError, match=message):
         export.export(str(model), tmp_path / "out", min_agreement=1.0)
     assert not list(tmp_path.iterdir())
@@ -260,7 +260,7 @@ def test_an_export_that_predicts_otherwise_is_not_kept(monkeypatch, model, tmp_p
 def test_logits_that_are_no_numbers_are_not_kept(monkeypatch, model, tmp_path):
     engine = Engine("ONNX", lambda pixel_values: torch.full((len(pixel_values), 5), torch.nan), False, False)
     monkeypatch.setattr(export, "check_installed", lambda *_: None)
-    monkeypatch.setattr(export, "_write", lambda *_: [engine])
+    monkeypatch.setattr(export, "write", lambda *_: [engine])
     with pytest.raises(ExportError, match="ONNX must give finite logits"):
         export.export(str(model), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -273,7 +273,7 @@ def test_an_interrupted_export_leaves_nothing(monkeypatch, model, tmp_path, erro
         raise error
 
     monkeypatch.setattr(export, "check_installed", lambda *_: None)
-    monkeypatch.setattr(export, "_write", interrupt)
+    monkeypatch.setattr(export, "write", interrupt)
     with pytest.raises(error):
         export.export(str(model), tmp_path / "out")
     assert not list(tmp_path.iterdir())
