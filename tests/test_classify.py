@@ -643,6 +643,7 @@ def watch(process: subprocess.Popen) -> int:
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.any_version
 @needs_posix
 def test_three_thousand_images_of_which_thirty_are_broken(model, many, tmp_path):

@@ -198,7 +198,7 @@ def test_an_interrupted_overwrite_keeps_what_was_there(run: Run, source: Path, t
 # export
 
 EXPORT = "mobilenet.export.export."
-EXPORT_STAGES = [EXPORT + name for name in ("load_network", "_write", "export_card")]
+EXPORT_STAGES = [EXPORT + name for name in ("load_network", "write", "export_card")]
 EXPORT_STAGES += ["os.replace"]
 
 
@@ -210,9 +210,10 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "fault"),
-    [*everywhere(EXPORT_STAGES, ("SIGINT", "SIGKILL", "SIGTERM")), (EXPORT + "_write", "full disk")],
+    [*everywhere(EXPORT_STAGES, ("SIGINT", "SIGKILL", "SIGTERM")), (EXPORT + "write", "full disk")],
 )
 def test_export_survives(run: Run, model: Path, tmp_path: Path, stage: str, fault: str) -> None:
     pytest.importorskip("transformers.exporters", reason="transformers is too old to export: 5.23 has exporters")

@@ -357,6 +357,7 @@ def test_a_failing_hub_ends_a_conversion(hub: Hub, google: str, tmp_path: Path, 
     assert commit in (folder / "mobilenet" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_google_converts_and_classifies_by_id(
     hub: Hub, data: Path, cats: Path, tmp_path: Path
 ) -> None:

@@ -299,6 +299,7 @@ def test_every_kind_of_block_has_a_layer(architecture):
 # Graphs
 
 
+@pytest.mark.slow
 @pytest.mark.any_version
 @pytest.mark.parametrize("architecture", FAMILY)
 def test_compiles_whole_and_once(architecture):
@@ -315,6 +316,7 @@ def test_compiles_whole_and_once(architecture):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.any_version
 def test_compiles_twice_at_most_when_sizes_turn_out_to_vary():
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -41,6 +41,7 @@ save_file(results, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_the_same_image_gives_the_same_bits_run_after_run(tmp_path: Path) -> None:
     """Three times in a process, and in three processes; threads as the system has them."""
     from safetensors.torch import load_file

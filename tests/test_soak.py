@@ -127,6 +127,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="this system does not tell resident memory")
 @pytest.mark.parametrize("kind", ["from_pretrained", "classify"])
 def test_repeated_loads_leak_nothing(folder: Path, kind: str) -> None:

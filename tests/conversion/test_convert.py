@@ -134,6 +134,7 @@ def test_missing_unexpected_and_misshapen_names_are_listed_at_once(small: Path, 
     )
 
 
+@pytest.mark.slow
 def test_labeled_images_tell_the_recipe(data: Path, tmp_path: Path) -> None:
     source = data / "tflite" / "mobilenet_v1_0.25_224_1_default_1.tflite"
     checkpoint, rows = read(source), sorted((data / "imagenet_sample").glob("*.JPEG"))[::40]
@@ -447,6 +448,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_hub_ids_are_fetched_and_its_errors_told(small: Path, tmp_path: Path) -> None:
     with Hub() as hub:
         commit = hub.publish("google/small", small)

@@ -64,6 +64,7 @@ def test_probabilities_of_a_float_file_are_within_1e4(data: Path, photographs: l
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "agreement"), [(V1, 128, 0.92), (V2, 224, 0.98), (V2_PER_CHANNEL, 224, 0.95)]
 )
@@ -280,6 +281,7 @@ def run_file(path: Path, pixels: Tensor) -> Tensor:
     return (values - zero_point) * scale if scale else values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["float", "half", "gray", "model_unquant", "transposed"])
 def test_files_of_the_converter_are_exact(name: str, made: Path, tmp_path: Path) -> None:
     source = made / f"{name}.tflite"
@@ -298,6 +300,7 @@ def test_files_of_the_converter_are_exact(name: str, made: Path, tmp_path: Path)
     assert checkpoint.oracle().predictions is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weights", "whole"])
 def test_quantized_files_of_the_converter_convert(name: str, made: Path, tmp_path: Path) -> None:
     first, *rest = convert(str(made / f"{name}.tflite"), tmp_path / "output")
@@ -313,6 +316,7 @@ def test_quantized_files_of_the_converter_convert(name: str, made: Path, tmp_pat
         assert (pixels / scale["scale"] + scale["zero_point"]).round().unique().tolist() == [77]
 
 
+@pytest.mark.slow
 def test_teachable_machine_has_its_labels_and_its_recipe(made: Path, tmp_path: Path) -> None:
     source = shutil.copy(made / "model_unquant.tflite", tmp_path)
     assert "Assumed: that the network takes pixels scaled to -1..1" in read(source).warnings[0]
@@ -323,6 +327,7 @@ def test_teachable_machine_has_its_labels_and_its_recipe(made: Path, tmp_path: P
     assert checkpoint.processor.size == {"shortest_edge": 32}
 
 
+@pytest.mark.slow
 def test_what_the_user_says_of_images_counts(made: Path, tmp_path: Path) -> None:
     source = made / "float.tflite"
     for options, mean, std in (
@@ -349,6 +354,7 @@ def test_what_the_user_says_of_images_counts(made: Path, tmp_path: Path) -> None
         assert_fails_without_a_trace(source, tmp_path / "output", words, **options)
 
 
+@pytest.mark.slow
 def test_metadata_tells_the_range(made: Path, tmp_path: Path) -> None:
     from ai_edge_litert import schema_py_generated as schema
     from flatbuffers import Builder
@@ -400,6 +406,7 @@ def test_metadata_tells_the_range(made: Path, tmp_path: Path) -> None:
         read(with_metadata(bytes(data)))
 
 
+@pytest.mark.slow
 def test_a_file_that_the_runtime_lacks_an_operator_for_is_called_intact(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

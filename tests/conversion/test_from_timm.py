@@ -194,6 +194,7 @@ def test_labels_of_a_repository_are_kept(tmp_path: Path) -> None:
     assert build(read(source), "").config.id2label == {0: "owl", 1: "parrot"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tag", "image_size"),
     [

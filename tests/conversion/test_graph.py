@@ -108,6 +108,7 @@ def test_what_has_none_is_refused_by_the_name_of_its_layer(
     assert_fails_without_a_trace(path, tmp_path / "output", f"{path}: is no MobileNet that can be converted: ", *words)
 
 
+@pytest.mark.slow
 def test_variants_by_chance_are_refused_or_equal(images: list[str], tmp_path: Path) -> None:
     results = []
     for seed in range(10):
@@ -118,6 +119,7 @@ def test_variants_by_chance_are_refused_or_equal(images: list[str], tmp_path: Pa
     assert 2 < converted < 9
 
 
+@pytest.mark.slow
 def test_an_odd_network_converts_whole_and_says_how(tmp_path: Path, images: list[str]) -> None:
     variant = Variant(2, scaling="127.5", pool="max", head="sigmoid", hidden=(16,), size=32, form="sequential")
     path, run = variants.write(variant, tmp_path)

@@ -202,6 +202,7 @@ def test_int8_is_calibrated_by_channel(real_model, sample, tmp_path):
     assert predict(load(tmp_path / "int8"), torch.randn(2, 3, 131, 97)).shape == (2, 1001)
 
 
+@pytest.mark.slow
 @needs_exporters
 def test_openvino_int8_keeps_its_predictions(real_model, sample, tmp_path):
     options = {"int8": True, "images": sample, "min_agreement": 0.85}
@@ -211,6 +212,7 @@ def test_openvino_int8_keeps_its_predictions(real_model, sample, tmp_path):
     assert weights < (real_model / "model.safetensors").stat().st_size / 3
 
 
+@pytest.mark.slow
 @needs_exporters
 def test_transformers_js_finds_what_it_reads(real_model, sample, tmp_path):
     comparisons = export.export(str(real_model), tmp_path / "js", "transformers.js", images=sample)

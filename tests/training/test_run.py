@@ -200,6 +200,7 @@ def start(dataset: Path, output: Path, given: dict, *launcher: str) -> subproces
     return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_killed_in_mid_epoch_it_goes_on_to_the_same_weights(colors: Path, tmp_path: Path) -> None:
     """SIGKILL leaves a complete checkpoint, and the same command ends bit for bit where no one had killed it."""
     given = vars(options(colors, tmp_path, epochs=24, save_steps=3, erasing=0.3, mixup=0.2, first_size=16))
@@ -287,6 +288,7 @@ def test_a_time_limit_stops_with_a_checkpoint(colors: Path, tmp_path: Path) -> N
         assert torch.equal(tensor, weights(tmp_path / "limited")[name]), name
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(colors: Path, tmp_path: Path) -> None:
     """torchrun with two processes (gloo) gives the weights and metrics of one process with twice the batch.
 
@@ -412,6 +414,7 @@ def test_training_starts_from_what_the_checkpoint_predicts(tmp_path: Path, first
         assert trainer.compute_loss(model.train(), images).item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_aligns_a_checkpoint_once(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not from scratch, not when it is resumed, and not where it is told not to."""
     counts = []
