@@ -26,9 +26,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_size": size,
     }
     for architecture, table in ARCHITECTURES.items()
-    for published in table.published
-    for width in ([(width,) for width in published.widths] or [()])
-    for size in published.resolutions
+    for widths, resolutions in table.published
+    for width in ([(width,) for width in widths] or [()])
+    for size in resolutions
 } | {
     # The depthwise separable network that courses teach: Table 1 of MobileNetV1 without batch norm, with a bias in
     # every convolution, and no activation between the two convolutions of a block.
@@ -41,17 +41,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "classifier_dropout": 0.0,
         "num_labels": 1000,
     },
-}
-
-# Fields that older configurations lack, and which are saved where they say something.
-_LATER = {
-    "repeat_multiplier": 1.0,
-    "anti_aliasing": "none",
-    "scale_stem": True,
-    "grow_head": True,
-    "pooling": "avg",
-    "classifier_hidden_sizes": [],
-    "classifier_hidden_act": "relu",
 }
 
 PADDINGS = ("same", "symmetric")
@@ -223,11 +212,12 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         classifier_dropout: float | None = None,
         channel_divisor: int | None = None,
         shrink_head: bool = False,
+        out_features: list[str] | None = None,
+        out_indices: list[int] | None = None,
+        *,  # what follows, older configurations lack, and is saved where it says something
         pooling: str = "avg",
         classifier_hidden_sizes: Sequence[int] = (),
         classifier_hidden_act: str = "relu",
-        out_features: list[str] | None = None,
-        out_indices: list[int] | None = None,
         repeat_multiplier: float = 1.0,
         anti_aliasing: str = "none",
         scale_stem: bool = True,
@@ -324,24 +314,20 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     @property
     def head_block(self) -> Block | None:
         """The 1x1 convolution before the pooling; None for V1, which has none."""
-        return self._ends()[0]
+        table, channels = self.table, self.stages[-1][-1].out_channels
+        return table.head and next(
+            table.head.blocks(channels, self._width if table.pre_logits else self._last_width, self.hidden_act)
+        )
 
     @property
     def pre_logits_block(self) -> Block | None:
         """The 1x1 convolution between the pooling and the classifier; None for V1 and V2, which have none."""
-        return self._ends()[1]
+        row = self.table.pre_logits
+        return row and next(row.blocks(self.head_block.out_channels, self._last_width, self.hidden_act))
 
-    def _ends(self) -> list[Block | None]:
-        """The convolutions before and after the pooling."""
-        changes = self.shrink_head if self.width_multiplier < 1 else self.grow_head
-        last = self._width if changes else Width()
-        channels, head, after = self.stages[-1][-1].out_channels, self.table.head, self.table.pre_logits
-        blocks: list[Block | None] = [None, None]
-        if head:
-            (blocks[0],) = head.blocks(channels, self._width if after else last, self.hidden_act)
-        if after:
-            (blocks[1],) = after.blocks(blocks[0].out_channels, last, self.hidden_act)
-        return blocks
+    @property
+    def _last_width(self) -> Width:
+        return self._width if (self.shrink_head if self.width_multiplier < 1 else self.grow_head) else Width()
 
     @property
     def stem_channels(self) -> int:
@@ -376,8 +362,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Serialise; auto_map names the classes beside the file, so that what is saved loads wherever it goes."""
         fields = super().to_dict()
-        for name, default in _LATER.items():
-            if fields.get(name) == default:
+        for name, default in MobileNetConfig.__init__.__kwdefaults__.items():
+            if fields.get(name) in (default, []):
                 del fields[name]
         return fields | {"auto_map": dict(AUTO_MAP)}
 

@@ -518,19 +518,3 @@ def convolve_in_float32(conv: Conv2d, x: Tensor) -> Tensor:
     """Convolve without autocast; the result has the type of the input."""
     with torch.autocast("cpu", enabled=False):
         return conv.convolve(x.float(), conv.weight, conv.bias).to(x.dtype)
-
-
-__all__ = [
-    "LAYERS",
-    "Conv2d",
-    "ConvNormAct",
-    "DepthwiseSeparable",
-    "Features",
-    "FusedInvertedResidual",
-    "InvertedResidual",
-    "LayerScale",
-    "MultiQueryAttention",
-    "ResidualBlock",
-    "fuse",
-    "hidden_layers",
-]

@@ -23,12 +23,8 @@ from .layers_mobilenet import (
     LAYERS,
     Conv2d,
     ConvNormAct,
-    DepthwiseSeparable,
     Features,
-    FusedInvertedResidual,
-    InvertedResidual,
     LayerScale,
-    MultiQueryAttention,
     fuse,
     hidden_layers,
 )
@@ -50,28 +46,13 @@ logger = logging.get_logger(__name__)
 MAX_WEIGHTS = 1 << 28
 
 
-class CheckpointedSeparable(GradientCheckpointingLayer, DepthwiseSeparable):
-    """One that gradient checkpointing computes twice."""
-
-
-class CheckpointedResidual(GradientCheckpointingLayer, InvertedResidual):
-    """One that gradient checkpointing computes twice."""
-
-
-class CheckpointedFusedResidual(GradientCheckpointingLayer, FusedInvertedResidual):
-    """One that gradient checkpointing computes twice."""
-
-
-class CheckpointedAttention(GradientCheckpointingLayer, MultiQueryAttention):
-    """One that gradient checkpointing computes twice."""
-
-
+# Blocks that gradient checkpointing computes twice. Pickles name their classes, which must be found by name.
 CHECKPOINTED = {
-    "separable": CheckpointedSeparable,
-    "inverted": CheckpointedResidual,
-    "fused": CheckpointedFusedResidual,
-    "attention": CheckpointedAttention,
+    kind: type(f"Checkpointed{layer.__name__}", (GradientCheckpointingLayer, layer), {"__module__": __name__})
+    for kind, layer in LAYERS.items()
+    if isinstance(layer, type)
 }
+globals().update({layer.__name__: layer for layer in CHECKPOINTED.values()})
 
 
 class MobileNetPreTrainedModel(PreTrainedModel):
@@ -228,19 +209,15 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
-        widths = [config.feature_channels, *config.classifier_hidden_sizes]
-        for before, after in pairwise(widths):
+        widths = [config.feature_channels, *config.classifier_hidden_sizes, config.num_labels]
+        names = ["classifier_hidden_sizes"] * len(config.classifier_hidden_sizes) + ["num_labels"]
+        for name, (before, after) in zip(names, pairwise(widths), strict=True):
             if before * after > MAX_WEIGHTS:
-                allowed = f"{MAX_WEIGHTS // before} for {before} features"
-                raise ValueError(f"classifier_hidden_sizes must be at most {allowed}, got {after}.")
-        features = widths[-1]
-        if config.num_labels * features > MAX_WEIGHTS:
-            allowed = MAX_WEIGHTS // features
-            raise ValueError(f"num_labels must be at most {allowed} for {features} features, got {config.num_labels}.")
+                raise ValueError(f"{name} must be at most {MAX_WEIGHTS // before} for {before} features, got {after}.")
         self.backbone = MobileNetModel(config)
         self.hidden = hidden_layers(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(features, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = nn.Linear(*widths[-2:]) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
     def forward(
@@ -251,23 +228,17 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | ImageClassifierOutputWithNoAttention:
-        """Classify a batch of images.
+        """Classify a batch of images; arguments and errors are those of MobileNetModel, and one more.
 
         Args:
-            pixel_values: Images as MobileNetImageProcessor gives them, of shape (B, num_channels, H, W).
             labels: Targets. One label an image: integers of shape (B,). Many labels: floats of shape
                 (B, num_labels), each 0 or 1. Regression (one label, or problem_type "regression"): floats of shape
                 (B,) or (B, num_labels).
-            output_hidden_states: Whether to return every intermediate feature map.
-            return_dict: Whether to return an output class instead of a tuple.
 
         Returns:
             loss: Mean over the batch, if labels are given: cross entropy, binary cross entropy or squared error.
             logits: Scores before softmax, of shape (B, num_labels).
             hidden_states: Feature maps of the stem and of every block.
-
-        Raises:
-            ValueError: pixel_values is missing or has another shape.
         """
         (return_dict,) = self._want(return_dict=return_dict)
         features = self.backbone(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
@@ -307,20 +278,14 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | BackboneOutput:
-        """Compute the feature maps that the configuration asks for.
+        """Compute the feature maps that the configuration asks for; arguments and errors are those of MobileNetModel.
 
         Args:
-            pixel_values: Images as MobileNetImageProcessor gives them, of shape (B, num_channels, H, W).
-            output_hidden_states: Whether to return the feature maps of all stages too.
             output_attentions: Ignored: no attention weights are kept.
-            return_dict: Whether to return an output class instead of a tuple.
 
         Returns:
             feature_maps: One for each of config.out_features, of shape (B, C, ceil(H / stride), ceil(W / stride)).
             hidden_states: Feature maps of the stem and of every block.
-
-        Raises:
-            ValueError: pixel_values is missing or has another shape.
         """
         output_hidden_states, return_dict = self._want(
             output_hidden_states=output_hidden_states, return_dict=return_dict
