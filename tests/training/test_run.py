@@ -151,6 +151,22 @@ def test_a_run_leaves_a_complete_repository_that_has_learned(tmp_path: Path) -> 
     assert {(r.dataset_split, r.metric_name) for r in results} >= {("test", "accuracy"), ("held out", "accuracy")}
 
 
+@pytest.mark.parametrize("architecture", ["mobilenet_v2", "mobilenet_v3_small", "mobilenet_v4_conv_small"])
+def test_every_generation_learns_from_scratch_and_goes_on(architecture: str, tmp_path: Path) -> None:
+    colors = paint(tmp_path / "colors" / "train", 40).parent
+    paint(colors / "test", 10, seed=1)
+    given = {"validation": 0.0, "batch_size": 20, "crop_scale": 1.0, "log_steps": 1}
+    assert run(
+        options(colors, tmp_path / "out", architecture=architecture, width=0.25, epochs=8, learning_rate=0.1, **given)
+    )
+    learned = evaluate_checkpoint(str(tmp_path / "out"), str(colors)).metrics["accuracy"]
+    assert learned >= 0.6  # of three colors
+    tuned = {"model": str(tmp_path / "out"), "epochs": 2, "learning_rate": 0.003, **given}
+    assert run(options(colors, tmp_path / "tuned", **tuned))
+    assert MobileNetConfig.from_pretrained(tmp_path / "tuned").architecture == architecture
+    assert evaluate_checkpoint(str(tmp_path / "tuned"), str(colors)).metrics["accuracy"] >= learned - 0.1
+
+
 def test_the_record_repeats_the_run(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The configuration beside the weights gives the same options, and its command too; both can be overridden."""
     given = options(colors, tmp_path / "out", epochs=1, flip=False, balance="sampling", overwrite=True)
