@@ -29,18 +29,49 @@ def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> int
     return (outputs - 1) * stride + (kernel_size - 1) * dilation + 1 - size
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Lay out (B, C, H, W) as convolutions like it best, where torch can: not under torch.func.vmap."""
+    try:
+        return x.contiguous(memory_format=torch.channels_last)
+    except RuntimeError:  # it has more dimensions than it shows
+        return x
+
+
 class Conv2d(nn.Conv2d):
-    """Convolution with a square odd kernel, padded so that its output has ceil(input / stride) rows and columns.
+    """torch's convolution, by torch's arguments, which can also pad as TensorFlow does.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Rows and columns of the kernel.
+        stride: Rows and columns between outputs.
+        padding: Rows and columns on each side, or "same", which goes with a stride too, and with a square odd kernel:
+            the output has ceil(input / stride) rows and columns.
+        *args: dilation, groups and so on, as of nn.Conv2d.
+        activated: Whether an activation follows, which decides the scale of initial weights.
+        **kwargs: The same by name.
 
     Shape: (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))
     """
 
-    def __init__(self, *args: Any, pads_same: bool, activated: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # SAME can only be lopsided where the kernel skips pixels.
-        self.pads_same = pads_same and self.stride[0] > 1
-        self.activated = activated  # what follows decides the scale of initial weights
-        self.padding = (self.dilation[0] * (self.kernel_size[0] // 2),) * 2
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        *args: Any,
+        activated: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        pads_same = padding == "same"  # which torch's own refuses beside a stride
+        super().__init__(in_channels, out_channels, kernel_size, stride, 0 if pads_same else padding, *args, **kwargs)
+        self.activated = activated
+        if pads_same:
+            # SAME can only be lopsided where the kernel skips pixels.
+            symmetric = (self.dilation[0] * (self.kernel_size[0] // 2),) * 2
+            self.padding = "same" if self.stride[0] > 1 else symmetric
 
     def forward(self, x: Tensor) -> Tensor:
         if trains_faster_in_float32(self, x):
@@ -49,9 +80,9 @@ class Conv2d(nn.Conv2d):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with other weights than its own."""
+        if self.padding != "same":
+            return self._conv_forward(x, weight, bias)
         stride, dilation = self.stride[0], self.dilation[0]
-        if not self.pads_same:
-            return F.conv2d(x, weight, bias, stride, self.padding, dilation, self.groups)
         pads = [same_padding(size, self.kernel_size[0], stride, dilation) for size in x.shape[-2:]]
         if is_cheaper_to_shift(self):
             return convolve_shifted(self, x, weight, bias, pads)
@@ -124,10 +155,10 @@ class ConvNormAct(nn.Module):
             out_channels,
             kernel_size,
             1 if anti_aliasing in ANTI_ALIASING_LAYERS else stride,
+            padding="same" if config.padding == "same" else dilation * (kernel_size // 2),
             dilation=dilation,
             groups=groups,
             bias=not has_norm,
-            pads_same=config.padding == "same",
             activated=act is not None,
         )
         self.norm = norm_layer(config, out_channels) if has_norm else nn.Identity()
@@ -192,8 +223,8 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
-        self.reduce = Conv2d(channels, squeezed, 1, pads_same=False, activated=True)
-        self.expand = Conv2d(squeezed, channels, 1, pads_same=False, activated=False)
+        self.reduce = Conv2d(channels, squeezed, 1, activated=True)
+        self.expand = Conv2d(squeezed, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * F.hardsigmoid(self.expand(F.relu(self.reduce(x.mean((-2, -1), keepdim=True)))))
@@ -311,7 +342,7 @@ class MultiQueryAttention(ResidualBlock):
         super().__init__(block)
         inputs, hidden = block.in_channels, block.hidden_channels
         self.head_channels = hidden // block.heads
-        conv = partial(Conv2d, kernel_size=1, bias=False, pads_same=False, activated=False)
+        conv = partial(Conv2d, kernel_size=1, bias=False)
 
         def reduction() -> nn.Module:
             if block.key_stride == 1:
@@ -403,7 +434,13 @@ def hidden_layers(config: MobileNetConfig) -> nn.Sequential:
 
 
 def fuse(network: nn.Module) -> None:
-    """Fold batch norms and layer scales of all layers into their convolutions."""
+    """Fold batch norms and layer scales of all layers into their convolutions.
+
+    Raises:
+        ValueError: Adapters of PEFT wrap layers.
+    """
+    if wrapped := [name for name, module in network.named_modules() if hasattr(module, "base_layer")]:
+        raise ValueError(f"adapters must be merged before fuse(), by merge_and_unload(), got one on {wrapped[0]}.")
     for kind in (ConvNormAct, ResidualBlock):  # in this order
         for module in network.modules():
             if isinstance(module, kind):
@@ -460,7 +497,7 @@ def convolve_shifted(conv: Conv2d, x: Tensor, weight: Tensor, bias: Tensor | Non
         return y
     height, width = (-(-size // stride) for size in x.shape[-2:])
     y = y[:, :, skips[0] : skips[0] + height, skips[1] : skips[1] + width]
-    return y.contiguous(memory_format=torch.channels_last)  # a view would slow down all that follows
+    return channels_last(y)  # a view would slow down all that follows
 
 
 def is_cheaper_to_fold(unit: ConvNormAct, x: Tensor) -> bool:

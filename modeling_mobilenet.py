@@ -25,6 +25,7 @@ from .layers_mobilenet import (
     ConvNormAct,
     Features,
     LayerScale,
+    channels_last,
     fuse,
     hidden_layers,
 )
@@ -62,6 +63,7 @@ class MobileNetPreTrainedModel(PreTrainedModel):
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _input_embed_layer = "stem"  # what PEFT and quantizers call the input embeddings
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides by accumulation steps
     _no_split_modules: ClassVar[list[str]] = [layer.__name__ for layer in CHECKPOINTED.values()]
@@ -99,6 +101,9 @@ class MobileNetPreTrainedModel(PreTrainedModel):
 
         Returns:
             The network itself.
+
+        Raises:
+            ValueError: Adapters of PEFT wrap layers.
         """
         self.eval()
         if not self.config.has_batch_norm:
@@ -141,7 +146,7 @@ class MobileNetPreTrainedModel(PreTrainedModel):
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             shape = tuple(pixel_values.shape)
             raise ValueError(f"pixel_values must have shape (B, {channels}, H, W), got {shape}.")
-        return pixel_values.to(weight.dtype, memory_format=torch.channels_last)
+        return channels_last(pixel_values.to(weight.dtype))
 
     def _want(self, **given: bool | None) -> list[bool]:
         """Arguments of a call, or the configuration's value where they are None."""

@@ -225,6 +225,8 @@ def _load_engine(files: Files, config: dict[str, Any], engine: Engine) -> tuple[
     exported_for = None if manifest is None else manifest["export_format"]
     if exported_for not in (None, *_EXPORTS):
         raise ValueError(f"it must be exported for onnx or openvino, got {exported_for}.")
+    if manifest is not None and (schema := manifest.get("schema_version", 1)) != 1:
+        raise ValueError(f"export.json must have the schema_version 1, got {schema!r}.")
     if engine is Engine.AUTO:
         engine = Engine(exported_for or Engine.TORCH)
     if engine is Engine.TORCH:

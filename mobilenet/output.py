@@ -96,6 +96,11 @@ class _Lines:
         self.out.out(text, end="", highlight=False)
 
 
+def _cell(text: str) -> str:
+    """Text for a cell; a spreadsheet takes what begins like a formula for one, but for an apostrophe before it."""
+    return f"'{clean(text)}" if text.startswith(("=", "+", "-", "@")) else clean(text)
+
+
 def _csv_writer(out: Console) -> Callable[[Result], None]:
     """A header, then a row for each label of an image."""
     rows = csv.writer(_Lines(out), lineterminator="\n")
@@ -103,6 +108,6 @@ def _csv_writer(out: Console) -> Callable[[Result], None]:
 
     def write(result: Result) -> None:
         for rank, (index, label, score) in enumerate(result.predictions, 1):
-            rows.writerow([clean(result.name), rank, index, clean(label), round(score, 6)])
+            rows.writerow([_cell(result.name), rank, index, _cell(label), round(score, 6)])
 
     return write

@@ -197,6 +197,15 @@ def test_csv_says_the_same(model, images):
         assert float(row["score"]) == pytest.approx(expected[label], abs=1e-5)
 
 
+def test_csv_holds_no_formulas(tmp_path):
+    """For spreadsheets, which compute what begins like one."""
+    make_model(tmp_path / "model", id2label={0: "=1+1", 1: "+1", 2: "-1", 3: "@SUM(A1)", 4: "'", 5: "1=1"})
+    Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+    result = run(tmp_path / "image.png", "--model", tmp_path / "model", "--csv", "-k", 6)
+    labels = {row["label"] for row in csv.DictReader(io.StringIO(result.stdout))}
+    assert labels == {"'=1+1", "'+1", "'-1", "'@SUM(A1)", "'", "1=1"}
+
+
 def test_table_says_the_same_and_ranks(model, images):
     result = run(images / "b.png", "--model", model, "-k", 2)
     name, *rows = result.stdout.splitlines()
@@ -420,6 +429,11 @@ def test_exports_repeat_their_bits(exported, images):
         ("onnx", {"export_format": "openvino"}, "it was exported for openvino, not for onnx."),
         ("auto", {"export_format": "executorch"}, "it must be exported for onnx or openvino, got executorch."),
         ("auto", {}, "cannot be loaded: 'export_format'"),
+        (
+            "auto",
+            {"export_format": "onnx", "schema_version": 10**30},
+            f"export.json must have the schema_version 1, got 1{30 * '0'}.",
+        ),
         (
             "auto",
             {"export_format": "onnx"},

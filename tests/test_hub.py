@@ -107,7 +107,9 @@ def client(clients: subprocess.Popen, image: Path, tmp_path_factory: pytest.Temp
             pytest.fail((home / "stderr").read_text())
         if fails:
             return (home / "stderr").read_text()
-        return json.loads((home / "stdout").read_text().splitlines()[-1])
+        output = (home / "stdout").read_text()
+        assert "Do you wish to run the custom code?" not in output
+        return json.loads(output.splitlines()[-1])
 
     return run
 
@@ -213,12 +215,27 @@ def test_without_trust_no_code_runs(hub: Hub, client: Client, original: Path, tr
     assert not asked_for_code(hub)
 
 
-@pytest.mark.parametrize("trust", ["false", "null"])
+@pytest.mark.parametrize(
+    "trust",
+    [
+        "false",
+        "null",
+        pytest.param(
+            "true",
+            marks=pytest.mark.xfail(
+                Version(transformers.__version__) < Version("5.10"),
+                reason="transformers before 5.10 runs what is trusted even where it is not needed",
+                strict=True,
+            ),
+        ),
+    ],
+)
 def test_with_the_package_no_trust_is_needed(
     hub: Hub, client: Client, original: Path, expected: list, trust: str
 ) -> None:
+    """By the Auto classes and by a pipeline: nobody is asked, and no code is downloaded."""
     hub.publish("someone/original", original)
-    result = client(hub, "someone/original", "--package", ROOT, "--trust", trust)
+    result = client(hub, "someone/original", "--package", ROOT, "--trust", trust, "--all")
     assert result["logits"] == expected
     assert all(name.startswith("mobilenet.") for name in result["classes"])
     assert not asked_for_code(hub)
@@ -230,9 +247,17 @@ def test_with_the_package_nobody_is_asked_for_code_elsewhere(
     hub.publish("someone/original", original)
     fields = json.loads((original / "config.json").read_text())
     fields["auto_map"] = {auto: f"evil/code--{where}" for auto, where in fields["auto_map"].items()}
-    hub.publish("someone/original", {"config.json": json.dumps(fields).encode()})
+    evil = {auto: f"evil/code--image_processing_mobilenet.{auto}" for auto in ("AutoImageProcessor", "AutoProcessor")}
+    processor = json.loads((original / "preprocessor_config.json").read_text()) | {"auto_map": evil}
+    video = {"auto_map": {"AutoVideoProcessor": "evil/code--image_processing_mobilenet.MobileNetVideoProcessor"}}
+    documents = {
+        "config.json": fields,
+        "preprocessor_config.json": processor,
+        "video_preprocessor_config.json": video,
+    }
+    hub.publish("someone/original", {name: json.dumps(document).encode() for name, document in documents.items()})
     hub.publish("evil/code", dict.fromkeys(CODE, b"raise SystemExit('code from elsewhere ran')"))
-    result = client(hub, "someone/original", "--package", ROOT)
+    result = client(hub, "someone/original", "--package", ROOT, "--all")
     assert result["logits"] == expected
     assert not [request for request in hub.log if "evil" in request]
 

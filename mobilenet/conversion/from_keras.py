@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobilenet.require import require
+
 from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, field_errors, first_line
 from .graph import (
     SAME,
@@ -238,10 +240,7 @@ def _load(path: Path) -> Stored:
         ConversionError: The file is broken, or too large.
         ImportError: h5py is not installed.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("a file of Keras needs h5py: pip install 'mobilenet[keras]'") from error
+    h5py = require("h5py", extra="keras", purpose="a file of Keras")
     with _weights_file(path) as (weights, config):
         try:
             with h5py.File(weights) as file:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobilenet.require import require
+
 from .checkpoint import (
     MAX_BYTES,
     Checkpoint,
@@ -78,11 +80,7 @@ class File:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import onnx
-        except ImportError as error:
-            raise ImportError("an ONNX file needs onnx: pip install 'mobilenet[onnx]'") from error
-        self.onnx, self.path = onnx, path
+        self.onnx, self.path = require("onnx", extra="onnx", purpose="an ONNX file"), path
         self.model = self.load()
         self.constants: dict[str, np.ndarray] = {}
         self.weight_scales: dict[str, Scale] = {}
@@ -92,9 +90,9 @@ class File:
         self.flat: set[str] = set()  # values of shape (B, C)
         self.ops: list[Op] = []
         for tensor in self.model.graph.initializer:
-            self.constants[tensor.name] = onnx.numpy_helper.to_array(tensor)
+            self.constants[tensor.name] = self.onnx.numpy_helper.to_array(tensor)
         kinds = {tensor.data_type for tensor in self.model.graph.initializer}
-        self.is_half = bool(kinds & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
+        self.is_half = bool(kinds & {self.onnx.TensorProto.FLOAT16, self.onnx.TensorProto.BFLOAT16})
         inputs = [value for value in self.model.graph.input if value.name not in self.constants]
         outputs = list(self.model.graph.output)
         if len(outputs) > 1:

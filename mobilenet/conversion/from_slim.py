@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mobilenet.progress import open_file, track
+from mobilenet.require import require
 
 from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
 from .from_tflite import twin
@@ -138,10 +139,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
 
 def read_variables(prefix: Path, origin: Path) -> dict[str, Tensor]:
     """Every variable of a checkpoint; its moving average, where training kept one."""
-    try:
-        from tensorflow.train import load_checkpoint
-    except ImportError as error:
-        raise ImportError("a TensorFlow checkpoint needs TensorFlow: pip install 'mobilenet[slim]'") from error
+    load_checkpoint = require("tensorflow", extra="slim", purpose="a TensorFlow checkpoint").train.load_checkpoint
     try:
         reader = load_checkpoint(str(prefix))
         names = [name for name in reader.get_variable_to_shape_map() if not name.endswith(_AVERAGE)]

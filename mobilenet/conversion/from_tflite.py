@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobilenet.require import require
+
 from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, field_errors, first_line
 from .graph import (
     BYTES,
@@ -61,11 +63,10 @@ class File:
     """
 
     def __init__(self, data: bytes, path: Path) -> None:
-        try:
-            from ai_edge_litert import schema_py_generated as schema
-            from ai_edge_litert.interpreter import Interpreter
-        except ImportError as error:
-            raise ImportError("a TFLite file needs ai-edge-litert: pip install 'mobilenet[tflite]'") from error
+        require("ai_edge_litert", extra="tflite", purpose="a TFLite file")
+        from ai_edge_litert import schema_py_generated as schema
+        from ai_edge_litert.interpreter import Interpreter
+
         self.path, self.data = path, data
         try:
             Interpreter(model_content=data)  # checks every offset, which the schema's classes do not

@@ -220,5 +220,5 @@ def test_edited_files_are_refused_in_words(seed: int, tmp_path: Path) -> None:
 def test_without_onnx_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     (tmp_path / "model.onnx").touch()
-    with pytest.raises(ImportError, match=r"pip install 'mobilenet\[onnx\]'"):
+    with pytest.raises(ImportError, match=r'clone of this project, pip install -c constraints\.txt -e "\.\[onnx\]"$'):
         convert(str(tmp_path / "model.onnx"), tmp_path / "output")

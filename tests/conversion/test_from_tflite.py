@@ -197,7 +197,9 @@ def test_broken_files_are_refused(data: Path, tmp_path: Path) -> None:
 def test_without_litert_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ai_edge_litert", None)
     (tmp_path / "model.tflite").touch()
-    with pytest.raises(ImportError, match=r"pip install 'mobilenet\[tflite\]'"):
+    with pytest.raises(
+        ImportError, match=r'clone of this project, pip install -c constraints\.txt -e "\.\[tflite\]"$'
+    ):
         convert(str(tmp_path / "model.tflite"), tmp_path / "output")
 
 
