@@ -492,13 +492,22 @@ def test_addresses_inside_and_outside(address, public):
     assert preprocessing_mobilenet._is_public(address) == public
 
 
-def test_a_server_without_an_end_is_left(serve, monkeypatch):
+@pytest.mark.parametrize(
+    "start",
+    [
+        "HTTP/1.1 200 OK\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nX-Header: ",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1; extension=",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-Trailer: ",
+    ],
+    ids=["body", "header", "chunk extension", "trailer"],
+)
+def test_a_server_without_an_end_is_left(start, monkeypatch):
     class Trickle(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
+            self.wfile.write(start.encode())
             with suppress(OSError):
-                while True:
+                for _ in range(100):
                     self.wfile.write(b"x")
                     time.sleep(0.05)
 
@@ -506,9 +515,12 @@ def test_a_server_without_an_end_is_left(serve, monkeypatch):
 
     monkeypatch.setattr(preprocessing_mobilenet, "MAX_SECONDS", 0.3)
     with ThreadingHTTPServer(("127.0.0.1", 0), Trickle) as server:
+        server.daemon_threads = True
         Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        begin = time.monotonic()
         with pytest.raises(UnreadableImageError, match=r"cannot be downloaded: no end after 0\.3 seconds"):
             pixels(f"http://127.0.0.1:{server.server_port}/photo.png")
+        assert time.monotonic() - begin < 2
         server.shutdown()
 
 
