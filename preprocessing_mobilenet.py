@@ -9,6 +9,7 @@ import math
 import os
 import socket
 import ssl
+import stat
 import time
 import urllib.error
 import urllib.request
@@ -92,6 +93,10 @@ _REFUSED = {
     "WMF": "it is a program that draws an image",
     "IPTC": "it may hold a file of any format",
 }
+# An image that is read more often is refused, but for one more time a pixel: photographs take some hundred reads, a
+# header of blanks one for each byte, and a file of empty chunks several for each of them.
+MAX_READS = 100_000
+MAX_COMMENTS = 1000
 # A download of more bytes is refused, and one that takes longer, in seconds.
 MAX_BYTES = 256 * 1024 * 1024
 MAX_SECONDS = 300.0
@@ -241,6 +246,53 @@ def fetch(url: str, timeout: float = 30.0) -> bytes:
     return bytes(data)
 
 
+class IrregularFileError(OSError):
+    """A path of something else than a file: the message names it."""
+
+
+def regular(path: str | os.PathLike) -> str | os.PathLike:
+    """Give a path back if it is that of a regular file: a pipe or a device may keep its reader waiting for ever.
+
+    Raises:
+        IrregularFileError: It is a pipe, a device, a socket or a folder.
+        OSError: There is no such file, or it cannot be asked for.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise IrregularFileError(f"{os.fspath(path)}: not a regular file")
+    return path
+
+
+class _CountedReader(io.BufferedReader):
+    """A file that is read so many times, and no more."""
+
+    reads_left = MAX_READS
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._count()
+        return super().read(size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        self._count()
+        return super().readline(size)
+
+    def _count(self) -> None:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise OSError(f"it takes more than {MAX_READS} reads")
+
+
+def _open(source: str | os.PathLike | bytes) -> _CountedReader:
+    file = _CountedReader(io.BytesIO(source) if isinstance(source, bytes) else io.FileIO(regular(source)))
+    # Of plain PNM, which is text, Pillow copies up to a megabyte for each comment.
+    if file.peek(2)[:2] in (b"P1", b"P2", b"P3"):
+        chunks = iter(lambda: io.BufferedReader.read(file, 1 << 20), b"")
+        if sum(chunk.count(b"#") for chunk in chunks) > MAX_COMMENTS:
+            file.close()
+            raise OSError(f"it has more than {MAX_COMMENTS} comments")
+        file.seek(0)
+    return file
+
+
 def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0, 0)) -> Image.Image:
     """Read an image from a path, a URL or bytes, and turn it upright as its EXIF orientation says.
 
@@ -256,7 +308,8 @@ def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0
     if isinstance(source, str) and is_url(source):
         source = fetch(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with _open(source) as file, Image.open(file) as image:
+            file.reads_left = MAX_READS + image.width * image.height
             if image.format in _REFUSED:
                 raise UnreadableImageError(f"{name}: {image.format} is not read: {_REFUSED[image.format]}")
             if image.width * image.height > MAX_PIXELS:
@@ -272,6 +325,8 @@ def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0
         raise UnreadableImageError(f"{name}: not an image in a format that Pillow reads") from error
     except FileNotFoundError as error:
         raise UnreadableImageError(f"{name}: no such file") from error
+    except IrregularFileError as error:
+        raise UnreadableImageError(str(error)) from error
     except Exception as error:  # Pillow's decoders and EXIF parser raise what they happen to stumble over
         raise UnreadableImageError(f"{name}: cannot be decoded: {error}") from error
 
@@ -700,4 +755,5 @@ __all__ = [
     "open_image",
     "preprocess",
     "read_options",
+    "regular",
 ]

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .preprocessing_mobilenet import regular
+
 
 class RepositoryError(ValueError):
     """A repository that cannot be read, made or replaced."""
@@ -65,7 +67,7 @@ def check_output(output: Path, overwrite: bool, source: str | os.PathLike) -> No
 def is_repository(folder: Path) -> bool:
     """Whether a folder holds a model."""
     try:
-        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "model_type" in json.loads(Path(regular(folder / "config.json")).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 

@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import numpy as np
@@ -356,6 +357,14 @@ def test_files_of_a_batch_are_read_in_threads(photographs):
 def test_a_broken_file_of_a_batch_is_named(photographs, tmp_path):
     with pytest.raises(UnreadableImageError, match=r"nowhere\.jpg: no such file"):
         pixels([photographs[0], tmp_path / "nowhere.jpg", photographs[1]])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", tmp_path, Path("/dev/zero")):
+        with pytest.raises(UnreadableImageError, match=f"^{path}: not a regular file$"):
+            pixels(path)
 
 
 def test_urls_are_fetched(tmp_path, serve):

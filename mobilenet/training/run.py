@@ -23,6 +23,7 @@ from mobilenet.cards import HELD_OUT, Measured, write_card
 from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.modeling_mobilenet import MobileNetForImageClassification
+from mobilenet.preprocessing_mobilenet import regular
 from mobilenet.pretrained import load_network
 from mobilenet.repository import check_output, write_json
 
@@ -261,7 +262,7 @@ def start_classifier(model: MobileNetForImageClassification, source: torch.nn.Li
         ValueError: The file does not name the network's labels, or no classes of the other one.
     """
     try:
-        classes = json.loads(path.read_text(encoding="utf-8"))
+        classes = json.loads(Path(regular(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"start_labels must be a JSON file, got {path}: {error}") from error
     labels = {label: index for index, label in model.config.id2label.items()}
