@@ -634,7 +634,7 @@ def test_bad_options_name_option_allowed_values_and_value(options, message):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([], "at least one photo"),
+        ([], "at least one image"),
         (np.zeros(5), r"2 or 3 dimensions, or batches of 4, got shape \(5,\)"),
         (np.zeros((5, 5, 7), np.uint8), r"1, 3 or 4 channels, got shape \(5, 5, 7\)"),
         (np.zeros((0, 5, 3), np.uint8), r"must not be empty, got shape \(0, 5, 3\)"),
@@ -669,14 +669,12 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "empty.jpg").touch()
     for name, reason in [
         ("cut.png", "cannot be decoded"),
-        ("text.jpg", "not a photo"),
-        ("empty.jpg", "not a photo"),
+        ("text.jpg", "not an image"),
+        ("empty.jpg", "not an image"),
         ("none.jpg", "no such file"),
     ]:
         with pytest.raises(UnreadableImageError, match=rf"{name}: {reason}"):
             open_image(tmp_path / name)
-    with pytest.raises(UnreadableImageError, match="cannot be decoded"):
-        open_image(tmp_path)
 
 
 def test_a_decompression_bomb_is_refused():

@@ -27,10 +27,11 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
-from mobilenet.cards import Start
+from mobilenet.cards import Start, write_card
 from mobilenet.cli import app
 from mobilenet.cli.evaluate import evaluate
 from mobilenet.cli.train import train
+from mobilenet.repository import claimed
 from mobilenet.training import run as training
 from mobilenet.training.augment import Augment, Normalize, mix
 from mobilenet.training.data import (
@@ -899,7 +900,7 @@ def test_options_are_checked(colors: Path, tmp_path: Path, name: str, value: obj
 def test_an_existing_folder_stays(colors: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
-    with pytest.raises(FileExistsError, match="set --overwrite to replace it"):
+    with pytest.raises(ValueError, match="exists; --overwrite replaces it"):
         run(options(colors, tmp_path / "out"))
     with pytest.raises(ValueError, match="is no model repository, and is not replaced"):
         run(options(colors, tmp_path / "out", overwrite=True))
@@ -907,6 +908,33 @@ def test_an_existing_folder_stays(colors: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "config.json").write_text('{"model_type": "mobilenet"}')
     assert run(options(colors, tmp_path / "out", epochs=1, overwrite=True))
     assert not (tmp_path / "out" / "precious").exists()
+
+
+def test_a_second_run_to_one_output_is_refused(colors: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with claimed(output, False), pytest.raises(ValueError, match="out is being written by another run"):
+        run(options(colors, output))
+    assert not output.with_name("out.training").exists()
+
+
+def test_a_folder_that_came_meanwhile_stays(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trained network stays too: once the folder is out of the way, the same command goes on to its end."""
+    output = tmp_path / "out"
+    given = options(colors, output, epochs=1)
+
+    def make(*args: object) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "precious").touch()
+        write_card(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mobilenet.training.run.write_card", make)
+        with pytest.raises(ValueError, match="out was made meanwhile, and is not replaced"):
+            run(given)
+    assert [path.name for path in output.iterdir()] == ["precious"]
+    output.rename(tmp_path / "mine")
+    assert run(given)
+    assert (output / "model.safetensors").exists()
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
