@@ -599,9 +599,17 @@ def preprocess(image: Any, options: Mapping[str, Any], input_data_format: str | 
         ValueError: Its values are not allowed.
         UnreadableImageError: A path, URL or file that cannot be read; a ValueError.
     """
+    as_rgb = options["do_convert_rgb"] or options["do_grayscale"]
     if _is_encoded(image):
-        image = open_image(image, _enough(options))
-    planes = _to_planes(image, input_data_format, options["do_convert_rgb"] or options["do_grayscale"])
+        try:
+            planes = _to_planes(open_image(image, _enough(options)), input_data_format, as_rgb)
+        except UnreadableImageError:
+            raise
+        except ValueError as error:  # of values that have no colors
+            name = "bytes" if isinstance(image, bytes) else os.fspath(image)
+            raise UnreadableImageError(f"{name}: {error}") from error
+    else:
+        planes = _to_planes(image, input_data_format, as_rgb)
     if options["do_grayscale"]:
         planes = _to_gray(planes)
     arrays = [np.asarray(_resize_and_crop(plane, options)) for plane in planes.images]

@@ -4,16 +4,19 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +45,7 @@ from mobilenet.training.data import (
     Storage,
     check_classes,
     decode,
+    folders_of,
     hold_out,
     load_splits,
 )
@@ -800,6 +804,45 @@ def test_unreadable_images_are_listed_or_left_out(colors: Path, tmp_path: Path, 
         file.write_bytes(b"no image")
     with pytest.raises(ValueError, match="every class needs images to train on; there are none of red"):
         run(options(colors, tmp_path / "again", validation=0.0, skip_unreadable=True))
+
+
+def test_images_with_values_that_are_no_colors_are_named(colors: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), -5, np.int32)).save(colors / "train" / "red" / "000.png", "TIFF")
+    splits = load_splits(str(colors))
+    processor = MobileNetImageProcessor(size=16, crop_size=16)
+    with pytest.raises(ValueError, match=r"1 of 66 images .*red/000\.png: an image of mode I must have values from 0"):
+        decode(splits["train"], processor, Storage(tmp_path), "train")
+    assert len(decode(splits["train"], processor, Storage(tmp_path), "train", skip_unreadable=True)) == 65
+
+
+@pytest.mark.parametrize("place", ["inside", "outside", "climbing", "relative", "url"])
+def test_rows_name_files_of_their_dataset_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Callable[[Path], str], place: str
+) -> None:
+    (tmp_path / "set").mkdir()
+    for folder in (tmp_path, tmp_path / "set"):
+        (folder / "image.png").write_bytes(png()["bytes"])
+    monkeypatch.chdir(tmp_path)
+    name = {
+        "inside": str(tmp_path / "set" / "image.png"),
+        "outside": str(tmp_path / "image.png"),
+        "climbing": str(tmp_path / "set" / ".." / "image.png"),
+        "relative": "image.png",
+        "url": f"{serve(tmp_path)}/image.png",
+    }[place]
+    path = tmp_path / "set" / "rows.parquet"
+    table = images(png(), {"bytes": None, "path": name}).add_column("label", ["a", "b"]).data.table
+    pyarrow.parquet.write_table(table, path)  # to_parquet would read the file itself
+    rows = load_splits(str(path))["train"]
+    processor = MobileNetImageProcessor(size=16, crop_size=16)
+    if place == "inside":
+        assert len(decode(rows, processor, Storage(tmp_path), "train", folders=folders_of(str(path)))) == 2
+    else:
+        with pytest.raises(
+            ValueError, match=f"{re.escape(name)}: lies outside of the dataset; external_images allows"
+        ):
+            run(options(path, tmp_path / "out", validation=0.0))
+    assert len(decode(rows, processor, Storage(tmp_path), "train")) == 2
 
 
 def test_splits_with_other_labels_are_refused(colors: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from mobilenet.pretrained import load_network
 from mobilenet.repository import Claim, claimed, write_json
 
 from .augment import Augment, Normalize
-from .data import LABEL, Images, Storage, check_classes, decode, hold_out, load_splits
+from .data import LABEL, Images, Storage, check_classes, decode, folders_of, hold_out, load_splits
 from .evaluate import predict
 from .options import FREE_TO_CHANGE, RECORD, Options
 from .report import class_accuracies, evaluate_logits, metrics, plot_confusion, plot_curves
@@ -297,7 +297,8 @@ def _decode(
         return None
     square = processor.size.get("shortest_edge", max(_input_size(processor))) if split == "train" else None
     storage = Storage(options.work, shared=state.num_processes > 1)
-    return decode(rows, processor, storage, split, square, options.skip_unreadable, not state.is_main_process)
+    folders = None if options.external_images else folders_of(options.dataset)
+    return decode(rows, processor, storage, split, square, options.skip_unreadable, not state.is_main_process, folders)
 
 
 def _best_precision() -> str:
