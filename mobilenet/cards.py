@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from huggingface_hub.errors import EntryNotFoundError
 
 from .architectures_mobilenet import ARCHITECTURES
+from .preprocessing_mobilenet import regular
 from .repository import sha256
 from .text import clean, markdown, percent
 
@@ -31,7 +32,7 @@ def read_card(model: str) -> ModelCardData | None:
     """The metadata of the model card of a folder or Hub id; None where there is none that can be read."""
     path = Path(model) / "README.md"
     try:
-        return ModelCard.load(path if Path(model).exists() else model).data
+        return ModelCard.load(regular(path) if Path(model).exists() else model).data
     except (FileNotFoundError, EntryNotFoundError, ValueError, yaml.YAMLError):
         return None
 

@@ -4,10 +4,13 @@ import inspect
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +31,7 @@ from hostile import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mobilenet.image_processing_mobilenet import UnreadableImageError
+from mobilenet.image_processing_mobilenet import UnreadableImageError, open_image
 from PIL import Image
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
@@ -330,6 +333,34 @@ def test_images_that_are_programs_are_not_run(name: str, monkeypatch: pytest.Mon
         data = b"\xd7\xcd\xc6\x9a\0\0" + np.int16([0, 0, 80, 80, 72]).tobytes() + bytes(6) + b"\1\0\t\0" + bytes(40)
     with pytest.raises(UnreadableImageError, match=f"{name} is not read: it "):
         use_image(data)
+
+
+def _chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"P6" + bytes([32]) * 5_000_000,
+        b"P6\n#" + bytes(5_000_000),
+        b"P3 100 100 255\n" + b"#a\n" * 500_000,
+        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", b"\0\0\0\x08" * 2 + b"\x08" + bytes(4)) + _chunk(b"prVt") * 400_000,
+        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", b"\0\0\0\x08" * 2 + b"\x08" + bytes(4)) + _chunk(b"IDAT") * 400_000,
+        b"GIF89a\1\0\1\0\0\0\0" + b"!\xfe\1a\0" * 1_000_000,
+    ],
+    ids=["blanks", "comment", "comments", "chunks before the image", "chunks of the image", "extensions"],
+)
+def test_headers_without_end_are_refused_early(data: bytes) -> None:
+    begin = time.process_time()
+    with pytest.raises(UnreadableImageError, match=r"it takes more than 100000 reads|more than 1000 comments"):
+        use_image(data)
+    assert time.process_time() - begin < 1.5
+
+
+def test_plain_images_may_have_comments() -> None:
+    image = open_image(b"P3 # a comment\n2 1 255\n# another\n1 2 3 # and one more\n4 5 6")
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(1, 2, 3), (4, 5, 6)]
 
 
 # Images that are large, and as wide as can be
