@@ -1,6 +1,6 @@
 """The layers of MobileNet: a convolution with TensorFlow's padding, Conv-Norm-Act, the blocks of the papers, features.
 
-They need torch alone, and are complete without what makes them fast on a CPU, which stands apart, at the end.
+They need torch alone, and are complete without what makes them fast on a CPU, which is in a file of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,13 @@ from torch import Tensor, nn
 
 from .architectures_mobilenet import Block
 from .configuration_mobilenet import MobileNetConfig
+from .cpu_mobilenet import (
+    convolve_in_float32,
+    convolve_shifted,
+    is_cheaper_to_fold,
+    is_cheaper_to_shift,
+    trains_faster_in_float32,
+)
 
 
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> int:
@@ -27,14 +34,6 @@ def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> int
     """
     outputs = (size + stride - 1) // stride
     return (outputs - 1) * stride + (kernel_size - 1) * dilation + 1 - size
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Lay out (B, C, H, W) as convolutions like it best, where torch can: not under torch.func.vmap."""
-    try:
-        return x.contiguous(memory_format=torch.channels_last)
-    except RuntimeError:  # it has more dimensions than it shows
-        return x
 
 
 class Conv2d(nn.Conv2d):
@@ -174,8 +173,8 @@ class ConvNormAct(nn.Module):
         return cls(config, block.in_channels, block.out_channels, *kernel, **kinds)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_cheaper_to_fold(self, x):
-            return self.act(convolve_folded(self, x))
+        if is_cheaper_to_fold(self.conv, self.norm, x, Conv2d):
+            return self.act(self.conv.convolve(x, *fold(*self.terms(), self.norm.eps)))
         return self.act(self.norm(self.conv(x)))
 
     def terms(self) -> tuple[Tensor, ...]:
@@ -445,113 +444,3 @@ def fuse(network: nn.Module) -> None:
         for module in network.modules():
             if isinstance(module, kind):
                 module.fuse()
-
-
-# --- Fast on a CPU -----------------------------------------------------------------------------------------------
-#
-# Three detours to what the layers compute anyway, up to rounding: for each, whether it pays, and the detour. Best
-# times of one thread:
-#                                                        batch 16         batch 1
-#   convolve_shifted, in a fused network             297 -> 176 ms    10.4 ->  9.9 ms
-#   convolve_folded, in a network as it loads        445 -> 231 ms    12.6 -> 11.7 ms
-#   convolve_in_float32, in a training step of 32 under bfloat16 autocast: 750 -> 473 ms
-
-
-def makes_graph() -> bool:
-    """Whether torch records calls, to run or export them later."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def is_cheaper_to_shift(conv: Conv2d) -> bool:
-    """Whether to pad a SAME convolution without a copy of its input: where that is no smaller than the output.
-
-    Gradients cost more than the copy: oneDNN's kernels for those of a depthwise convolution want no more padding than
-    its kernel reaches.
-    """
-    # Without a branch on the size, one graph serves every size.
-    return (
-        not makes_graph()
-        and not torch.is_grad_enabled()
-        and conv.in_channels * conv.stride[0] ** 2 >= conv.out_channels
-    )
-
-
-def convolve_shifted(conv: Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, pads: list[int]) -> Tensor:
-    """Convolve with SAME padding by padding alike on both sides, which torch does without a copy.
-
-    A lopsided pad differs from a symmetric one by a shift of the sampling grid. Padding one stride more on both sides
-    and leaving out the first output makes that shift on the small output.
-
-    Args:
-        conv: Convolution with a stride.
-        x: Its input, of shape (B, in, H, W).
-        weight: The weight to use.
-        bias: The bias to use.
-        pads: Rows and columns that SAME adds in all.
-    """
-    stride = conv.stride[0]
-    skips = [pad % 2 for pad in pads]
-    padding = [pad // 2 + skip * stride for pad, skip in zip(pads, skips, strict=True)]
-    y = F.conv2d(x, weight, bias, stride, padding, conv.dilation, conv.groups)
-    if not any(skips):
-        return y
-    height, width = (-(-size // stride) for size in x.shape[-2:])
-    y = y[:, :, skips[0] : skips[0] + height, skips[1] : skips[1] + width]
-    return channels_last(y)  # a view would slow down all that follows
-
-
-def is_cheaper_to_fold(unit: ConvNormAct, x: Tensor) -> bool:
-    """Whether to fold the batch norm for this call alone: a pass over activations takes longer than one over weights.
-
-    The layers must be called where anything but the result depends on them: gradients, statistics, hooks, exported
-    graphs.
-    """
-    return (
-        x.device.type == "cpu"
-        and x.dtype.itemsize >= 4  # with fewer bits, a weight would be rounded twice
-        and not makes_graph()
-        and is_untouched(unit.norm, nn.BatchNorm2d)
-        and is_untouched(unit.conv, Conv2d)
-        and type(unit.conv.weight) is nn.Parameter
-        and not (unit.norm.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-    )
-
-
-def convolve_folded(unit: ConvNormAct, x: Tensor) -> Tensor:
-    """Convolve and normalize at once; weights and statistics stay as they are."""
-    return unit.conv.convolve(x, *fold(*unit.terms(), unit.norm.eps))
-
-
-def is_untouched(module: nn.Module, cls: type) -> bool:
-    """Whether a module is one of a class as it was written: no hook, wrapper or subclass has a say in its call."""
-    everywhere = nn.modules.module
-    return type(module) is cls and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or "forward" in vars(module)
-    )
-
-
-def trains_faster_in_float32(conv: Conv2d, x: Tensor) -> bool:
-    """Whether autocast on a CPU should let a convolution be.
-
-    Where a depthwise kernel strides or a map has no more than 2x2 pixels, oneDNN has no fast bfloat16 gradients: on a
-    processor with AVX512-BF16 they take six times as long as in float32, and a training step twice as long.
-    """
-    return (
-        conv.groups > 1
-        and (conv.stride[0] > 1 or x.shape[-1] <= 2)
-        and x.device.type == "cpu"
-        and conv.weight.dtype == torch.float32
-        and torch.is_autocast_enabled("cpu")
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
-
-
-def convolve_in_float32(conv: Conv2d, x: Tensor) -> Tensor:
-    """Convolve without autocast; the result has the type of the input."""
-    with torch.autocast("cpu", enabled=False):
-        return conv.convolve(x.float(), conv.weight, conv.bias).to(x.dtype)

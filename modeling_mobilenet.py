@@ -19,13 +19,13 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 
 from .configuration_mobilenet import MobileNetConfig
+from .cpu_mobilenet import channels_last
 from .layers_mobilenet import (
     LAYERS,
     Conv2d,
     ConvNormAct,
     Features,
     LayerScale,
-    channels_last,
     fuse,
     hidden_layers,
 )

@@ -31,6 +31,7 @@ CLIENT = Path(__file__).parent / "client.py"
 CODE = (
     "architectures_mobilenet.py",
     "configuration_mobilenet.py",
+    "cpu_mobilenet.py",
     "image_processing_mobilenet.py",
     "layers_mobilenet.py",
     "modeling_mobilenet.py",

@@ -26,6 +26,7 @@ CODE = (
     "architectures_mobilenet",
     "configuration_mobilenet",
     "convert_checkpoint",
+    "cpu_mobilenet",
     "image_processing_mobilenet",
     "layers_mobilenet",
     "modeling_mobilenet",

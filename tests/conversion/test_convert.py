@@ -73,6 +73,7 @@ def test_repository_is_complete(converted: Path) -> None:
         "architectures_mobilenet.py",
         "config.json",
         "configuration_mobilenet.py",
+        "cpu_mobilenet.py",
         "image_processing_mobilenet.py",
         "layers_mobilenet.py",
         "model.safetensors",

@@ -127,7 +127,7 @@ def test_a_run_leaves_a_complete_repository_that_has_learned(tmp_path: Path) -> 
 
     for name in ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "training.json"):
         assert (output / name).stat().st_size > 0
-    for part in ("architectures", "configuration", "image_processing", "layers", "modeling"):
+    for part in ("architectures", "configuration", "cpu", "image_processing", "layers", "modeling"):
         name = f"{part}_mobilenet.py"
         assert (output / name).read_bytes() == (ROOT / name).read_bytes()
     for name in ("curves.png", "confusion_matrix.png"):
