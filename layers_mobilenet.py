@@ -40,15 +40,9 @@ class Conv2d(nn.Conv2d):
     """torch's convolution, by torch's arguments, which can also pad as TensorFlow does.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Rows and columns of the kernel.
-        stride: Rows and columns between outputs.
         padding: Rows and columns on each side, or "same", which goes with a stride too, and with a square odd kernel:
             the output has ceil(input / stride) rows and columns.
-        *args: dilation, groups and so on, as of nn.Conv2d.
         activated: Whether an activation follows, which decides the scale of initial weights.
-        **kwargs: The same by name.
 
     Shape: (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))
     """
@@ -122,11 +116,6 @@ def fold(
     return weight * scale[:, None, None, None], torch.addcmul(shift, mean, scale, value=-1)
 
 
-def norm_layer(config: MobileNetConfig, channels: int) -> nn.BatchNorm2d:
-    """Batch norm as a configuration wants it."""
-    return nn.BatchNorm2d(channels, config.batch_norm_eps, config.batch_norm_momentum)
-
-
 class ConvNormAct(nn.Module):
     """Convolution, batch norm, activation. Without batch norm the convolution has a bias.
 
@@ -160,7 +149,8 @@ class ConvNormAct(nn.Module):
             bias=not has_norm,
             activated=act is not None,
         )
-        self.norm = norm_layer(config, out_channels) if has_norm else nn.Identity()
+        norm = config.batch_norm_eps, config.batch_norm_momentum
+        self.norm = nn.BatchNorm2d(out_channels, *norm) if has_norm else nn.Identity()
         self.act = nn.Identity() if act is None else ACTIVATION_LAYERS[act]()
         if anti_aliasing in ANTI_ALIASING_LAYERS:
             self.act = nn.Sequential(self.act, ANTI_ALIASING_LAYERS[anti_aliasing]())
@@ -350,7 +340,8 @@ class MultiQueryAttention(ResidualBlock):
             return ConvNormAct(config, inputs, inputs, *kernel, groups=inputs)
 
         # No convolution comes before this norm that it could be folded into.
-        self.norm = norm_layer(config, inputs) if config.use_batch_norm else nn.Identity()
+        norm = config.batch_norm_eps, config.batch_norm_momentum
+        self.norm = nn.BatchNorm2d(inputs, *norm) if config.use_batch_norm else nn.Identity()
         self.query = conv(inputs, hidden)
         self.key_reduction = reduction()
         self.key = conv(inputs, self.head_channels)
