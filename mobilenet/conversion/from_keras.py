@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, field_errors, first_line
+from mobilenet.pickles import MAX_BYTES
+
+from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, field_errors, first_line
 from .graph import (
     SAME,
     Act,

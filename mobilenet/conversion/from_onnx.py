@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobilenet.pickles import MAX_BYTES
+
 from .checkpoint import (
-    MAX_BYTES,
     Checkpoint,
     NoOracleError,
     Options,
