@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -253,15 +254,50 @@ def _torch(files: Files, config: dict[str, Any]) -> Network:
     return networks.as_function(networks.load_bare(config, weights))
 
 
+# ONNX Runtime takes no more memory than this for all that it computes, a batch on each processor at a time.
+MAX_ONNX_BYTES = (2 << 30) + (os.cpu_count() or 1) * (512 << 20)
+
+
+@cache
+def _bound_onnx() -> None:
+    """Give ONNX Runtime one allocator for all sessions that ask for it: a graph may compute values of any size."""
+    from onnxruntime import (
+        OrtAllocatorType,
+        OrtArenaCfg,
+        OrtMemoryInfo,
+        OrtMemType,
+        create_and_register_allocator,
+    )
+
+    memory = OrtMemoryInfo("Cpu", OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, OrtMemType.DEFAULT)
+    create_and_register_allocator(memory, OrtArenaCfg({"max_mem": MAX_ONNX_BYTES}))
+
+
 def _onnx(path: Path) -> tuple[str, Network]:
     from onnxruntime import InferenceSession, SessionOptions
 
+    _bound_onnx()
     settings = SessionOptions()
     settings.intra_op_num_threads = 1
-    settings.log_severity_level = 3
-    session = InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    settings.log_severity_level = 4  # errors are raised
+    settings.add_session_config_entry("session.use_env_allocators", "1")
+    # What is folded at loading comes from another allocator; exports have nothing to fold.
+    session = InferenceSession(
+        path, settings, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+    )
     (pixels,) = session.get_inputs()
-    return "onnx", lambda batch: session.run(None, {pixels.name: batch})[0]
+
+    def infer(batch: np.ndarray) -> np.ndarray:
+        try:
+            return session.run(None, {pixels.name: batch})[0]
+        except Exception as error:  # of a class of its own
+            if "Available memory" not in str(error):
+                raise
+            raise ValueError(
+                f"it may take no more than {MAX_ONNX_BYTES >> 20} MiB in all; smaller batches take less"
+            ) from error
+
+    return "onnx", infer
 
 
 def _openvino(path: Path) -> tuple[str, Network]:

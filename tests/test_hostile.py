@@ -372,6 +372,31 @@ def test_pickles_that_take_more_than_they_hold_are_refused(data: bytes, tmp_path
         load(str(tmp_path / "model"))
 
 
+def test_graphs_that_compute_without_end_are_refused(tmp_path: Path) -> None:
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    from onnx import helper
+
+    shape = helper.make_tensor("shape", onnx.TensorProto.INT64, [1], [1 << 34])
+    images = helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, ["batch", 3, "height", "width"])
+    logits = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 3])
+    nodes = [
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("ReduceMean", ["zeros"], ["zero"], keepdims=0),
+        helper.make_node("ReduceMean", ["pixel_values"], ["means"], axes=[2, 3], keepdims=0),
+        helper.make_node("Add", ["means", "zero"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "graph", [images], [logits], [shape])
+    shutil.copytree(hostile.repository(), tmp_path / "model")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8),
+        tmp_path / "model" / "model.onnx",
+    )
+    manifest = {"export_format": "onnx", "components": {"model": {"file": "model.onnx"}}}
+    (tmp_path / "model" / "export.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"model cannot be run: it may take no more than \d+ MiB in all"):
+        load(str(tmp_path / "model")).network(np.zeros((1, 3, 8, 8), np.float32))
+
+
 def test_checkpoints_of_trainers_are_read(tmp_path: Path) -> None:
     network = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(network.parameters())
