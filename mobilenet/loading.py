@@ -19,12 +19,12 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from .architectures_mobilenet import ARCHITECTURES
+from .hub import NoAnswerError, fetch
 from .preprocessing_mobilenet import OPTIONS, preprocess, read_options
 from .require import require
 
@@ -81,8 +81,8 @@ class Files:
             path = self.folder / name
             return path if path.is_file() else None
         try:
-            return Path(hf_hub_download(self.model, name, revision=self.revision))
-        except LocalEntryNotFoundError:  # no answer, and nothing in the cache
+            return fetch(self.model, name, self.revision)
+        except (LocalEntryNotFoundError, NoAnswerError):  # no answer, and nothing in the cache
             if name == "config.json":
                 raise
             return None

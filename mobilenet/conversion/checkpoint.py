@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -25,6 +24,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mobilenet import hub
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.integrity import is_as_announced
 from mobilenet.pickles import TooLargeError, check_pickle
@@ -228,7 +228,7 @@ def download(repo: str, revision: str | None = None) -> Origin:
 
     def fetch(name: str, commit: str | None) -> Path | None:
         try:
-            path = Path(hf_hub_download(repo, name, revision=commit))
+            path = hub.fetch(repo, name, commit)
         except LocalEntryNotFoundError:  # no answer, and nothing in the cache
             raise
         except EntryNotFoundError:
@@ -259,6 +259,8 @@ def download(repo: str, revision: str | None = None) -> Origin:
         if getattr(error.__cause__, "response", None) is not None:
             raise ConversionError(f"{repo}: the Hub answers: {first_line(error.__cause__)}") from error
         raise ConversionError(f"{repo}: no such file or folder, and the Hub does not answer.") from error
+    except hub.NoAnswerError as error:
+        raise ConversionError(f"{repo}: no such file or folder, and {error}") from error
     except HfHubHTTPError as error:
         raise ConversionError(f"{repo}: the Hub answers: {first_line(error)}") from error
     except ConversionError:
