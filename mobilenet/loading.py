@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,12 +19,12 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from .architectures_mobilenet import ARCHITECTURES
+from .hub import NoAnswerError, fetch
 from .preprocessing_mobilenet import OPTIONS, preprocess, read_options
 from .require import require
 
@@ -80,8 +81,8 @@ class Files:
             path = self.folder / name
             return path if path.is_file() else None
         try:
-            return Path(hf_hub_download(self.model, name, revision=self.revision))
-        except LocalEntryNotFoundError:  # no answer, and nothing in the cache
+            return fetch(self.model, name, self.revision)
+        except (LocalEntryNotFoundError, NoAnswerError):  # no answer, and nothing in the cache
             if name == "config.json":
                 raise
             return None
@@ -255,15 +256,50 @@ def _torch(files: Files, config: dict[str, Any]) -> Network:
     return networks.as_function(networks.load_bare(config, weights))
 
 
+# ONNX Runtime takes no more memory than this for all that it computes, a batch on each processor at a time.
+MAX_ONNX_BYTES = (2 << 30) + (os.cpu_count() or 1) * (512 << 20)
+
+
+@cache
+def _bound_onnx() -> None:
+    """Give ONNX Runtime one allocator for all sessions that ask for it: a graph may compute values of any size."""
+    from onnxruntime import (
+        OrtAllocatorType,
+        OrtArenaCfg,
+        OrtMemoryInfo,
+        OrtMemType,
+        create_and_register_allocator,
+    )
+
+    memory = OrtMemoryInfo("Cpu", OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, OrtMemType.DEFAULT)
+    create_and_register_allocator(memory, OrtArenaCfg({"max_mem": MAX_ONNX_BYTES}))
+
+
 def _onnx(path: Path) -> tuple[str, Network]:
     from onnxruntime import InferenceSession, SessionOptions
 
+    _bound_onnx()
     settings = SessionOptions()
     settings.intra_op_num_threads = 1
-    settings.log_severity_level = 3
-    session = InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    settings.log_severity_level = 4  # errors are raised
+    settings.add_session_config_entry("session.use_env_allocators", "1")
+    # What is folded at loading comes from another allocator; exports have nothing to fold.
+    session = InferenceSession(
+        path, settings, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+    )
     (pixels,) = session.get_inputs()
-    return "onnx", lambda batch: session.run(None, {pixels.name: batch})[0]
+
+    def infer(batch: np.ndarray) -> np.ndarray:
+        try:
+            return session.run(None, {pixels.name: batch})[0]
+        except Exception as error:  # of a class of its own
+            if "Available memory" not in str(error):
+                raise
+            raise ValueError(
+                f"it may take no more than {MAX_ONNX_BYTES >> 20} MiB in all; smaller batches take less"
+            ) from error
+
+    return "onnx", infer
 
 
 def _openvino(path: Path) -> tuple[str, Network]:

@@ -1,9 +1,13 @@
 """Broken and hostile input: a right answer or one clear error, whatever comes; and what fuzzing has found."""
 
+import argparse
+import codecs
 import inspect
 import io
 import json
 import os
+import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,10 +15,11 @@ import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pytest
 import torch
@@ -36,6 +41,7 @@ from PIL import Image
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.conversion import ConversionError, from_timm
+from mobilenet.conversion.checkpoint import read_torch
 from mobilenet.conversion.labels import read_labels
 from mobilenet.loading import load
 
@@ -223,7 +229,7 @@ def test_sources_with_absurd_configurations_are_refused(kind: str, edits: dict, 
 
 def test_archives_that_unpack_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch reads a compressed archive too, though it writes none: 20 kB may stand for 20 MB."""
-    monkeypatch.setattr("mobilenet.conversion.checkpoint.MAX_BYTES", 1_000_000)
+    monkeypatch.setattr("mobilenet.pickles.MAX_BYTES", 1_000_000)
     buffer = io.BytesIO()
     torch.save({"fc.weight": torch.zeros(500_000)}, buffer)
     with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
@@ -310,6 +316,100 @@ def test_shapes_without_end_are_refused(name: str, shape: tuple[int, ...], messa
     torch.save(content, tmp_path / "model.pth")
     with pytest.raises(ConversionError, match=message):
         convert_file(tmp_path / "model.pth")
+
+
+class Call:
+    """Is pickled as a call."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.reduced = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.reduced
+
+
+def _announcing(count: int) -> bytes:
+    """A state dict whose only storage claims to have so many numbers, in the older format and the newer one."""
+    buffer = io.BytesIO()
+    torch.save({"weight": torch.zeros(77)}, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue().replace(b"KM", b"J" + struct.pack("<i", count))
+
+
+def _zipped(pickled: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+    return buffer.getvalue()
+
+
+GREEDY = {
+    "bytearray": pickle.dumps(Call(bytearray, 6 << 30), 2),
+    "bytearray in an archive": _zipped(pickle.dumps({"a": Call(bytearray, 6 << 30)}, 2)),
+    "untyped storage": _zipped(pickle.dumps({"a": Call(torch.UntypedStorage, 6 << 30)}, 2)),
+    "tensor class": _zipped(b"\x80\x02ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85R."),
+    "encodings of encodings": _zipped(pickle.dumps(Call(codecs.encode, b"a" * 1000, "hex"), 2)),
+    "storage of more than the file": _announcing(1 << 30),
+    "behind the archive": _zipped(b"\x80\x02}.")[:-2] + b"\2\0ab",
+    "before the archive": b"PK\3\4" + _zipped(b"\x80\x02}."),
+}
+
+
+@pytest.mark.parametrize("data", GREEDY.values(), ids=GREEDY)
+def test_pickles_that_take_more_than_they_hold_are_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.pth").write_bytes(data)
+    with pytest.raises(ConversionError, match=r"model\.pth: holds more than tensors, or is broken"):
+        convert_file(tmp_path / "model.pth")
+    shutil.copytree(hostile.repository(), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(data)
+    with pytest.raises(ValueError, match="model cannot be loaded: it"):
+        load(str(tmp_path / "model"))
+    (tmp_path / "model" / "pytorch_model.bin").rename(tmp_path / "model" / "w.dat")
+    index = {"metadata": {}, "weight_map": {"classifier.weight": "w.dat"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="model cannot be loaded: it"):
+        load(str(tmp_path / "model"))
+
+
+def test_graphs_that_compute_without_end_are_refused(tmp_path: Path) -> None:
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    from onnx import helper
+
+    shape = helper.make_tensor("shape", onnx.TensorProto.INT64, [1], [1 << 34])
+    images = helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, ["batch", 3, "height", "width"])
+    logits = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 3])
+    nodes = [
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("ReduceMean", ["zeros"], ["zero"], keepdims=0),
+        helper.make_node("ReduceMean", ["pixel_values"], ["means"], axes=[2, 3], keepdims=0),
+        helper.make_node("Add", ["means", "zero"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "graph", [images], [logits], [shape])
+    shutil.copytree(hostile.repository(), tmp_path / "model")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8),
+        tmp_path / "model" / "model.onnx",
+    )
+    manifest = {"export_format": "onnx", "components": {"model": {"file": "model.onnx"}}}
+    (tmp_path / "model" / "export.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"model cannot be run: it may take no more than \d+ MiB in all"):
+        load(str(tmp_path / "model")).network(np.zeros((1, 3, 8, 8), np.float32))
+
+
+def test_checkpoints_of_trainers_are_read(tmp_path: Path) -> None:
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    content = {
+        **{"state_dict": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "best": 0.5},
+        **{"args": argparse.Namespace(lr=0.1, names=["a", None]), "parameter": torch.nn.Parameter(torch.ones(2))},
+        **{"device": torch.device("cpu"), "dtype": torch.float16, "half": torch.ones(3, dtype=torch.bfloat16)},
+    }
+    for zipped in (True, False):
+        torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
+        assert read_torch(tmp_path / "model.pth").keys() == {"weight", "bias"}
 
 
 def test_labels_nested_without_end_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from packaging.version import Version
 from PIL import Image
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
-from mobilenet.conversion import ConversionError, checkpoint
+from mobilenet import hub as client_of_hub
+from mobilenet.conversion import ConversionError
 from mobilenet.conversion.convert import convert
 
 
@@ -346,8 +348,9 @@ def test_a_killed_download_starts_again(
 @pytest.fixture
 def google(hub: Hub, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Id of a checkpoint that this process asks the loopback Hub for, without pauses between attempts."""
-    download = partial(checkpoint.hf_hub_download, endpoint=hub.url, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(checkpoint, "hf_hub_download", download)
+    download = partial(client_of_hub.hf_hub_download, endpoint=hub.url, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(client_of_hub, "hf_hub_download", download)
+    monkeypatch.setattr(client_of_hub, "hf_hub_url", partial(client_of_hub.hf_hub_url, endpoint=hub.url))
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.publish("google/mobilenet_v1_0.25_128", data / "checkpoints" / "google_mobilenet_v1_0.25_128")
     return "google/mobilenet_v1_0.25_128"
@@ -381,6 +384,19 @@ def test_a_failing_hub_ends_a_conversion(hub: Hub, google: str, tmp_path: Path, 
     check_folder(folder / "mobilenet")
     (commit,) = hub.repositories[google].refs.values()
     assert commit in (folder / "mobilenet" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["classify --example --model", "convert"])
+def test_a_dead_hub_is_one_error_at_once(hub: Hub, tmp_path: Path, command: str) -> None:
+    environment = hub.environment(tmp_path, HF_ENDPOINT="http://127.0.0.1:1", PYTHONPATH=str(ROOT))
+    arguments = [*command.split(), "someone/mobilenet", *(["out"] if command == "convert" else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "mobilenet.cli", *arguments],
+        **{"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": False, "timeout": 25},
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.match("Error: someone/mobilenet.* the Hub does not answer: ", line)
 
 
 @pytest.mark.slow

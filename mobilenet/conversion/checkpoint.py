@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -26,8 +24,10 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mobilenet import hub
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.integrity import is_as_announced
+from mobilenet.pickles import TooLargeError, check_pickle
 from mobilenet.preprocessing_mobilenet import FITS, RANGES
 
 from .rename import ConversionError, Table
@@ -134,10 +134,6 @@ class Checkpoint:
     quantization: dict[str, Any] | None = None  # scales of a quantized source
 
 
-# A file of more bytes, once unpacked, is refused; the largest published checkpoint has some 100 million.
-MAX_BYTES = 2 * 1024**3
-
-
 def first_line(error: BaseException) -> str:
     """What went wrong, in one line of no great length."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
@@ -184,10 +180,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
-                    raise ConversionError(f"{path}: unpacks to more than {MAX_BYTES} bytes.")
+        check_pickle(path)
         # Trainers such as timm's store their arguments, which run no code either.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -195,6 +188,8 @@ def read_torch(path: Path) -> dict[str, Tensor]:
         raise
     except FileNotFoundError as error:
         raise ConversionError(f"{path}: no such file.") from error
+    except TooLargeError as error:
+        raise ConversionError(f"{path}: {error}.") from error
     except pickle.UnpicklingError as error:
         raise ConversionError(
             f"{path}: holds more than tensors, or is broken; it is not read, since it could run code."
@@ -233,7 +228,7 @@ def download(repo: str, revision: str | None = None) -> Origin:
 
     def fetch(name: str, commit: str | None) -> Path | None:
         try:
-            path = Path(hf_hub_download(repo, name, revision=commit))
+            path = hub.fetch(repo, name, commit)
         except LocalEntryNotFoundError:  # no answer, and nothing in the cache
             raise
         except EntryNotFoundError:
@@ -264,6 +259,8 @@ def download(repo: str, revision: str | None = None) -> Origin:
         if getattr(error.__cause__, "response", None) is not None:
             raise ConversionError(f"{repo}: the Hub answers: {first_line(error.__cause__)}") from error
         raise ConversionError(f"{repo}: no such file or folder, and the Hub does not answer.") from error
+    except hub.NoAnswerError as error:
+        raise ConversionError(f"{repo}: no such file or folder, and {error}") from error
     except HfHubHTTPError as error:
         raise ConversionError(f"{repo}: the Hub answers: {first_line(error)}") from error
     except ConversionError:

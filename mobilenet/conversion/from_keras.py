@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobilenet.pickles import MAX_BYTES
 from mobilenet.require import require
 
-from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, field_errors, first_line
+from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, field_errors, first_line
 from .graph import (
     SAME,
     Act,

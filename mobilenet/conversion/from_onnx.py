@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobilenet.pickles import MAX_BYTES
 from mobilenet.require import require
 
 from .checkpoint import (
-    MAX_BYTES,
     Checkpoint,
     NoOracleError,
     Options,

@@ -16,10 +16,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from mobilenet.pickles import MAX_BYTES
 from mobilenet.progress import open_file, track
 from mobilenet.require import require
 
-from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
+from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
 from .from_tflite import twin
 from .rename import Convention, ConversionError, Part, Row, Table, closest, infer_config
 
