@@ -351,7 +351,7 @@ def test_recipe_and_size_are_options(small: Path, tmp_path: Path) -> None:
     assert processor["crop_size"] == {"height": 160, "width": 160}
     assert processor["image_mean"] == [0.485, 0.456, 0.406]
     assert json.loads((tmp_path / "output" / "config.json").read_text())["image_size"] == 160
-    with pytest.raises(ValueError, match="name must be one of google, keras"):
+    with pytest.raises(ValueError, match=r"^recipe must be one of google, keras"):
         convert(str(small), tmp_path / "other", recipe="cake", compare=False)
 
 
@@ -375,7 +375,7 @@ def test_fused_from_the_start(small: Path, tmp_path: Path, cats: Path) -> None:
 
 
 def test_folding_and_unfolding_exclude_each_other(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unfuse and fuse exclude each other"):
+    with pytest.raises(ValueError, match=r"^unfuse must be left out where fuse is set"):
         convert(str(small), tmp_path / "output", unfuse=True, fuse=True)
     assert not (tmp_path / "output").exists()
 

@@ -350,8 +350,8 @@ def test_what_the_user_says_of_images_counts(made: Path, tmp_path: Path) -> None
     for options, words in (
         ({"fit": "squeeze"}, "fit must be one of crop, stretch, pad, got 'squeeze'"),
         ({"pixel_range": "0..2"}, "pixel_range must be one of 0..1, -1..1, 0..255, imagenet, got '0..2'"),
-        ({"mean": [0.5]}, "mean and std must be given together"),
-        ({"mean": [0.5], "std": [0.0]}, "image_std must be above 0"),
+        ({"mean": [0.5]}, "mean must be given together with std"),
+        ({"mean": [0.5], "std": [0.0]}, "std must be numbers above 0, got 0.0"),
     ):
         assert_fails_without_a_trace(source, tmp_path / "output", words, **options)
 
