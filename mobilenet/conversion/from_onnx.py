@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .checkpoint import (
     MAX_BYTES,
+    ONNX_FILES,
     Checkpoint,
     NoOracleError,
     Options,
@@ -66,7 +67,6 @@ _SMALL = (
     *("Add", "Concat", "ConstantOfShape", "Div", "Gather", "Max", "Min", "Mod", "Mul", "Neg", "Shape", "Slice", "Sub"),
 )
 MAX_SMALL = 1 << 16  # elements
-_FILES = ("onnx/model.onnx", "model.onnx")  # in a repository
 
 
 class File:
@@ -489,7 +489,7 @@ def detect(origin: Origin) -> bool:
 def _file(folder: Path) -> Path | None:
     if any((folder / name).exists() for name in ("model.safetensors", "pytorch_model.bin")):
         return None
-    return next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    return next((folder / name for name in ONNX_FILES if (folder / name).is_file()), None)
 
 
 def _neighbors(path: Path, name: str) -> Iterator[Path]:

@@ -473,7 +473,7 @@ def test_hub_ids_are_fetched_and_its_errors_told(small: Path, tmp_path: Path) ->
     assert "no such repository, or it is private" in results["google/none"]
     assert "google/denied: the Hub" in results["google/denied"]
     assert "google/ill: the Hub" in results["google/ill"]
-    assert "does not hold model.safetensors nor pytorch_model.bin" in results["google/no-weights"]
+    assert "does not hold model.safetensors nor pytorch_model.bin nor onnx/model.onnx" in results["google/no-weights"]
     assert results["no/such/thing"] == "no/such/thing: no such file or folder."
     assert [path.name for path in output.iterdir()] == ["0"]
 
