@@ -107,6 +107,8 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ARCHIVED = ("config.json", "model.weights.h5")  # in a .keras archive
 _MODELS = ("Functional", "Model", "Sequential")
 MAX_DEPTH = 16  # of models in models
+# What .keras archives of TensorFlow 2.12 to 2.15 call the layers, which are numbered otherwise there.
+_OF_TF_KERAS = "_layer_checkpoint_dependencies"
 
 # Layers that do nothing but in training.
 _IDENTITIES = {
@@ -255,7 +257,7 @@ def _load(path: Path) -> Stored:
                 if "layers" in file and "layer_names" not in file.attrs:
                     named = dict(_variables(file, (config or {}).get("config") if config else None))
                 else:
-                    named = dict(_named_weights(file.get("model_weights", file)))
+                    named = dict(_named_weights(file.get("model_weights", file), path))
                 if config is None and not named:
                     raise ConversionError(f"{path}: is HDF5, but holds neither a network nor weights of Keras.")
                 return Stored(
@@ -293,16 +295,32 @@ def _datasets(group: Any, origin: Path, depth: int = 0) -> Iterator[tuple[str, A
             yield from _datasets(value, origin, depth + 1)
 
 
-def _named_weights(file: Any) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
+def _named_weights(file: Any, path: Path) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
     """Weights in the older layout: each layer lists the names of its weights, a model those of all its layers."""
-    for layer in file.attrs["layer_names"]:
+    for layer in _names(file, "layer_names", path):
         group = file[layer]
         found: dict[str, dict[str, str]] = {}
-        for weight in group.attrs["weight_names"]:
-            *_, inner, name = ["", *_text(weight).split("/")]
+        for weight in _names(group, "weight_names", path):
+            *_, inner, name = ["", *weight.split("/")]
             found.setdefault(inner, {})[name.partition(":")[0].removeprefix("depthwise_")] = group[weight].name
         for inner, parts in found.items():
-            yield (_text(layer), inner) if len(found) > 1 else (_text(layer),), parts
+            yield (layer, inner) if len(found) > 1 else (layer,), parts
+
+
+def _names(group: Any, attribute: str, path: Path) -> list[str]:
+    """An attribute that lists names, which Keras cuts into numbered ones where it is long.
+
+    Raises:
+        ConversionError: There is none.
+    """
+    found = [name for name in group.attrs if re.fullmatch(rf"{attribute}\d*", name)]
+    if not found:
+        held = f"{group.name} holds {', '.join(list(group)[:4]) or 'nothing'}"
+        hint = "load it with the TensorFlow that wrote it, and save it as .h5"
+        why = hint if _OF_TF_KERAS in group else "save the whole model (model.save) to convert it"
+        raise ConversionError(f"{path}: is intact, but lists no weights as Keras does ({attribute}): {held}; {why}.")
+    ordered = sorted(found, key=lambda name: int(name.removeprefix(attribute) or 0))
+    return [_text(name) for each in ordered for name in group.attrs[each]]
 
 
 def _text(name: str | bytes) -> str:
