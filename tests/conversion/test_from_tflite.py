@@ -217,12 +217,13 @@ folder = Path(sys.argv[1])
 random = np.random.default_rng(0)
 
 @functools.cache
-def traced(model):
-    given = tf.TensorSpec((1, *model.input_shape[1:]))
-    return tf.function(lambda images: model(images, training=False)).get_concrete_function(given)
+def saved(model):
+    path = folder / f"saved{len(list(folder.iterdir()))}"
+    model.export(path, verbose=False)
+    return str(path)
 
 def write(name, model, change=lambda converter: None):
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([traced(model)], model)
+    converter = tf.lite.TFLiteConverter.from_saved_model(saved(model))
     change(converter)
     (folder / f"{name}.tflite").write_bytes(converter.convert())
 
