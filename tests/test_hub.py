@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import variants
 from hub import Fault, Hub
 from oracles import randomize_norms
 from packaging.version import Version
@@ -431,3 +432,23 @@ def test_a_checkpoint_of_google_converts_and_classifies_by_id(
     assert best["score"] == pytest.approx(0.7847, abs=1e-3)
     assert not asked_for_code(hub)
     run("-m", "mobilenet.cli", "verify", "converted", "--against", "someone/converted")
+
+
+def test_a_repository_of_transformers_js_converts_by_id(hub: Hub, tmp_path: Path) -> None:
+    """Where a repository has no weights of torch, its ONNX file is fetched, and nothing else."""
+    for module in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    path, _ = variants.write(variants.Variant(2, width=0.35, size=32, suffix=".onnx"), tmp_path)
+    config = {"model_type": "mobilenet_v2", "id2label": {str(index): f"kind {index}" for index in range(5)}}
+    processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1], "crop_size": {"height": 32, "width": 32}}
+    files = {"config.json": config, "preprocessor_config.json": processor}
+    files = {name: json.dumps(fields).encode() for name, fields in files.items()}
+    hub.publish("onnx-community/small", {**files, "onnx/model.onnx": path.read_bytes(), "onnx/model_int8.onnx": b""})
+    command = [sys.executable, "-m", "mobilenet.cli", "convert", "onnx-community/small", "output", "--no-compare"]
+    environment = hub.environment(tmp_path / "home", PYTHONPATH=str(ROOT))
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    written = {path.name: path for path in (tmp_path / "output").iterdir()}
+    assert json.loads(written["config.json"].read_text())["id2label"]["4"] == "kind 4"
+    assert json.loads(written["preprocessor_config.json"].read_text())["image_mean"] == [0.1, 0.2, 0.3]
+    assert hub.repositories["onnx-community/small"].refs["main"] in written["README.md"].read_text()
+    assert not any("int8" in request for request in hub.log)

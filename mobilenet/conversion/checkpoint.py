@@ -226,6 +226,7 @@ def weights_file(folder: Path) -> Path:
 
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+ONNX_FILES = ("onnx/model.onnx", "model.onnx")  # of a repository of transformers.js, and of others
 
 
 def download(repo: str, revision: str | None = None) -> Origin:
@@ -251,7 +252,7 @@ def download(repo: str, revision: str | None = None) -> Origin:
         if config:
             commit = config.parent.name  # of the snapshot: somebody may push meanwhile
             fetch("preprocessor_config.json", commit)
-            weights = fetch(_WEIGHTS[0], commit) or fetch(_WEIGHTS[1], commit)
+            weights = next(filter(None, (fetch(name, commit) for name in (*_WEIGHTS, *ONNX_FILES))), None)
     except HFValidationError as error:
         raise ConversionError(f"{repo}: no such file or folder, and no Hub id either.") from error
     except GatedRepoError as error:
@@ -276,7 +277,7 @@ def download(repo: str, revision: str | None = None) -> Origin:
         raise
     except Exception as error:  # of requests before huggingface_hub 1, of httpx since
         raise ConversionError(f"{repo}: cannot be downloaded: {first_line(error)}") from error
-    for found, name in ((config, "config.json"), (weights, " nor ".join(_WEIGHTS))):
+    for found, name in ((config, "config.json"), (weights, " nor ".join((*_WEIGHTS, *ONNX_FILES)))):
         if found is None:
             raise ConversionError(f"{repo}: the Hub's repository does not hold {name}.")
     return Origin(repo, config.parent, config.parent.name, f"https://huggingface.co/{repo}")
