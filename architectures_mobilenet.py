@@ -12,7 +12,7 @@ from itertools import accumulate
 from math import ceil
 from operator import mul
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 def make_divisible(channels: float, divisor: int) -> int:
@@ -70,30 +70,43 @@ class Block(NamedTuple):
         return self.hidden_channels * (self.in_channels * kernel * expands + self.out_channels)
 
 
-def lower(
-    row: Row,
-    kind: str,
-    in_channels: int,
-    width: Width,
-    act: str | None,
-    expand: Callable[[int], int],
-    repeats: int = 1,
-) -> Iterator[Block]:
-    """The blocks of a row: first one that may stride, then others that do not.
+def eights(channels: float) -> int:
+    """Round channels to a multiple of 8."""
+    return make_divisible(channels, 8)
+
+
+def lowers_to(kind: str, hidden: Callable[[Any, int], int]) -> Callable[[type], type]:
+    """Give a class of rows the method `blocks`: first a block that may stride, then others that do not.
 
     What a row calls as a block does, the block has of it.
+
+    Args:
+        kind: Of the blocks.
+        hidden: Their hidden channels, by the row and the channels of a block's input.
     """
-    columns = {name: value for name, value in row._asdict().items() if name in Block._fields}
-    columns["act"] = act or columns.get("act")
-    channels = width.scale(row.channels)
-    for _ in range(repeats):
-        yield Block(kind, in_channels, expand(in_channels), channels, **columns)
-        columns["stride"], in_channels = 1, channels
+
+    def blocks(row: Row, in_channels: int, width: Width, act: str | None) -> Iterator[Block]:
+        """Work out the blocks of the row; an activation replaces the row's own."""
+        columns = {name: value for name, value in row._asdict().items() if name in Block._fields}
+        columns["act"] = act or columns.get("act")
+        channels = width.scale(row.channels)
+        for _ in range(getattr(row, "repeats", 1)):
+            expanded = hidden(row, in_channels)
+            squeezed = eights(expanded / 4) if getattr(row, "squeezes", False) else 0
+            yield Block(kind, in_channels, expanded, channels, squeeze_channels=squeezed, **columns)
+            columns["stride"], in_channels = 1, channels
+
+    def attach(rows: type) -> type:
+        rows.blocks = blocks
+        return rows
+
+    return attach
 
 
 # The rows. Channels are those before the width multiplier; the stride is that of the first block, others have 1.
 
 
+@lowers_to("conv", lambda row, channels: 0)
 class Conv(NamedTuple):
     """A convolution, such as the one that comes first."""
 
@@ -103,11 +116,8 @@ class Conv(NamedTuple):
     act: str | None = None  # by default, that of the table
     has_norm: bool = True  # without batch norm, it has a bias
 
-    def blocks(self, in_channels: int, width: Width, act: str | None) -> Iterator[Block]:
-        """The one block of the row."""
-        return lower(self, "conv", in_channels, width, act, lambda channels: 0)
 
-
+@lowers_to("separable", lambda row, channels: channels)
 class Separable(NamedTuple):
     """Depthwise separable convolutions: a 3x3 depthwise one, then a 1x1 one."""
 
@@ -115,11 +125,8 @@ class Separable(NamedTuple):
     repeats: int
     stride: int
 
-    def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
-        """The blocks of the row."""
-        return lower(self, "separable", in_channels, width, act, lambda channels: channels, self.repeats)
 
-
+@lowers_to("inverted", lambda row, channels: row.expansion * channels)
 class Residual(NamedTuple):
     """Inverted residuals with linear bottlenecks."""
 
@@ -128,11 +135,8 @@ class Residual(NamedTuple):
     repeats: int  # n
     stride: int  # s
 
-    def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
-        """The blocks of the row."""
-        return lower(self, "inverted", in_channels, width, act, lambda c: self.expansion * c, self.repeats)
 
-
+@lowers_to("inverted", lambda row, channels: eights(row.expansion * channels))
 class Bneck(NamedTuple):
     """An inverted residual that may have squeeze-and-excite, to a quarter of the hidden channels."""
 
@@ -143,12 +147,8 @@ class Bneck(NamedTuple):
     act: str  # NL
     stride: int  # s
 
-    def blocks(self, in_channels: int, width: Width, act: str | None) -> Iterator[Block]:
-        """The one block of the row."""
-        (block,) = lower(self, "inverted", in_channels, width, act, eights(self.expansion))
-        yield block._replace(squeeze_channels=eights(0.25)(block.hidden_channels) if self.squeezes else 0)
 
-
+@lowers_to("fused", lambda row, channels: eights(row.expansion * channels))
 class Fused(NamedTuple):
     """Fused inverted bottlenecks: one convolution expands and filters."""
 
@@ -158,11 +158,8 @@ class Fused(NamedTuple):
     repeats: int
     stride: int
 
-    def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
-        """The blocks of the row."""
-        return lower(self, "fused", in_channels, width, act, eights(self.expansion), self.repeats)
 
-
+@lowers_to("inverted", lambda row, channels: eights(row.expansion * channels))
 class Universal(NamedTuple):
     """A universal inverted bottleneck: either depthwise convolution may be absent."""
 
@@ -174,11 +171,8 @@ class Universal(NamedTuple):
     is_residual: bool = True
     has_scale: bool = False
 
-    def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
-        """The one block of the row."""
-        return lower(self, "inverted", in_channels, width, act, eights(self.expansion))
 
-
+@lowers_to("attention", lambda row, channels: row.heads * row.head_channels)
 class Attention(NamedTuple):
     """Mobile multi-query attention: each head has queries of its own, and all share keys and values."""
 
@@ -189,17 +183,8 @@ class Attention(NamedTuple):
     stride: int = 1
     has_scale: bool = True
 
-    def blocks(self, in_channels: int, width: Width, act: str) -> Iterator[Block]:
-        """The one block of the row."""
-        return lower(self, "attention", in_channels, width, act, lambda channels: self.heads * self.head_channels)
-
 
 Row = Conv | Separable | Residual | Bneck | Fused | Universal | Attention
-
-
-def eights(factor: float) -> Callable[[int], int]:
-    """Multiply channels, and round them to a multiple of 8."""
-    return lambda channels: make_divisible(factor * channels, 8)
 
 
 def stage(channels: int, *blocks: tuple[int, int, int] | Attention, stride: int = 2, **columns: bool) -> Iterator[Row]:
@@ -207,13 +192,6 @@ def stage(channels: int, *blocks: tuple[int, int, int] | Attention, stride: int 
     for block in blocks:
         yield block if isinstance(block, Attention) else Universal(*block, channels, stride, **columns)
         stride = 1
-
-
-class Published(NamedTuple):
-    """Checkpoints that were published: each width at each resolution."""
-
-    widths: tuple[float, ...]  # none where names do not say the width, which is 1
-    resolutions: tuple[int, ...]
 
 
 class Architecture(NamedTuple):
@@ -229,7 +207,7 @@ class Architecture(NamedTuple):
     hidden_act: str | None = None  # None where the rows have their own
     channel_divisor: int = 8
     classifier_dropout: float = 0.2
-    published: tuple[Published, ...] = ()
+    published: tuple[tuple[tuple[float, ...], tuple[int, ...]], ...] = ()  # widths, where names say them; resolutions
 
     @property
     def repeats(self) -> bool:
@@ -318,7 +296,7 @@ MOBILENET_V1 = Architecture(
     hidden_act="relu6",
     channel_divisor=1,
     classifier_dropout=0.001,
-    published=(Published((1.0, 0.75, 0.5, 0.25), (224, 192, 160, 128)),),
+    published=(((1.0, 0.75, 0.5, 0.25), (224, 192, 160, 128)),),
 )
 
 # MobileNetV2, Table 2. Divisor and dropout, here and below: slim/nets/mobilenet/mobilenet.py, which keeps 0.8.
@@ -340,7 +318,7 @@ MOBILENET_V2 = Architecture(
     ),
     head=Conv(1, 1280, 1),
     hidden_act="relu6",
-    published=(Published((1.4, 1.3), (224,)), Published((1.0, 0.75, 0.5, 0.35), (224, 192, 160, 128, 96))),
+    published=(((1.4, 1.3), (224,)), ((1.0, 0.75, 0.5, 0.35), (224, 192, 160, 128, 96))),
 )
 
 # MobileNetV3, Table 1, whose expanded sizes are those of width 1: slim/nets/mobilenet/mobilenet_v3.py multiplies what
@@ -371,7 +349,7 @@ MOBILENET_V3_LARGE = Architecture(
     ),
     head=Conv(1, 960, 1, "hardswish"),
     pre_logits=Conv(1, 1280, 1, "hardswish", has_norm=False),
-    published=(Published((1.0, 0.75), (224,)),),
+    published=(((1.0, 0.75), (224,)),),
 )
 
 # MobileNetV3, Table 2. It prints squeeze-and-excite for the head too; slim's file and the published weights have none.
@@ -399,7 +377,7 @@ MOBILENET_V3_SMALL = MOBILENET_V3_LARGE._replace(
 def minimalistic(network: Architecture) -> Architecture:
     """Without squeeze-and-excite, hard swish and 5x5 kernels; README.md of slim/nets/mobilenet."""
     rows = tuple(row._replace(kernel_size=3, squeezes=False) for row in network.rows)
-    title, published = f"{network.title} minimalistic", (Published((1.0,), (224,)),)
+    title, published = f"{network.title} minimalistic", (((1.0,), (224,)),)
     return network._replace(title=title, rows=rows, hidden_act="relu", published=published)
 
 
@@ -425,7 +403,7 @@ MOBILENET_EDGETPU = Architecture(
     ),
     head=Conv(1, 1280, 1),
     hidden_act="relu",
-    published=(Published((1.0,), (224,)),),
+    published=(((1.0,), (224,)),),
 )
 
 # MobileNetV4, tables of the appendix, which print expanded channels: here they are over those of the input, as in
@@ -448,7 +426,7 @@ MOBILENET_V4_CONV_SMALL = Architecture(
     head=Conv(1, 960, 1),
     pre_logits=Conv(1, 1280, 1),
     hidden_act="relu",
-    published=(Published((), (224, 256)),),
+    published=(((), (224, 256)),),
 )
 
 MOBILENET_V4_CONV_MEDIUM = MOBILENET_V4_CONV_SMALL._replace(
@@ -460,7 +438,7 @@ MOBILENET_V4_CONV_MEDIUM = MOBILENET_V4_CONV_SMALL._replace(
         *stage(256, (5, 5, 6), (5, 5, 4), (3, 5, 4), (3, 5, 4), (0, 0, 4), (3, 0, 4), (3, 5, 2), (5, 5, 4)),
         *stage(256, (0, 0, 4), (0, 0, 4), (5, 0, 2), stride=1),
     ),
-    published=(Published((), (224, 256, 384)),),
+    published=(((), (224, 256, 384)),),
 )
 
 MOBILENET_V4_CONV_LARGE = MOBILENET_V4_CONV_SMALL._replace(
@@ -474,7 +452,7 @@ MOBILENET_V4_CONV_LARGE = MOBILENET_V4_CONV_SMALL._replace(
             512, *[(5, 5, 4)] * 4, (5, 0, 4), (5, 3, 4), (5, 0, 4), (5, 0, 4), (5, 3, 4), (5, 5, 4), *[(5, 0, 4)] * 3
         ),
     ),
-    published=(Published((), (256, 384)),),
+    published=(((), (256, 384)),),
 )
 
 # In the hybrids, universal inverted bottlenecks have a layer scale, as attention has.
@@ -492,7 +470,7 @@ MOBILENET_V4_HYBRID_MEDIUM = MOBILENET_V4_CONV_SMALL._replace(
         *hybrid(256, ATTENTION_256, (3, 0, 4), ATTENTION_256, (5, 5, 4), stride=1),
         *hybrid(256, *(ATTENTION_256, (5, 0, 4)) * 2, stride=1),
     ),
-    published=(Published((), (224, 256, 384)),),
+    published=(((), (224, 256, 384)),),
 )
 
 ATTENTION_192, ATTENTION_512 = Attention(8, 48, 2, 192), Attention(8, 64, 1, 512)
@@ -507,7 +485,7 @@ MOBILENET_V4_HYBRID_LARGE = MOBILENET_V4_CONV_LARGE._replace(
         *hybrid(512, *(ATTENTION_512, (5, 0, 4)) * 4, stride=1),
     ),
     hidden_act="gelu",
-    published=(Published((), (384,)),),
+    published=(((), (384,)),),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
@@ -530,5 +508,3 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "mobilenet_v4_hybrid_large": MOBILENET_V4_HYBRID_LARGE,
     }
 )
-
-__all__ = ["ARCHITECTURES", "Architecture", "Block"]

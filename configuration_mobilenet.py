@@ -26,9 +26,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_size": size,
     }
     for architecture, table in ARCHITECTURES.items()
-    for published in table.published
-    for width in ([(width,) for width in published.widths] or [()])
-    for size in published.resolutions
+    for widths, resolutions in table.published
+    for width in ([(width,) for width in widths] or [()])
+    for size in resolutions
 } | {
     # The depthwise separable network that courses teach: Table 1 of MobileNetV1 without batch norm, with a bias in
     # every convolution, and no activation between the two convolutions of a block.
@@ -43,21 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Fields that older configurations lack, and which are saved where they say something.
-_LATER = {
-    "repeat_multiplier": 1.0,
-    "anti_aliasing": "none",
-    "scale_stem": True,
-    "grow_head": True,
-    "pooling": "avg",
-    "classifier_hidden_sizes": [],
-    "classifier_hidden_act": "relu",
-}
-
-PADDINGS = ("same", "symmetric")
-POOLINGS = ("avg", "max")
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
-ANTI_ALIASING = ("none", "average", "blur")
 OUTPUT_STRIDES = (8, 16, 32)
 MAX_LABELS = 1 << 17
 
@@ -90,15 +76,15 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "output_stride": _one_of(*OUTPUT_STRIDES),
     "repeat_multiplier": ("a number from 1 to 4", lambda v: _is_number(v) and 1 <= v <= 4),
     "hidden_act": (_one_of(*ACTIVATIONS)[0], lambda v: v is None or (isinstance(v, str) and v in ACTIVATIONS)),
-    "anti_aliasing": _one_of(*ANTI_ALIASING),
+    "anti_aliasing": _one_of("none", "average", "blur"),
     "depthwise_activation": _FLAG,
-    "padding": _one_of(*PADDINGS),
+    "padding": _one_of("same", "symmetric"),
     "use_batch_norm": _FLAG,
     "fused": _FLAG,
     "batch_norm_eps": ("a number above 0", lambda v: _is_number(v) and v > 0),
     "batch_norm_momentum": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "classifier_dropout": ("a drop probability from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
-    "pooling": _one_of(*POOLINGS),
+    "pooling": _one_of("avg", "max"),
     "classifier_hidden_sizes": (
         "a list of at most 8 integers from 1 to 65536",
         lambda v: _is_list_of(v, lambda size: _is_integer(size) and 1 <= size <= 65536) and len(v) <= 8,
@@ -156,13 +142,11 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         padding: "same" pads as TensorFlow does, by the size of the input; "symmetric" as PyTorch does.
         use_batch_norm: Whether the network is made with a batch norm after each convolution. Without it, every
             convolution has a bias.
-        fused: Whether batch norms have been folded into the convolutions, as `MobileNetPreTrainedModel.fuse` does:
-            there are none then, whatever `use_batch_norm` says, but for one before each attention, which no
-            convolution precedes; layer scales are folded too, and training warns.
+        fused: Whether batch norms and layer scales have been folded into the convolutions, as
+            `MobileNetPreTrainedModel.fuse` does; the norm before an attention, which no convolution precedes, stays.
         batch_norm_eps: Added to the variance.
-        batch_norm_momentum: Share of a new batch in the running statistics, which is PyTorch's convention: one
-            minus TensorFlow's decay. Google trained V1 with 0.0003 and V2 with 0.003 over millions of steps; the
-            default is PyTorch's own, with which the statistics follow within tens of steps.
+        batch_norm_momentum: Share of a new batch in the running statistics: one minus TensorFlow's decay. Google
+            trained V1 with 0.0003 and V2 with 0.003 over millions of steps; the default follows within tens of steps.
         classifier_dropout: Probability of dropping a feature before the classifier. Default: 0.001 for V1, 0.2 for
             the others, as their reference implementations train.
         pooling: What makes features of the last feature map: "avg", or "max" for its largest values.
@@ -172,10 +156,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         channel_divisor: Scaled channels are rounded to a multiple of this. Default: 1 for V1, 8 for the others.
         scale_stem: Whether the width multiplier scales the first convolution; in timm's networks of width 0.5 and
             less, and in mobilenetv2_120d, it does not.
-        shrink_head: Whether a width multiplier below 1 shrinks the last 1x1 convolution too; in no published
-            checkpoint it does.
-        grow_head: Whether a width multiplier above 1 widens the last 1x1 convolution; in timm's mobilenetv2_110d and
-            120d, it does not.
+        shrink_head: Whether a width below 1 shrinks the last 1x1 convolution too; in no published checkpoint it does.
+        grow_head: Whether a width above 1 widens the last 1x1 convolution; in timm's mobilenetv2_110d it does not.
         out_features: Stages whose feature maps MobileNetBackbone returns, of `stage_names`.
         out_indices: The same, as indices into `stage_names`; where both are given, they must agree.
         **kwargs: Common fields of a transformers configuration, such as num_labels and id2label.
@@ -223,11 +205,12 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         classifier_dropout: float | None = None,
         channel_divisor: int | None = None,
         shrink_head: bool = False,
+        out_features: list[str] | None = None,
+        out_indices: list[int] | None = None,
+        *,  # what follows, older configurations lack, and is saved where it says something
         pooling: str = "avg",
         classifier_hidden_sizes: Sequence[int] = (),
         classifier_hidden_act: str = "relu",
-        out_features: list[str] | None = None,
-        out_indices: list[int] | None = None,
         repeat_multiplier: float = 1.0,
         anti_aliasing: str = "none",
         scale_stem: bool = True,
@@ -263,14 +246,12 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.pooling = pooling
         self.classifier_hidden_sizes = classifier_hidden_sizes
         self.classifier_hidden_act = classifier_hidden_act
-        # transformers takes no tuples.
-        out_features, out_indices = (list(v) if isinstance(v, tuple) else v for v in (out_features, out_indices))
         self.out_features = out_features
         if out_indices is not None:
             self.out_indices = out_indices
-            if out_features is not None and self.out_features != out_features:
-                expected = f"{self.out_features}, which out_indices mean"
-                raise ValueError(f"out_features must be {expected}, got {out_features!r}.")
+            if out_features is not None and self.out_features != list(out_features):
+                allowed = f"{self.out_features}, which out_indices mean"
+                raise ValueError(f"out_features must be {allowed}, got {list(out_features)!r}.")
 
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> MobileNetConfig:
@@ -287,7 +268,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         """Set a field if its value is allowed: in __init__, by an argument of from_pretrained, or later."""
         name = self.attribute_map.get(name, name)
         _check(name, value)
-        if name == "classifier_hidden_sizes":
+        if name in ("classifier_hidden_sizes", "out_features", "out_indices") and isinstance(value, tuple):
             value = list(value)  # transformers takes no tuples
         if _is_fixed(type(self), name):
             raise ValueError(f"{name} must be left as {type(self).__name__} defines it, got {value!r}.")
@@ -318,40 +299,26 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     def stages(self) -> list[list[Block]]:
         """Blocks by stage: a stage is a run of blocks that shares a resolution when the output stride is 32."""
         return self.table.lower(
-            self._width, self.stem_channels, self.hidden_act, self.output_stride, self.anti_aliasing
+            self._width, self.stem_block.out_channels, self.hidden_act, self.output_stride, self.anti_aliasing
         )
 
     @property
     def head_block(self) -> Block | None:
         """The 1x1 convolution before the pooling; None for V1, which has none."""
-        return self._ends()[0]
+        table, channels = self.table, self.stages[-1][-1].out_channels
+        return table.head and next(
+            table.head.blocks(channels, self._width if table.pre_logits else self._last_width, self.hidden_act)
+        )
 
     @property
     def pre_logits_block(self) -> Block | None:
         """The 1x1 convolution between the pooling and the classifier; None for V1 and V2, which have none."""
-        return self._ends()[1]
-
-    def _ends(self) -> list[Block | None]:
-        """The convolutions before and after the pooling."""
-        changes = self.shrink_head if self.width_multiplier < 1 else self.grow_head
-        last = self._width if changes else Width()
-        channels, head, after = self.stages[-1][-1].out_channels, self.table.head, self.table.pre_logits
-        blocks: list[Block | None] = [None, None]
-        if head:
-            (blocks[0],) = head.blocks(channels, self._width if after else last, self.hidden_act)
-        if after:
-            (blocks[1],) = after.blocks(blocks[0].out_channels, last, self.hidden_act)
-        return blocks
+        row = self.table.pre_logits
+        return row and next(row.blocks(self.head_block.out_channels, self._last_width, self.hidden_act))
 
     @property
-    def stem_channels(self) -> int:
-        """Channels of the first convolution."""
-        return self.stem_block.out_channels
-
-    @property
-    def head_channels(self) -> int | None:
-        """Channels of the 1x1 convolution before the pooling; None for V1, which has none."""
-        return self.head_block.out_channels if self.head_block else None
+    def _last_width(self) -> Width:
+        return self._width if (self.shrink_head if self.width_multiplier < 1 else self.grow_head) else Width()
 
     @property
     def depths(self) -> list[int]:
@@ -376,8 +343,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Serialise; auto_map names the classes beside the file, so that what is saved loads wherever it goes."""
         fields = super().to_dict()
-        for name, default in _LATER.items():
-            if fields.get(name) == default:
+        for name, default in MobileNetConfig.__init__.__kwdefaults__.items():
+            if fields.get(name) in (default, []):
                 del fields[name]
         return fields | {"auto_map": dict(AUTO_MAP)}
 

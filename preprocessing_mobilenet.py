@@ -335,6 +335,11 @@ def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
 
 
+def _to_rgba(image: Image.Image) -> Image.Image:
+    """Convert an image that has transparency; of mode La, Pillow does so by way of LA alone."""
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB; what is transparent shows a white ground.
 
@@ -346,7 +351,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _to_eight_bits(image).convert("RGB")
     if _has_alpha(image):
-        image = image.convert("RGBA")
+        image = _to_rgba(image)
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image).convert("RGB")
     try:
@@ -454,7 +459,7 @@ def _to_planes(image: Any, input_data_format: str | None, as_rgb: bool) -> _Plan
         if as_rgb:
             return _Planes((to_rgb(image),), 255)
         if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
-            return _Planes(_split_alpha(image.convert("RGBA")) if _has_alpha(image) else (to_rgb(image),), 255)
+            return _Planes(_split_alpha(_to_rgba(image)) if _has_alpha(image) else (to_rgb(image),), 255)
         return _Planes((image.convert("L") if image.mode in ("1", "L") else _to_eight_bits(image),), 255)
     if isinstance(image, np.ndarray):
         return _from_array(image, input_data_format, as_rgb)

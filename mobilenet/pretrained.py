@@ -80,7 +80,7 @@ def load_network(
         return network, AutoImageProcessor.from_pretrained(model, **options)
 
 
-def load_classifier(model: str, revision: str | None = None) -> Network:
+def load_classifier(model: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Network:
     """A fused network as a function of arrays, from weights in any form that transformers loads."""
-    network = load_network(model, revision)[0].fuse()
-    return as_function(lambda pixels: network(pixel_values=pixels, return_dict=True).logits)
+    network = load_network(model, revision)[0].fuse().to(device, dtype)
+    return as_function(lambda pixels: network(pixel_values=pixels, return_dict=True).logits, device, dtype)

@@ -10,6 +10,11 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+
+
+# Several processes run side by side, and threads of small networks would wait for each other. Torch reads it once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 
@@ -42,15 +47,6 @@ def cats(data: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other at every layer make small networks many times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -122,6 +122,7 @@ def test_bad_images_change_nothing(batches: object, message: str) -> None:
     assert not any(norm._forward_pre_hooks for norm in norms(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "evaluation", "training"),
     [("google_mobilenet_v1_0.25_128", 0.473, 0.420), ("google_mobilenet_v2_1.0_224", 0.860, 0.813)],

@@ -67,6 +67,7 @@ def test_it_recognizes_its_kinds_on_photographs(data: Path) -> None:
     assert f"\n| {' | '.join(cells)} |\n" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.any_version
 def test_it_scores_what_the_card_says(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All 10,000 test images: the card's figure, and its table's for each class."""

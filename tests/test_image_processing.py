@@ -133,6 +133,7 @@ def test_values_by_hand():
         (Image.new("1", (2, 2), 1), (255, 255, 255)),
         (Image.new("L", (2, 2), 100), (100, 100, 100)),
         (Image.new("LA", (2, 2), (100, 0)), (255, 255, 255)),
+        (Image.new("LA", (2, 2), (100, 51)).convert("La"), (224, 224, 224)),
         (Image.new("RGBA", (2, 2), (255, 0, 0, 255)), (255, 0, 0)),
         (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), (255, 255, 255)),
         (Image.new("RGBA", (2, 2), (0, 0, 0, 128)), (127, 127, 127)),
@@ -665,7 +666,7 @@ def test_images_of_different_sizes_make_no_tensor():
 def test_broken_files_are_named(tmp_path):
     photo().save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
-    (tmp_path / "text.jpg").write_text("not a photo")
+    (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "empty.jpg").touch()
     for name, reason in [
         ("cut.png", "cannot be decoded"),

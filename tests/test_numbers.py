@@ -19,7 +19,7 @@ from mobilenet import MobileNetConfig, MobileNetForImageClassification
 from mobilenet.conversion.convert import build
 
 
-pytestmark = [pytest.mark.any_version, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.any_version
 
 RUN = """
 import sys
@@ -41,6 +41,7 @@ save_file(results, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_the_same_image_gives_the_same_bits_run_after_run(tmp_path: Path) -> None:
     """Three times in a process, and in three processes; threads as the system has them."""
     from safetensors.torch import load_file

@@ -4,9 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from mobilenet.architectures_mobilenet import ARCHITECTURES
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
+from mobilenet import MobileNetConfig, MobileNetForImageClassification
 from mobilenet.conversion.convert import convert
 
 
@@ -59,3 +63,26 @@ def test_snippets_run(snippet, folder, monkeypatch, capsys):
         assert "tabby" in capsys.readouterr().out
     if "maps" in names:
         assert [tuple(m.shape[-2:]) for m in names["maps"]] == [(56, 56), (28, 28), (14, 14), (7, 7)]
+
+
+MODELS = re.findall(
+    r"^\| `(mobilenet_\w+?_[\w.]+)` \| ([\d.]+) M \| ([\d,]+) M \| ([\d.]+) % \| `(\S+)` \|$",
+    (ROOT / "README.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+
+
+def test_the_table_has_every_generation():
+    architectures = {MobileNetConfig.from_preset(name).architecture for name, *_ in MODELS}
+    assert set(ARCHITECTURES) - architectures == {"mobilenet_v1_head", "mobilenet_v3_small_minimalistic"}
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize(("preset", "parameters", "multiply_adds", "source"), [(*row[:3], row[4]) for row in MODELS])
+def test_networks_are_as_large_as_the_table_says(preset, parameters, multiply_adds, source):
+    config = MobileNetConfig.from_preset(preset, num_labels=1000 if "v4" in source else 1001)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = MobileNetForImageClassification(config).eval()
+        model(torch.zeros(1, 3, config.image_size, config.image_size))
+    assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}" == parameters
+    assert f"{counter.get_total_flops() / 2e6:,.0f}" == multiply_adds

@@ -187,7 +187,7 @@ def test_names_cannot_write_into_the_card_of_a_conversion(data: Path, tmp_path: 
 
 
 def test_labels_cannot_write_into_the_card_of_a_training(tmp_path: Path) -> None:
-    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed: pip install 'mobilenet[train]'")
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed: pip install -e '.[train]'")
     options = SimpleNamespace(
         dataset=HOSTILE,
         output=HOSTILE,

@@ -56,7 +56,6 @@ def images() -> list[bytes]:
     return result
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["network", "fused"])
 def test_threads_that_share_a_model_get_the_bits_that_one_thread_gets(
     folder: Path, images: list[bytes], kind: str
@@ -128,6 +127,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="this system does not tell resident memory")
 @pytest.mark.parametrize("kind", ["from_pretrained", "classify"])
 def test_repeated_loads_leak_nothing(folder: Path, kind: str) -> None:

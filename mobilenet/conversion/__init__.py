@@ -24,10 +24,11 @@ def read_source(given: str, revision: str | None = None, options: Options | None
         options: What the source does not tell.
 
     Raises:
-        ConversionError: There is no such source, or it cannot be read.
+        ConversionError: There is no such source, it cannot be read, or an option is not what it allows.
         ImportError: Its reader is not installed.
         IrregularFileError: It is a pipe or a device.
     """
+    options.check()
     path = Path(given).expanduser()
     origin = Origin(given, path)
     if path.exists() or from_slim.detect(origin):

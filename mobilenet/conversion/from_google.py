@@ -107,7 +107,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         config=config,
         processor=processor,
         files=files,
-        oracle=lambda: _oracle(model_type, folder),
+        oracle=lambda: native_oracle(model_type, folder),
         labels=labels,
     )
 
@@ -145,7 +145,8 @@ def recorded_processor(recorded: dict[str, Any], default: MobileNetImageProcesso
     )
 
 
-def _oracle(model_type: str, folder: Path) -> Oracle:
+def native_oracle(model_type: str, folder: Path) -> Oracle:
+    """Load a checkpoint with transformers' own class."""
     model = _native(model_type, "ForImageClassification").from_pretrained(folder, dtype=torch.float32).eval()
 
     def logits(pixel_values: Tensor) -> Tensor:

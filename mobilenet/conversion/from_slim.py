@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mobilenet.pickles import MAX_BYTES
 from mobilenet.progress import open_file, track
+from mobilenet.require import require
 
 from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
 from .from_tflite import twin
@@ -106,12 +107,12 @@ def read(origin: Origin, options: Options) -> Checkpoint:
             prefixes = sorted(_prefix(path) for path in folder.glob("*.index"))
             if len(prefixes) != 1:
                 raise ConversionError(f"{origin.path}: must hold one checkpoint (.index), got {len(prefixes)}.")
-            tensors = _load(prefixes[0], origin.path)
+            tensors = read_variables(prefixes[0], origin.path)
             twins = [path.read_bytes() for path in folder.glob("*.tflite")]
         name, files = origin.path.name, [origin.path]
     else:
         prefix = _prefix(origin.path)
-        tensors, twins = _load(prefix, prefix), []
+        tensors, twins = read_variables(prefix, prefix), []
         name, files = prefix.name, [_index(prefix), *sorted(prefix.parent.glob(f"{prefix.name}.data-*"))]
     if any("/act_quant/" in tensor for tensor in tensors):
         raise ConversionError(f"{origin.path}: was trained for 8 bits: convert the .tflite file that comes with it.")
@@ -137,12 +138,9 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     )
 
 
-def _load(prefix: Path, origin: Path) -> dict[str, Tensor]:
+def read_variables(prefix: Path, origin: Path) -> dict[str, Tensor]:
     """Every variable of a checkpoint; its moving average, where training kept one."""
-    try:
-        from tensorflow.train import load_checkpoint
-    except ImportError as error:
-        raise ImportError("a TensorFlow checkpoint needs TensorFlow: pip install 'mobilenet[slim]'") from error
+    load_checkpoint = require("tensorflow", extra="slim", purpose="a TensorFlow checkpoint").train.load_checkpoint
     try:
         reader = load_checkpoint(str(prefix))
         names = [name for name in reader.get_variable_to_shape_map() if not name.endswith(_AVERAGE)]

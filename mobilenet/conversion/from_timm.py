@@ -110,8 +110,7 @@ class Network(NamedTuple):
 _TF = {"padding": "same", "batch_norm_eps": 1e-3}
 _AVERAGE, _BLUR = {"anti_aliasing": "average"}, {"anti_aliasing": "blur"}
 
-# Where a name is not known, the first of an architecture is taken. Others are other networks than the papers': 150d
-# repeats the head too, and mobilenetv3_rw squeezes to other channels.
+# Where a name is not known, the first of an architecture is taken.
 NETWORKS = (
     Network(r"mobilenetv1_125", "mobilenet_v1", {}, "timm_ra4_125", 224),
     Network(r"mobilenetv1_\d{3}", "mobilenet_v1", {}, "timm_ra4", 224),
@@ -132,6 +131,12 @@ NETWORKS = (
     Network(r"mobilenetv4_hybrid_medium(_\d{3})?", "mobilenet_v4_hybrid_medium", {}, "timm_95", 256),
     Network(r"mobilenetv4_hybrid_large(_\d{3})?", "mobilenet_v4_hybrid_large", {}, "timm_95", 384),
 )
+
+# Other networks than the papers', and why they have no table here.
+OTHERS = {
+    "mobilenetv3_large_150d": "which has its last 1x1 convolution twice",
+    "mobilenetv3_rw": "which squeezes to other channels than MobileNetV3",
+}
 
 # Published checkpoints with a recipe or a size of their own: default_cfgs of timm/models/mobilenetv3.py.
 PUBLISHED = {
@@ -182,7 +187,8 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     if not network:
         raise ConversionError(
             f"{origin.given}: must be timm's mobilenetv1_<width>, mobilenetv2_<width>, mobilenetv3_<size>_<width>, "
-            f"mobilenetv4_conv_<size>, mobilenetv4_hybrid_<size> or a variant of these that has a table, got {name}."
+            f"mobilenetv4_conv_<size>, mobilenetv4_hybrid_<size> or a variant of these that has a table, got "
+            f"{', '.join(filter(None, (name, OTHERS.get(name))))}."
         )
     weights = weights_file(origin.path)
     checkpoint = _describe(read_torch(weights), network, name, options, path, weights)

@@ -138,6 +138,23 @@ def check_parity(
     Raises:
         ConversionError: A difference is beyond its limit.
     """
+    ours, comparisons, caveats = compare_with_source(model, checkpoint, images, classes)
+    loaded = load_back(folder, images)
+    comparisons.append(Comparison.of("the repository, loaded anew", ours, loaded, largest=limit(ours)))
+    return comparisons, caveats
+
+
+def compare_with_source(
+    model: nn.Module, checkpoint: Checkpoint, images: Sequence[str], classes: slice = slice(0, None)
+) -> tuple[Tensor, list[Comparison], list[str]]:
+    """Compare a network with its source's runtime, as `check_parity` does first.
+
+    Returns:
+        The network's logits of shape (B, num_labels), the comparisons, and what could not be compared.
+
+    Raises:
+        ConversionError: A difference is beyond its limit.
+    """
     oracle: Oracle | None = None
     caveats = []
     try:
@@ -178,9 +195,7 @@ def check_parity(
                     **limits,
                 )
             )
-    loaded = load_back(folder, images)
-    comparisons.append(Comparison.of("the repository, loaded anew", ours, loaded, largest=limit(ours)))
-    return comparisons, caveats
+    return ours, comparisons, caveats
 
 
 def _compare(oracle: Oracle, quantization: dict[str, Any] | None, logits: dict[str, Tensor]) -> list[Comparison]:
@@ -201,7 +216,7 @@ def _compare(oracle: Oracle, quantization: dict[str, Any] | None, logits: dict[s
 
 
 # What a user would type. This package is not imported, so the code that runs is the repository's own.
-_LOAD_BACK = """
+LOAD_BACK = """
 import json, sys
 import torch
 from safetensors.torch import save_file
@@ -232,7 +247,7 @@ def load_back(folder: Path, images: Sequence[str]) -> Tensor:
         listing, result = Path(scratch, "images.json"), Path(scratch, "logits.safetensors")
         listing.write_text(json.dumps(list(images)), encoding="utf-8")
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", _LOAD_BACK, str(folder), str(listing), str(result), str(BATCH)]
+        command = [sys.executable, "-c", LOAD_BACK, str(folder), str(listing), str(result), str(BATCH)]
         with status("loading the result back"):
             run = subprocess.run(  # noqa: S603
                 command, cwd=scratch, env=environment, capture_output=True, text=True, check=False

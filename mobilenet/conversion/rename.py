@@ -265,7 +265,7 @@ def infer_config(tensors: Mapping[str, Tensor], table: Table, repeats: Sequence[
 def candidates(ratio: float) -> list[float]:
     """Width multipliers that may have given a ratio of rounded channels: published ones, then short ones."""
     tables = ARCHITECTURES.values()
-    published = {width for table in tables for variants in table.published for width in variants.widths}
+    published = {width for table in tables for widths, _ in table.published for width in widths}
     hundredths = {(round(100 * ratio) + step) / 100 for step in range(-4, 5)} - {0}
     near = sorted(hundredths, key=lambda width: (width not in published, abs(width - ratio)))
     return [width for width in (*near, ratio) if 0 < width <= 8]

@@ -103,9 +103,9 @@ def export(
         calibrate_on, compare_on = (tensors[0::2], tensors[1::2]) if quantizes else ([], tensors)
         exporter = Exporter(network, processor, *shapes, calibrate_on)
         if target is Target.TRANSFORMERS_JS:
-            engines = _write_transformers_js(exporter, folder)
+            engines = write_transformers_js(exporter, folder)
         else:
-            engines = _write(exporter, target, int8, folder)
+            engines = write(exporter, target, int8, folder)
         expected = measure(exporter.run, compare_on, "comparing torch")
         comparisons = [compare(engine, exporter.run, compare_on, expected, min_agreement) for engine in engines]
         card = export_card(source, target.value, exporter.config, exporter.size, Comparison.COLUMNS, comparisons)
@@ -158,7 +158,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _write(exporter: Exporter, target: Target, int8: bool, folder: Path) -> list[Engine]:
+def write(exporter: Exporter, target: Target, int8: bool, folder: Path) -> list[Engine]:
     """Write what `ExportedModel.from_pretrained` and `mobilenet classify` read, and load it back."""
     from transformers.exporters import ExportedModel
 
@@ -188,7 +188,7 @@ def _write(exporter: Exporter, target: Target, int8: bool, folder: Path) -> list
     ]
 
 
-def _write_transformers_js(exporter: Exporter, folder: Path) -> list[Engine]:
+def write_transformers_js(exporter: Exporter, folder: Path) -> list[Engine]:
     """Write what transformers.js reads: names of the classes it knows, each network in one file of its own."""
     import onnx_ir
     from onnxruntime import InferenceSession

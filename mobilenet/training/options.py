@@ -64,7 +64,9 @@ class Options:
             '{"dog": [152, 153]}. The classifier starts from the mean of their weights instead of anew.'
         ),
     ] = None
-    architecture: Annotated[str, _option("From scratch: mobilenet_v1 or mobilenet_v2.")] = "mobilenet_v2"
+    architecture: Annotated[
+        str, _option("From scratch: the table of the network, such as mobilenet_v2 or mobilenet_v4_conv_small.")
+    ] = "mobilenet_v2"
     width: Annotated[float, _option("From scratch: width multiplier.")] = 1.0
     output_stride: Annotated[int, _option("From scratch: 32, 16 or 8.")] = 32
     image_size: Annotated[

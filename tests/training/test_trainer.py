@@ -18,8 +18,6 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZE = 48
 
 
@@ -78,6 +76,7 @@ def losses(trainer: Trainer) -> list[float]:
     return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_two_epochs_learn_and_the_result_reloads(
     images: datasets.Dataset, processor: MobileNetImageProcessor, tmp_path: Path
 ) -> None:
@@ -154,6 +153,7 @@ def test_gradient_accumulation_reports_the_mean_loss(
     torch.testing.assert_close(parts_bias, whole_bias, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="it is 5 that reports the sum")
 def test_transformers_own_report_a_loss_that_grows_with_accumulation(
     images: datasets.Dataset, processor: MobileNetImageProcessor, tmp_path: Path

@@ -20,7 +20,7 @@ from mobilenet.conversion.preprocessing import find
 from mobilenet.draw import draw_images
 
 
-pytestmark = [pytest.mark.any_version, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.any_version
 
 pytest.importorskip("keras", reason="Keras is not installed")
 pytest.importorskip("h5py", reason="h5py is not installed")
@@ -108,6 +108,7 @@ def test_what_has_none_is_refused_by_the_name_of_its_layer(
     assert_fails_without_a_trace(path, tmp_path / "output", f"{path}: is no MobileNet that can be converted: ", *words)
 
 
+@pytest.mark.slow
 def test_variants_by_chance_are_refused_or_equal(images: list[str], tmp_path: Path) -> None:
     results = []
     for seed in range(10):
@@ -118,6 +119,7 @@ def test_variants_by_chance_are_refused_or_equal(images: list[str], tmp_path: Pa
     assert 2 < converted < 9
 
 
+@pytest.mark.slow
 def test_an_odd_network_converts_whole_and_says_how(tmp_path: Path, images: list[str]) -> None:
     variant = Variant(2, scaling="127.5", pool="max", head="sigmoid", hidden=(16,), size=32, form="sequential")
     path, run = variants.write(variant, tmp_path)
@@ -139,14 +141,6 @@ def test_an_odd_network_converts_whole_and_says_how(tmp_path: Path, images: list
     processor = read(path).feed
     expected = run(processor(images[:1], return_tensors="pt").pixel_values)[0]
     assert [scores[f"kind {index}"] for index in range(5)] == pytest.approx(expected.tolist(), abs=1e-4)
-
-
-def test_without_the_runtime_the_console_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, _ = variants.write(Variant(size=32, suffix=".onnx"), tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    done = CliRunner().invoke(app, ["convert", str(path), str(tmp_path / "output")])
-    assert done.exit_code == 0, done.output
-    assert "Warning: Not compared with the source's own runtime" in done.stderr
 
 
 def test_a_number_that_is_off_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

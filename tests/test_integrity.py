@@ -23,6 +23,7 @@ from mobilenet.cli import app
 CODE = (
     "architectures_mobilenet.py",
     "configuration_mobilenet.py",
+    "cpu_mobilenet.py",
     "image_processing_mobilenet.py",
     "layers_mobilenet.py",
     "modeling_mobilenet.py",

@@ -28,6 +28,7 @@ def small(data: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(data / "checkpoints" / "google_mobilenet_v1_0.25_128", tmp_path / "small"))
 
 
+@pytest.mark.slow
 @pytest.mark.any_version
 @pytest.mark.parametrize("name", NATIVE)
 def test_logits_equal_those_of_the_native_class(name: str, data: Path, photographs: list[Path]) -> None:

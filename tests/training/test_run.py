@@ -63,9 +63,7 @@ from mobilenet.training.trainer import (
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COLORS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 
 
@@ -129,7 +127,7 @@ def test_a_run_leaves_a_complete_repository_that_has_learned(tmp_path: Path) -> 
 
     for name in ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "training.json"):
         assert (output / name).stat().st_size > 0
-    for part in ("architectures", "configuration", "image_processing", "layers", "modeling"):
+    for part in ("architectures", "configuration", "cpu", "image_processing", "layers", "modeling"):
         name = f"{part}_mobilenet.py"
         assert (output / name).read_bytes() == (ROOT / name).read_bytes()
     for name in ("curves.png", "confusion_matrix.png"):
@@ -156,6 +154,22 @@ def test_a_run_leaves_a_complete_repository_that_has_learned(tmp_path: Path) -> 
     assert np.mean(list(measured.by_class.values())) == pytest.approx(measured.metrics["balanced_accuracy"])
     results = ModelCard.load(output / "README.md").data.eval_results
     assert {(r.dataset_split, r.metric_name) for r in results} >= {("test", "accuracy"), ("held out", "accuracy")}
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v2", "mobilenet_v3_small", "mobilenet_v4_conv_small"])
+def test_every_generation_learns_from_scratch_and_goes_on(architecture: str, tmp_path: Path) -> None:
+    colors = paint(tmp_path / "colors" / "train", 40).parent
+    paint(colors / "test", 10, seed=1)
+    given = {"validation": 0.0, "batch_size": 20, "crop_scale": 1.0, "log_steps": 1}
+    assert run(
+        options(colors, tmp_path / "out", architecture=architecture, width=0.25, epochs=8, learning_rate=0.1, **given)
+    )
+    learned = evaluate_checkpoint(str(tmp_path / "out"), str(colors)).metrics["accuracy"]
+    assert learned >= 0.6  # of three colors
+    tuned = {"model": str(tmp_path / "out"), "epochs": 2, "learning_rate": 0.003, **given}
+    assert run(options(colors, tmp_path / "tuned", **tuned))
+    assert MobileNetConfig.from_pretrained(tmp_path / "tuned").architecture == architecture
+    assert evaluate_checkpoint(str(tmp_path / "tuned"), str(colors)).metrics["accuracy"] >= learned - 0.1
 
 
 def test_the_record_repeats_the_run(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +221,7 @@ def start(dataset: Path, output: Path, given: dict, *launcher: str) -> subproces
     return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_killed_in_mid_epoch_it_goes_on_to_the_same_weights(colors: Path, tmp_path: Path) -> None:
     """SIGKILL leaves a complete checkpoint, and the same command ends bit for bit where no one had killed it."""
     given = vars(options(colors, tmp_path, epochs=24, save_steps=3, erasing=0.3, mixup=0.2, first_size=16))
@@ -294,6 +309,7 @@ def test_a_time_limit_stops_with_a_checkpoint(colors: Path, tmp_path: Path) -> N
         assert torch.equal(tensor, weights(tmp_path / "limited")[name]), name
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(colors: Path, tmp_path: Path) -> None:
     """torchrun with two processes (gloo) gives the weights and metrics of one process with twice the batch.
 
@@ -419,6 +435,7 @@ def test_training_starts_from_what_the_checkpoint_predicts(tmp_path: Path, first
         assert trainer.compute_loss(model.train(), images).item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_aligns_a_checkpoint_once(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not from scratch, not when it is resumed, and not where it is told not to."""
     counts = []
