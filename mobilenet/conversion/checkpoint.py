@@ -270,7 +270,7 @@ def download(repo: str, revision: str | None = None) -> Origin:
             raise ConversionError(f"{repo}: the Hub answers: {first_line(error.__cause__)}") from error
         raise ConversionError(f"{repo}: no such file or folder, and the Hub does not answer.") from error
     except hub.NoAnswerError as error:
-        raise ConversionError(f"{repo}: no such file or folder, and {error}") from error
+        raise ConversionError(f"{repo}: no such file or folder, and the Hub does not answer.") from error
     except HfHubHTTPError as error:
         raise ConversionError(f"{repo}: the Hub answers: {first_line(error)}") from error
     except ConversionError:

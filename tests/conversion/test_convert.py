@@ -413,7 +413,7 @@ def test_an_interrupted_run_leaves_nothing(small: Path, tmp_path: Path, number: 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     run = run_script(small, tmp_path / "output", env={**os.environ, "TMPDIR": str(scratch)})
-    while not list(tmp_path.glob(".output.*/output/config.json")):  # it is at work
+    while not list(tmp_path.glob(".output.*/*/output/config.json")):  # it is at work
         assert run.poll() is None, run.stderr.read()
         time.sleep(0.01)
     run.send_signal(number)
