@@ -8,11 +8,18 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
+
+import huggingface_hub
+import pytest
+
+from mobilenet import hub as hub_client
 
 
 LFS_SUFFIXES = (".bin", ".safetensors")
@@ -303,3 +310,11 @@ ROUTES = {
     rf"GET {_MODEL}/tree/{_REVISION}(?:/(?P<folder>.+))?": _Handler.tree,
     rf"(?:GET|HEAD) /{_REPO}/resolve/{_REVISION}/(?P<path>.+)": _Handler.resolve,
 }
+
+
+def ask(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process ask a server for the files of the Hub, without pauses between attempts."""
+    download = partial(huggingface_hub.hf_hub_download, endpoint=url, cache_dir=cache)
+    monkeypatch.setattr(hub_client, "hf_hub_download", download)
+    monkeypatch.setattr(hub_client, "hf_hub_url", partial(huggingface_hub.hf_hub_url, endpoint=url))
+    monkeypatch.setattr(time, "sleep", lambda _: None)

@@ -7,9 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,12 @@ import pytest
 import torch
 import transformers
 import variants
-from hub import Fault, Hub
+from hub import Fault, Hub, ask
 from oracles import randomize_norms
 from packaging.version import Version
 from PIL import Image
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
-from mobilenet import hub as client_of_hub
 from mobilenet.conversion import ConversionError
 from mobilenet.conversion.convert import convert
 
@@ -349,10 +346,7 @@ def test_a_killed_download_starts_again(
 @pytest.fixture
 def google(hub: Hub, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Id of a checkpoint that this process asks the loopback Hub for, without pauses between attempts."""
-    download = partial(client_of_hub.hf_hub_download, endpoint=hub.url, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(client_of_hub, "hf_hub_download", download)
-    monkeypatch.setattr(client_of_hub, "hf_hub_url", partial(client_of_hub.hf_hub_url, endpoint=hub.url))
-    monkeypatch.setattr(time, "sleep", lambda _: None)
+    ask(hub.url, tmp_path / "cache", monkeypatch)
     hub.publish("google/mobilenet_v1_0.25_128", data / "checkpoints" / "google_mobilenet_v1_0.25_128")
     return "google/mobilenet_v1_0.25_128"
 
