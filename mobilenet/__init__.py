@@ -33,6 +33,6 @@ def __getattr__(name: str) -> Any:
 
 
 # The `mobilenet` command registers when it needs to: transformers takes seconds to import, which its help and exported
-# networks do without.
-if os.path.basename(sys.argv[0]) not in ("mobilenet", "mobilenet.exe"):
+# networks do without. `python -m mobilenet.cli` is that command too, and says -m until it has found the module.
+if os.path.basename(sys.argv[0]) not in ("mobilenet", "mobilenet.exe", "-m"):
     globals().update({name: __getattr__(name) for name in __all__ if name != "classify_images"})

@@ -1,7 +1,11 @@
 """The command itself: its help, its version, and how errors end."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -102,6 +106,29 @@ def test_shells_complete_commands_and_options():
     assert complete("mobilenet", "cl") == ["classify"]
     assert complete("mobilenet", "classify", "--th") == ["--threshold"]
     assert complete("mobilenet", "classify", "--dtype", "bf") == ["bfloat16"]
+
+
+def test_other_libraries_keep_quiet(tmp_path):
+    """TensorBoard does not import TensorFlow, and what libraries of Hugging Face would draw stays off a file."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    (tmp_path / "tensorflow.py").write_text("print('noise of TensorFlow')")
+    program = """
+import logging, sys
+from mobilenet.cli import app
+try:
+    app(["verify", "nothing"], prog_name="mobilenet")
+except SystemExit:
+    pass
+from tensorboard.compat import tf
+tf.io
+from huggingface_hub.utils import are_progress_bars_disabled
+print(are_progress_bars_disabled(), logging.getLogger("torchao").isEnabledFor(logging.WARNING))
+"""
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "True False\n"
 
 
 def test_options_keep_their_former_names(tmp_path):

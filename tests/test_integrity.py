@@ -75,13 +75,15 @@ def test_what_was_saved_here_is_as_released(folder: Path) -> None:
 
 
 def test_the_table_says_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     (folder / "\x1b[2J.bin").write_bytes(b"")
     result = CliRunner().invoke(app, ["verify", str(folder)])
     assert result.exit_code == 1
     assert "\x1b[2J" not in result.stdout
     for text in (*FILES, "�[2J.bin", hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(), "a pickle"):
         assert text in result.stdout
+    hashes = [line.strip() for line in result.stdout.splitlines() if line.startswith(" ")]  # which can be copied
+    assert hashes == [finding["sha256"] for finding in run(folder)[1].values() if finding["sha256"]]
 
 
 def test_against_a_repository_on_the_hub(hub: Hub, folder: Path) -> None:

@@ -37,6 +37,8 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(str(data / "checkpoints" / "google_mobilenet_v2_1.0_224"), folder / "my-mobilenet", compare=False)
     with Image.open(data / "images" / "000000039769.png") as image:
         image.save(folder / "photo.jpg", quality=95)
+        (folder / "photos").mkdir()
+        image.save(folder / "photos" / "cats.jpg", quality=95)
     return folder
 
 

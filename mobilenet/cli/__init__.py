@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import sys
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -50,6 +53,17 @@ def rename_options(command: str, arguments: list[str]) -> list[str]:
     return renamed
 
 
+def quiet_libraries() -> None:
+    """Keep off the screen what other libraries say of themselves while they are imported."""
+    # TensorBoard imports TensorFlow where there is one, unless it finds this.
+    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if sys.stderr is None or not sys.stderr.isatty():
+        for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
+
+
 class Group(TyperGroup):
     """The subcommands, each imported when it is to run."""
 
@@ -79,6 +93,7 @@ class Group(TyperGroup):
         try:
             if sys.stdout is None:
                 raise OSError("stdout is closed: there is nowhere to print results.")
+            quiet_libraries()
             return super().invoke(ctx)
         except KeyboardInterrupt:
             # As the system would: at once, without waiting for threads, and so that a shell's loop ends too.

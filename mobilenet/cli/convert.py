@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from mobilenet.preprocessing_mobilenet import RANGES, RECIPES
+from mobilenet.tables import table
 from mobilenet.text import clean
 
 
@@ -133,8 +133,5 @@ def convert(
     )
     console = Console()
     if comparisons:
-        table = Table(*module.Comparison.COLUMNS)
-        for comparison in comparisons:
-            table.add_row(*comparison.cells)
-        console.print(table)
+        console.print(table(module.Comparison.COLUMNS, (comparison.cells for comparison in comparisons)))
     console.print(clean(f"{output} is written."), highlight=False, markup=False, soft_wrap=True)

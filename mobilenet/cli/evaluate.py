@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from mobilenet.require import require
+from mobilenet.tables import table
 from mobilenet.text import percent
 
 
@@ -50,12 +50,9 @@ def evaluate(
     if as_json:
         print(json.dumps(result._asdict()))
         return
-    table = Table("", f"{result.split}, {result.images:,} images")
-    for name, value in result.metrics.items():
-        table.add_row(name.replace("_", " "), percent(value))
+    rows = [(name.replace("_", " "), percent(value)) for name, value in result.metrics.items()]
     if result.on_card is not None:
-        table.add_row("accuracy on the card", percent(result.on_card))
-    table.add_section()
-    for name, value in result.by_class.items():
-        table.add_row(name, percent(value))
-    Console().print(table)
+        rows.append(("accuracy on the card", percent(result.on_card)))
+    by_class = [(name, percent(value)) for name, value in result.by_class.items()]
+    images = f"{result.split}, {result.images:,} images"
+    Console().print(table(("", images), rows), table(("class", "accuracy"), by_class))

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from mobilenet.export import MIN_AGREEMENT, Target
+from mobilenet.tables import table
 from mobilenet.text import clean
 
 
@@ -50,8 +50,6 @@ def export(
         overwrite=overwrite,
     )
     console = Console()
-    table = Table(*module.Comparison.COLUMNS, caption="difference: largest of logits; ms: one image, the median")
-    for comparison in comparisons:
-        table.add_row(*comparison.cells)
-    console.print(table)
+    rows = (comparison.cells for comparison in comparisons)
+    console.print(table(module.Comparison.COLUMNS, rows), "difference: largest of logits; ms: one image, the median\n")
     console.print(clean(f"{output} is written."), highlight=False, markup=False, soft_wrap=True)

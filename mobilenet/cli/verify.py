@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mobilenet import integrity
@@ -16,19 +15,18 @@ from mobilenet.text import clean
 
 
 def show(findings: list[integrity.Finding], as_json: bool = False) -> None:
-    """Print findings, as a table or as a line of JSON for each file."""
+    """Print findings: a line of JSON for each file; or its name and verdict, and its SHA-256 in a line of its own."""
     if as_json:
         for finding in findings:
             print(json.dumps(finding._asdict()))
         return
-    table = Table("file", "SHA-256", "verdict")
+    console = Console(highlight=False)
     for file, checksum, verdict, is_problem in findings:
-        table.add_row(
-            Text(clean(file)),
-            Text(checksum, overflow="fold"),
-            Text(clean(verdict), style="bold red" if is_problem else "green"),
-        )
-    Console().print(table)
+        text = Text(f"{clean(file)}  ")
+        text.append(clean(verdict), style="bold red" if is_problem else "green")
+        console.print(text, soft_wrap=True)
+        if checksum:
+            console.print(f"    {checksum}", style="dim", soft_wrap=True)
 
 
 def verify(

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 
 from mobilenet.cards import conversion_card
@@ -23,6 +22,7 @@ from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.modeling_mobilenet import MobileNetForImageClassification
 from mobilenet.progress import warn
 from mobilenet.repository import staged
+from mobilenet.tables import table
 
 from . import Checkpoint, ConversionError, Options, read_source
 from .accuracy import Measured, advise, find_labeled, measure_recipes
@@ -141,10 +141,8 @@ def convert(
 
 def say_accuracy(measured: Sequence[Measured], count: int) -> None:
     """Print accuracy by recipe on stderr, where the table of comparisons does not stand."""
-    table = Table(*Measured.COLUMNS, title=f"top-1 on {count} labeled images")
-    for each in measured:
-        table.add_row(*each.cells)
-    Console(stderr=True).print(table)
+    rows = (each.cells for each in measured)
+    Console(stderr=True).print(table(Measured.COLUMNS, rows, title=f"top-1 on {count} labeled images"))
 
 
 def write(folder: Path, model: MobileNetForImageClassification, checkpoint: Checkpoint) -> None:

@@ -217,5 +217,5 @@ def write_transformers_js(exporter: Exporter, folder: Path) -> list[Engine]:
         with status(f"exporting onnx/{name}"):
             onnx_ir.save(exporter.export(Target.ONNX, int8).program, folder / "onnx" / name)
         kind = "int8" if int8 else "float32"
-        engines.append(Engine(f"onnx/{name}, {kind}", load(folder / "onnx" / name), not int8, True))
+        engines.append(Engine(f"{name}, {kind}", load(folder / "onnx" / name), not int8, True))
     return engines

@@ -217,8 +217,8 @@ def test_openvino_int8_keeps_its_predictions(real_model, sample, tmp_path):
 def test_transformers_js_finds_what_it_reads(real_model, sample, tmp_path):
     comparisons = export.export(str(real_model), tmp_path / "js", "transformers.js", images=sample)
     assert [comparison.name for comparison in comparisons] == [
-        "onnx/model.onnx, float32",
-        "onnx/model_quantized.onnx, int8",
+        "model.onnx, float32",
+        "model_quantized.onnx, int8",
     ]
     assert {str(path.relative_to(tmp_path / "js")) for path in (tmp_path / "js").rglob("*") if path.is_file()} == {
         "README.md",
