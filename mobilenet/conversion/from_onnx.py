@@ -31,6 +31,7 @@ from .graph import (
     Conv,
     Graph,
     Match,
+    Mul,
     Norm,
     Op,
     Other,
@@ -401,12 +402,10 @@ class File:
         """Translate arithmetic: of two values, or of one and a constant."""
         common = {**common, "inputs": data}
         if len(data) == 2:
-            gate = next((op for op in self.ops if isinstance(op, Act) and op.output in data), None)
-            functions = {"sigmoid": "silu", "hardswish gate": "hardswish"}
-            if kind == "Mul" and gate and gate.function in functions and set(data) == {gate.output, *gate.inputs}:
-                return Act(**{**common, "inputs": gate.inputs}, function=functions[gate.function])
             if kind in ("Add", "QLinearAdd"):
                 return Add(**common)
+            if kind in ("Mul", "QLinearMul"):
+                return Mul(**common)
             return Other(**common, what=f"the operator {kind} of two values")
         if kind not in _ARITHMETIC or len(data) != 1:
             return Other(**common, what=f"the operator {kind}")
@@ -458,7 +457,7 @@ class File:
                     bounds[index] = float(self.constants[name]) if name in self.constants else "a value"
             return {(0, 6): "relu6", (0, None): "relu"}.get(tuple(bounds), f"Clip from {bounds[0]} to {bounds[1]}")
         if kind == "HardSigmoid" and np.allclose([fields.get("alpha", 0.2), fields.get("beta", 0.5)], [1 / 6, 0.5]):
-            return "hardswish gate"
+            return "hardsigmoid"
         if kind == "Gelu":
             return "gelu" if fields.get("approximate", b"none") == b"none" else "approximate gelu"
         if kind in ("Softmax", "LogSoftmax", "QLinearSoftmax"):

@@ -23,6 +23,7 @@ from .graph import (
     Conv,
     Graph,
     Match,
+    Mul,
     Op,
     Other,
     Pad,
@@ -172,7 +173,8 @@ class File:
             weight = weight[:, :, None, None]
         elif kind == "DEPTHWISE_CONV_2D":
             weight = weight.permute(3, 0, 1, 2)
-            groups = self.shape(inputs[0])[-1]
+            # Files of 2019 and before may leave the shapes of activations to the runtime.
+            groups = (self.shape(inputs[0]) or [len(weight) // max(options.depthMultiplier, 1)])[-1]
         else:
             weight = weight.permute(0, 3, 1, 2)
         bias = self.real(inputs[2]) if len(inputs) > 2 and inputs[2] >= 0 else None
@@ -202,11 +204,12 @@ class File:
         """Translate arithmetic: a sum of two values, or of a value and a constant, and so on."""
         common |= {"inputs": data}
         if len(data) == 2:
-            gate = next((op for op in self.ops if isinstance(op, Act) and op.output in data), None)
-            if kind == "MUL" and gate and gate.function == "sigmoid" and set(data) == {gate.output, *gate.inputs}:
-                op: Op = Act(**(common | {"inputs": gate.inputs}), function="silu")
-            else:
-                op = Add(**common) if kind == "ADD" else Other(**common, what=f"the operator {kind} of two values")
+            makes = {"ADD": Add, "MUL": Mul}
+            op: Op = (
+                makes[kind](**common)
+                if kind in makes
+                else Other(**common, what=f"the operator {kind} of two values")
+            )
         else:
             value = self.real(next(number for number in inputs if self.is_constant(number)))
             first = self.is_constant(inputs[0])
@@ -229,7 +232,9 @@ class File:
             window, whole = None, axes == {"H", "W"}
         else:
             window = options.filterHeight, options.filterWidth
-            whole = layout == "NHWC" and self.shape(common["output"])[1:3] == [1, 1]
+            shape = self.shape(common["output"])
+            # Without a shape, the window must turn out to be the whole image.
+            whole = layout == "NHWC" and (shape[1:3] == [1, 1] if shape else options.padding != _SAME)
         op = (
             Pool(**common, kind=_POOLS[kind], window=window) if whole else Other(**common, what="no pooling of it all")
         )
