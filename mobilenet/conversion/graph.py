@@ -115,6 +115,8 @@ class Squeeze(Op):
 
     reduce: Conv
     expand: Conv
+    # Values of the branch: pooled, reduced, and expanded plus 3 between 0 and 6; None where there is no such value.
+    values: tuple[Any, Any, Any]
     window: tuple[int, int] | None = None  # of its pooling
 
     @property
@@ -256,8 +258,9 @@ def _recognized(op: Op, makers: Mapping[Any, Op]) -> Op:
             # TensorFlow's converter adds the 3 of the hard sigmoid to the bias.
             expand = replace(expand, bias=_bias(expand) + (shift - 3))
             pointwise = all(conv.weight.shape[2:] == (1, 1) and conv.groups == 1 for conv in (reduce, expand))
+            values = pool.output, act.output, gate.inputs[0] if isinstance(gate, Affine) else None
             if pointwise and act.function == "relu" and pool.kind == "avg":
-                return Squeeze(**common, inputs=(x,), reduce=reduce, expand=expand, window=pool.window)
+                return Squeeze(**common, inputs=(x,), reduce=reduce, expand=expand, values=values, window=pool.window)
     return op
 
 
@@ -564,6 +567,7 @@ class _Matcher:
             factor, offset = factor.double() * f, offset.double() * f + o
             if not (factor > 0).all():
                 raise self.refuse(item.name, "scales its input by a factor that is not above 0")
+        self.scaled_input = items[found - 1].output if found else self.graph.input
         del items[:found]
         self.skipped = found
         return (factor, offset) if found else None
@@ -814,13 +818,19 @@ class _Matcher:
 
     def quantization(self, named: list[tuple[str, Any]]) -> dict[str, Any] | None:
         """How a graph quantizes: activations by the layer whose output they are, weights by our names."""
-        outputs = {"pixel_values": self.graph.input} | {name: item.output for name, item in named}
+        outputs = {"pixel_values": self.scaled_input} | {name: item.output for name, item in named}
         for name, item in named:
-            if isinstance(item, Unit) and item.act in PREDICTIONS:
+            if isinstance(item, Squeeze):
+                outputs |= zip((f"{name}.{part}" for part in ("pooled", "reduce", "expand")), item.values, strict=True)
+            elif isinstance(item, Unit) and item.act in PREDICTIONS:
                 outputs[name] = item.linear
+            elif isinstance(item, Unit) and name.startswith("backbone."):
+                outputs[f"{name}.conv"] = item.linear if item.linear != item.output else None
         activations, weights = {}, {}
         for name, value in outputs.items():
             scale = self.graph.scales.get(value)
+            if scale and name.endswith(".squeeze.expand"):  # the value has 3 more
+                scale = scale._replace(zero_point=(scale.zero_point[0] + 3 / scale.scale[0],))
             if scale:
                 low, high = scale.bounds
                 activations[name] = {
