@@ -206,9 +206,7 @@ class File:
         if len(data) == 2:
             makes = {"ADD": Add, "MUL": Mul}
             op: Op = (
-                makes[kind](**common)
-                if kind in makes
-                else Other(**common, what=f"the operator {kind} of two values")
+                makes[kind](**common) if kind in makes else Other(**common, what=f"the operator {kind} of two values")
             )
         else:
             value = self.real(next(number for number in inputs if self.is_constant(number)))

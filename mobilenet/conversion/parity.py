@@ -112,7 +112,11 @@ def rounded(model: nn.Module, activations: dict[str, dict[str, Any]]) -> Iterato
         if after.get(name, name) in modules
     ]
     # What no module gives is rounded before the module that sees it next.
-    seen = {"pixel_values": model, "backbone.pooled": modules["backbone"].pre_logits, "backbone.pooler_output": model.hidden}
+    seen = {
+        "pixel_values": model,
+        "backbone.pooled": modules["backbone"].pre_logits,
+        "backbone.pooler_output": model.hidden,
+    }
     seen |= {name.replace(".reduce", ".pooled"): modules[name] for name in modules if name.endswith(".squeeze.reduce")}
     for name in seen.keys() & activations.keys():
         hook = partial(lambda rounds, module, inputs: rounds(module, inputs, *inputs), rounding(name))
