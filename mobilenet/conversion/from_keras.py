@@ -31,6 +31,7 @@ from .graph import (
     Conv,
     Graph,
     Match,
+    Mul,
     Norm,
     Op,
     Other,
@@ -580,8 +581,8 @@ def _value(given: Any) -> Any:
 def _arithmetic(operation: str, constants: dict[Any, Any], common: dict[str, Any]) -> Op:
     """Arithmetic of two values, or of one and a constant."""
     found = {place: _value(given) for place, given in constants.items() if place[0] in (0, 1, "x1", "x2", "x", "y")}
-    if len(common["inputs"]) == 2 and operation == "ADD":
-        return Add(**common)
+    if len(common["inputs"]) == 2 and operation in ("ADD", "MUL"):
+        return Add(**common) if operation == "ADD" else Mul(**common)
     if len(common["inputs"]) != 1 or len(found) != 1:
         return Other(**common, what=f"an operation ({operation.lower()}) of {len(common['inputs'])} values")
     (((_, before), value),) = found.items()

@@ -228,7 +228,7 @@ class File(Reader):
             self.ops.append(Other(**common, what=f"the operator {kind} on channels that come last"))
         elif kind in _CONVS:
             self.ops.append(self.conv(kind, fields, names, data, common))
-        elif kind in _ARITHMETIC or kind == "QLinearAdd":
+        elif kind in _ARITHMETIC or kind in ("QLinearAdd", "QLinearMul"):
             self.ops.append(self.arithmetic(kind, names, data, common))
         elif kind == "BatchNormalization" and not fields.get("training_mode"):
             parts = dict(zip(("scale", "shift", "mean", "variance"), map(self.real, names[1:5]), strict=True))
@@ -382,7 +382,7 @@ class File(Reader):
         """Translate arithmetic: of two values, or of one and a constant."""
         common = {**common, "inputs": data}
         if len(data) == 2:
-            return self.of_two(_ARITHMETIC.get(kind, "ADD"), common)
+            return self.of_two({"QLinearAdd": "ADD", "QLinearMul": "MUL"}.get(kind) or _ARITHMETIC[kind], common)
         if kind not in _ARITHMETIC or len(data) != 1:
             return Other(**common, what=f"the operator {kind}")
         value = torch.from_numpy(np.array(next(self.constants[n] for n in names if n in self.constants), np.float64))
@@ -433,7 +433,7 @@ class File(Reader):
                     bounds[index] = float(self.constants[name]) if name in self.constants else "a value"
             return {(0, 6): "relu6", (0, None): "relu"}.get(tuple(bounds), f"Clip from {bounds[0]} to {bounds[1]}")
         if kind == "HardSigmoid" and np.allclose([fields.get("alpha", 0.2), fields.get("beta", 0.5)], [1 / 6, 0.5]):
-            return "hardswish gate"
+            return "hardsigmoid"
         if kind == "Gelu":
             return "gelu" if fields.get("approximate", b"none") == b"none" else "approximate gelu"
         if kind in ("Softmax", "LogSoftmax", "QLinearSoftmax"):

@@ -47,7 +47,24 @@ def _unit(name: str) -> Row:
     return Row(name, f"{name}/BatchNorm")
 
 
-# slim/nets/mobilenet_v1.py, slim/nets/mobilenet/mobilenet_v2.py
+def _bottlenecks(architecture: str, scope: str) -> Table:
+    """Names of slim/nets/mobilenet: mobilenet_v2.py and mobilenet_v3.py."""
+    block, squeeze = f"{scope}/expanded_conv_{{index}}", "squeeze_excite"
+    rows = {
+        "stem": _unit(f"{scope}/Conv"),
+        "block.expand": _unit(f"{block}/expand"),
+        "head": _unit(f"{scope}/Conv_1"),
+        "pre_logits": Row(f"{scope}/Conv_2"),
+        "classifier": Row(f"{scope}/Logits/Conv2d_1c_1x1"),
+    }
+    for owner, name in (("first", f"{scope}/expanded_conv"), ("block", block)):
+        rows |= {f"{owner}.{role}": _unit(f"{name}/{role}") for role in ("depthwise", "project")}
+        rows[f"{owner}.squeeze.reduce"] = Row(f"{name}/{squeeze}/Conv")
+        rows[f"{owner}.squeeze.expand"] = Row(f"{name}/{squeeze}/Conv_1")
+    return Table({"architecture": architecture}, rows, SLIM, _DROPPED)
+
+
+# slim/nets/mobilenet_v1.py
 TABLES = (
     Table(
         {"architecture": "mobilenet_v1"},
@@ -60,21 +77,13 @@ TABLES = (
         SLIM,
         _DROPPED,
     ),
-    Table(
-        {"architecture": "mobilenet_v2"},
-        {
-            "stem": _unit("MobilenetV2/Conv"),
-            "first.depthwise": _unit("MobilenetV2/expanded_conv/depthwise"),
-            "first.project": _unit("MobilenetV2/expanded_conv/project"),
-            "block.expand": _unit("MobilenetV2/expanded_conv_{index}/expand"),
-            "block.depthwise": _unit("MobilenetV2/expanded_conv_{index}/depthwise"),
-            "block.project": _unit("MobilenetV2/expanded_conv_{index}/project"),
-            "head": _unit("MobilenetV2/Conv_1"),
-            "classifier": Row("MobilenetV2/Logits/Conv2d_1c_1x1"),
-        },
-        SLIM,
-        _DROPPED,
+    _bottlenecks("mobilenet_v2", "MobilenetV2"),
+    *(
+        _bottlenecks(f"mobilenet_v3_{size}{kind}", "MobilenetV3")
+        for size in ("large", "small")
+        for kind in ("", "_minimalistic")
     ),
+    _bottlenecks("mobilenet_edgetpu", "MobilenetEdgeTPU"),
 )
 
 
@@ -118,7 +127,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         raise ConversionError(f"{origin.path}: was trained for 8 bits: convert the .tflite file that comes with it.")
     table, share = closest(tensors, TABLES)
     if share < 0.5:
-        raise ConversionError(f"{origin.path}: holds no MobileNet V1 or V2 of slim.")
+        raise ConversionError(f"{origin.path}: holds no MobileNet of slim.")
     size = re.search(r"_(\d{2,3})(_\d+)?\.(?:ckpt|tgz|tar)", name)  # mobilenet_v2_1.0_224.tgz
     image_size = int(size[1]) if size else None
 

@@ -170,7 +170,8 @@ class File(Reader):
             weight = weight[:, :, None, None]
         elif kind == "DEPTHWISE_CONV_2D":
             weight = weight.permute(3, 0, 1, 2)
-            groups = self.shape(inputs[0])[-1]
+            # Files of 2019 and before may leave the shapes of activations to the runtime.
+            groups = (self.shape(inputs[0]) or [len(weight) // max(options.depthMultiplier, 1)])[-1]
         else:
             weight = weight.permute(0, 3, 1, 2)
         bias = self.real(inputs[2]) if len(inputs) > 2 and inputs[2] >= 0 else None
@@ -222,7 +223,9 @@ class File(Reader):
             window, whole = None, axes == {"H", "W"}
         else:
             window = options.filterHeight, options.filterWidth
-            whole = layout == "NHWC" and self.shape(common["output"])[1:3] == [1, 1]
+            shape = self.shape(common["output"])
+            # Without a shape, the window must turn out to be the whole image.
+            whole = layout == "NHWC" and (shape[1:3] == [1, 1] if shape else options.padding != _SAME)
         op = (
             Pool(**common, kind=_POOLS[kind], window=window) if whole else Other(**common, what="no pooling of it all")
         )

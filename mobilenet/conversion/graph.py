@@ -124,6 +124,37 @@ class Add(Op):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Mul(Op):
+    """The product of two values."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Squeeze(Op):
+    """Squeeze-and-excite, which a file draws as a branch: pool, reduce, relu, expand, hard sigmoid, multiply."""
+
+    reduce: Conv
+    expand: Conv
+    # Values of the branch: pooled, reduced, and expanded plus 3 between 0 and 6; None where there is no such value.
+    values: tuple[Any, Any, Any]
+    window: tuple[int, int] | None = None  # of its pooling
+
+    @property
+    def in_channels(self) -> int:
+        return self.expand.weight.shape[0]
+
+    @property
+    def out_channels(self) -> int:
+        """The channels between the two convolutions, as those of its step."""
+        return self.reduce.weight.shape[0]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """By our names."""
+        parts = {"reduce": self.reduce, "expand": self.expand}
+        weights = {f"{name}.{part}.weight": conv.weight for part, conv in parts.items()}
+        return weights | {f"{name}.{part}.bias": _bias(conv) for part, conv in parts.items()}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Pad(Op):
     """Zeros around an image."""
 
@@ -169,13 +200,15 @@ class Reader:
         return value
 
     def of_two(self, kind: str, common: dict[str, Any]) -> Op:
-        """Arithmetic of two values by its kind: a sum, or an activation that is written as a product."""
+        """Arithmetic of two values by its kind: a sum, a product, or an activation that is written as one."""
         data = common["inputs"]
         gates = {"sigmoid": "silu", "hardswish gate": "hardswish"}
         gate = next((op for op in self.ops if isinstance(op, Act) and op.output in data), None)
         if kind == "MUL" and gate and gate.function in gates and set(data) == {gate.output, *gate.inputs}:
             return Act(**{**common, "inputs": gate.inputs}, function=gates[gate.function])
-        return Add(**common) if kind == "ADD" else Other(**common, what=f"the operator {kind} of {len(data)} values")
+        if kind in ("ADD", "MUL"):
+            return {"ADD": Add, "MUL": Mul}[kind](**common)
+        return Other(**common, what=f"the operator {kind} of {len(data)} values")
 
 
 def affine(kind: str, value: Tensor, is_first: bool, common: dict[str, Any]) -> Op:
@@ -208,8 +241,13 @@ class Graph:
     scales: Mapping[Any, Scale] = field(default_factory=dict)  # of activations
 
     def chain(self) -> list[Op]:
-        """The operations that the output depends on, in an order in which they can run."""
-        makers = {op.output: op for op in self.ops}
+        """The operations that the output depends on, in an order in which they can run, products recognized."""
+        ops = self._chain(self.ops)
+        makers = {op.output: op for op in ops}
+        return self._chain([_recognized(op, makers) if isinstance(op, (Mul, Affine)) else op for op in ops])
+
+    def _chain(self, ops: list[Op]) -> list[Op]:
+        makers = {op.output: op for op in ops}
         ordered: dict[int, Op] = {}
         stack: list[tuple[Any, bool]] = [(self.output, False)]
         entered: set[Any] = set()
@@ -227,6 +265,69 @@ class Graph:
                 stack.append((value, True))
                 stack += [(each, False) for each in reversed(op.inputs)]
         return list(ordered.values())
+
+
+def _bias(conv: Conv) -> Tensor:
+    return torch.zeros(conv.weight.shape[0]) if conv.bias is None else conv.bias
+
+
+def _recognized(op: Op, makers: Mapping[Any, Op]) -> Op:
+    """The one operation of ours that a product ends: hard swish, SiLU or squeeze-and-excite; else the product.
+
+    Args:
+        op: The last of the operations that may be one.
+        makers: All operations by the value that they make.
+    """
+    common = {"name": op.name, "output": op.output}
+    if isinstance(op, Affine):  # x * relu6(x + 3) first, and a sixth of that
+        product = makers.get(op.inputs[0])
+        if isinstance(product, Mul) and _is_constant(op, 1 / 6, 0):
+            for x, other in (product.inputs, product.inputs[::-1]):
+                if _shifted(makers.get(other), makers) == (x, 3):
+                    return Act(**common, inputs=(x,), function="hardswish")
+        return op
+    for x, other in (op.inputs, op.inputs[::-1]):
+        gate = makers.get(other)
+        if isinstance(gate, Act) and gate.function == "sigmoid" and gate.inputs == (x,):
+            return Act(**common, inputs=(x,), function="silu")
+        if isinstance(gate, Act) and gate.function == "hardsigmoid":
+            before, shift = gate.inputs[0], 3.0
+        elif isinstance(gate, Affine) and _is_constant(gate, 1 / 6, 0):
+            before, shift = _shifted(makers.get(gate.inputs[0]), makers)
+        else:
+            continue
+        if (before, shift) == (x, 3):
+            return Act(**common, inputs=(x,), function="hardswish")
+        branch: list[Any] = []
+        while before != x and isinstance(found := makers.get(before), (Conv, Act, Pool, Reshape)) and len(branch) < 4:
+            branch += [found] * (not isinstance(found, Reshape))
+            before = found.inputs[0]
+        if before == x and [type(each) for each in branch] == [Conv, Act, Conv, Pool]:
+            expand, act, reduce, pool = branch
+            # TensorFlow's converter adds the 3 of the hard sigmoid to the bias.
+            expand = replace(expand, bias=_bias(expand) + (shift - 3))
+            pointwise = all(conv.weight.shape[2:] == (1, 1) and conv.groups == 1 for conv in (reduce, expand))
+            values = pool.output, act.output, gate.inputs[0] if isinstance(gate, Affine) else None
+            if pointwise and act.function == "relu" and pool.kind == "avg":
+                return Squeeze(**common, inputs=(x,), reduce=reduce, expand=expand, values=values, window=pool.window)
+    return op
+
+
+def _is_constant(op: Any, factor: float, offset: float) -> bool:
+    """Whether an operation scales and shifts all channels by given numbers."""
+    close = {"rtol": 1e-4, "atol": 1e-6}  # a file may hold 0.16667
+    return isinstance(op, Affine) and all(
+        torch.allclose(found.double(), torch.full_like(found, value, dtype=torch.double), **close)
+        for found, value in ((op.factor, factor), (op.offset, offset))
+    )
+
+
+def _shifted(op: Op | None, makers: Mapping[Any, Op]) -> tuple[Any, float]:
+    """The value x and the number c of relu6(x + c); None of another operation."""
+    if not (isinstance(op, Act) and op.function == "relu6"):
+        return None, 0.0
+    before = makers.get(op.inputs[0])
+    return (before.inputs[0], 3.0) if _is_constant(before, 1, 3) else (op.inputs[0], 0.0)
 
 
 @dataclass
@@ -295,7 +396,7 @@ class Step(NamedTuple):
     """What a configured network does next: a convolution, or the sum that ends a block."""
 
     name: str  # our layer whose output it makes
-    kind: str  # "conv" or "add"; another where no file is read so far
+    kind: str  # "conv", "squeeze" or "add"; another where no file is read so far
     in_channels: int = 0
     out_channels: int = 0
     kernel_size: int = 1
@@ -308,7 +409,7 @@ class Step(NamedTuple):
     def words(self) -> str:
         """What it is, without its channels."""
         if self.kind != "conv":
-            return "a sum" if self.kind == "add" else self.kind
+            return {"add": "a sum", "squeeze": "squeeze-and-excite"}.get(self.kind, self.kind)
         return _conv_words(self.groups, (self.kernel_size,) * 2, self.stride, self.dilation)
 
     @property
@@ -334,18 +435,33 @@ def expected(config: MobileNetConfig) -> list[Step]:
         kernel = (block.kernel_size, block.stride, block.dilation) if block else (1, 1, 1)
         return Step(name, "conv", before, after, *kernel, groups, act)
 
+    def add(name: str, block: Any) -> Iterator[Step]:
+        if block.is_residual and block.stride == 1 and block.in_channels == block.out_channels:
+            yield Step(name, "add")
+
     def of_block(name: str, block: Any) -> Iterator[Step]:
         before, hidden, after = block.in_channels, block.hidden_channels, block.out_channels
         if block.kind == "separable":
             yield conv(f"{name}.depthwise", hidden, hidden, block, hidden, block.act)
             yield conv(f"{name}.pointwise", hidden, after, act=block.act)
         elif block.kind == "inverted":
+            if block.start_kernel_size:
+                start = block._replace(kernel_size=block.start_kernel_size)
+                start = start._replace(stride=1) if block.kernel_size else start
+                yield conv(f"{name}.start_depthwise", before, before, start, before)
             if hidden != before:
                 yield conv(f"{name}.expand", before, hidden, act=block.act)
-            yield conv(f"{name}.depthwise", hidden, hidden, block, hidden, block.act)
+            if block.kernel_size:
+                yield conv(f"{name}.depthwise", hidden, hidden, block, hidden, block.act)
+            if block.squeeze_channels:
+                yield Step(f"{name}.squeeze", "squeeze", hidden, block.squeeze_channels)
             yield conv(f"{name}.project", hidden, after)
-            if block.stride == 1 and before == after:
-                yield Step(name, "add")
+            yield from add(name, block)
+        elif block.kind == "fused":
+            if hidden != before:
+                yield conv(f"{name}.expand", before, hidden, block, act=block.act)
+            yield conv(f"{name}.project", hidden, after)
+            yield from add(name, block)
         elif block.kind == "conv":
             yield conv(name, before, after, block, act=block.act)
         else:
@@ -359,10 +475,18 @@ def table(config: Mapping[str, Any]) -> Table:
     model = MobileNetConfig(**config)
     rows = {}
     for step in expected(model):
-        name = re.sub(r"stages\.\d+\.\d+\.", "stages.{stage}.{block}.", step.name)
+        name = re.sub(r"stages\.\d+\.\d+", "stages.{stage}.{block}", step.name)
+        # A convolution that is a block has no role in it.
+        key = name.removeprefix("backbone.").replace("stages.{stage}.{block}.", "block.")
+        key = key.replace("stages.{stage}.{block}", "conv")
         if step.kind == "conv":
-            key = name.removeprefix("backbone.").replace("stages.{stage}.{block}", "block")
             rows[key] = Row(f"{name}.conv", f"{name}.norm" if model.has_batch_norm else None)
+        elif step.kind == "squeeze":
+            rows |= {f"{key}.{part}": Row(f"{name}.{part}") for part in ("reduce", "expand")}
+    last = model.pre_logits_block
+    if last:
+        norm = "backbone.pre_logits.norm" if last.has_norm and model.has_batch_norm else None
+        rows["pre_logits"] = Row("backbone.pre_logits.conv", norm)
     hidden = [f"hidden.{2 * index}" for index in range(len(model.classifier_hidden_sizes))]
     return Table(dict(config), rows | {name: Row(name) for name in (*hidden, "classifier")}, TORCH)
 
@@ -461,18 +585,21 @@ class _Matcher:
         scaling = self.scaling(items)
         config, steps = self.closest(items)
         body, rest = items[: len(steps)], items[len(steps) :]
-        units = [(step, item) for step, item in zip(steps, body, strict=True) if step.kind == "conv"]
+        pairs = list(zip(steps, body, strict=True))
+        units = [(step, item) for step, item in pairs if step.kind == "conv"]
         self.check_sums(steps, body)
-        fields = config | self.activations(units) | {"padding": self.padding(units)}
+        fields = config | self.activations(units, config["architecture"]) | {"padding": self.padding(pairs)}
         has_norm = all(unit.norm is not None for _, unit in units)
         eps = units[0][1].norm.eps if has_norm else None
         fields |= {"batch_norm_eps": eps} if has_norm else {"use_batch_norm": False}
         tensors: dict[str, Tensor] = {}
-        for step, unit in units:
-            tensors |= unit.tensors(step.name, eps)
-        head, head_tensors, prediction, logits, layers = self.head(rest, units[-1][1])
+        for step, item in pairs:
+            if isinstance(item, (Unit, Squeeze)):
+                tensors |= item.tensors(step.name, eps) if isinstance(item, Unit) else item.tensors(step.name)
+        self.pre_logits = MobileNetConfig(**fields).pre_logits_block
+        head, head_tensors, prediction, logits, layers = self.head(rest, units[-1][1], eps)
         fields |= head
-        named = [*((step.name, item) for step, item in zip(steps, body, strict=True)), *layers]
+        named = [*((step.name, item) for step, item in pairs), *layers]
         return Match(
             fields,
             {name: tensor.float() for name, tensor in (tensors | head_tensors).items()},
@@ -490,7 +617,7 @@ class _Matcher:
         for op in ops:
             last = items[-1] if items else None
             if not isinstance(op, Other) and (
-                current not in op.inputs or (len(op.inputs) > 1 and not isinstance(op, Add))
+                current not in op.inputs or (len(op.inputs) > 1 and not isinstance(op, (Add, Mul)))
             ):
                 what = "on a branch, which does not take what the layer before it gives"
                 op = Other(name=op.name, inputs=op.inputs, output=op.output, what=what)
@@ -537,6 +664,7 @@ class _Matcher:
             factor, offset = factor.double() * f, offset.double() * f + o
             if not (factor > 0).all():
                 raise self.refuse(item.name, "scales its input by a factor that is not above 0")
+        self.scaled_input = items[found - 1].output if found else self.graph.input
         del items[:found]
         self.skipped = found
         return (factor, offset) if found else None
@@ -582,7 +710,7 @@ class _Matcher:
         Raises:
             ConversionError: No multiplier does.
         """
-        steps = [step for step in expected(MobileNetConfig(**fields)) if step.kind == "conv"]
+        steps = [step for step in expected(MobileNetConfig(**fields)) if step.kind != "add"]
         last = max(index for index, step in enumerate(steps) if ".stages." in step.name)
         ratio = convs[last].out_channels / steps[last].out_channels
         nearest: tuple[int, Any] = (-1, None)
@@ -590,7 +718,7 @@ class _Matcher:
             for extra in ({}, {"shrink_head": True}, {"channel_divisor": 1}, {"channel_divisor": 8}):
                 chosen = fields | {"width_multiplier": multiplier} | extra
                 steps = expected(MobileNetConfig(**chosen))
-                pairs = list(zip(convs, (step for step in steps if step.kind == "conv"), strict=False))
+                pairs = list(zip(convs, (step for step in steps if step.kind != "add"), strict=False))
                 fits = [(i.in_channels, i.out_channels) == (step.in_channels, step.out_channels) for i, step in pairs]
                 if all(fits):
                     return chosen, steps
@@ -612,8 +740,8 @@ class _Matcher:
                 if others != {start - 1, index - 1}:
                     raise self.refuse(item.name, "does not add what its block started from")
 
-    def activations(self, units: list[tuple[Step, Unit]]) -> dict[str, Any]:
-        """The activation of all units that have one.
+    def activations(self, units: list[tuple[Step, Unit]], architecture: str) -> dict[str, Any]:
+        """The activation of all units that have one; nothing, where they must have those of a table.
 
         Raises:
             ConversionError: A unit has another, or one that our network does not have.
@@ -621,6 +749,7 @@ class _Matcher:
         depthwise = [unit.activation for step, unit in units if step.name.endswith(".depthwise")]
         separable = all(not step.name.endswith(".expand") for step, _ in units)
         plain = separable and not any(depthwise)
+        by_table = ARCHITECTURES[architecture].hidden_act is None
         known: str | None = None
         for step, unit in units:
             found = unit.act if step.act is None else unit.activation
@@ -635,13 +764,18 @@ class _Matcher:
                 raise self.refuse(
                     unit.name, f"has the activation {found}, and must have one of {', '.join(ACTIVATIONS)}"
                 )
-            if known is None:
+            if by_table and found != step.act:
+                title = ARCHITECTURES[architecture].title
+                raise self.refuse(unit.name, f"has the activation {found} where {title} has {step.act}")
+            if known is None or by_table:
                 known = found
             if found != known:
                 raise self.refuse(unit.name, f"has the activation {found} where others have {known}")
+        if by_table:
+            return {}
         return {"hidden_act": known} | ({"depthwise_activation": False} if plain else {})
 
-    def padding(self, units: list[tuple[Step, Unit]]) -> str:
+    def padding(self, pairs: list[tuple[Step, Any]]) -> str:
         """What our configuration calls the padding of all convolutions.
 
         Raises:
@@ -649,7 +783,11 @@ class _Matcher:
         """
         names = {"same", "symmetric"}
         size = self.size
-        for step, unit in units:
+        for step, unit in pairs:
+            if isinstance(unit, Squeeze) and unit.window not in (None, (size, size)):
+                raise self.refuse(unit.name, f"pools over {unit.window}, and must over {size} pixels")
+            if not isinstance(unit, Unit):
+                continue
             reach = step.dilation * (step.kernel_size // 2)
             total = max(0, same_padding(size, step.kernel_size, step.stride, step.dilation))
             same = ((total // 2, total - total // 2),) * 2
@@ -671,7 +809,7 @@ class _Matcher:
         return self.graph.padding if self.graph.padding in names else names.pop()
 
     def head(
-        self, items: list[Any], before: Unit
+        self, items: list[Any], before: Unit, eps: float | None
     ) -> tuple[dict[str, Any], dict[str, Tensor], str | None, Any, list[tuple[str, Any]]]:
         """What follows the last convolution: pooling, and layers on pooled features."""
         fields: dict[str, Any] = {}
@@ -722,7 +860,31 @@ class _Matcher:
                 raise self.refuse(item.name, f"is {_words(item)}, and must be the classifier or its softmax")
         if pending:
             raise self.refuse(pending_at, "scales features that no classifier takes")
-        return self.classifier(fields, layers, logits, named)
+        tensors = self.take_pre_logits(layers, named, eps) if self.pre_logits else {}
+        fields, others, *found = self.classifier(fields, layers, logits, named)
+        return fields, tensors | others, *found
+
+    def take_pre_logits(
+        self, layers: list[list[Any]], named: list[tuple[str, Any]], eps: float | None
+    ) -> dict[str, Tensor]:
+        """Take the first layer after the pooling, which is the network's own, off the others.
+
+        Raises:
+            ConversionError: It is another.
+        """
+        block, name = self.pre_logits, "backbone.pre_logits"
+        weight, bias, act, unit = layers.pop(0) if layers else (torch.empty(0), None, None, None)
+        if (len(weight), act) != (block.out_channels, block.act):
+            layer, what = (unit.name, f"has {len(weight)} channels and the activation {act}") if unit else ("", "")
+            wanted = f"a convolution to {block.out_channels} channels and {block.act} after its pooling"
+            raise self.refuse(layer or "the end of the network", f"{what or 'comes'} where the network has {wanted}")
+        named[:] = [("backbone.pooled" if key == "backbone.pooler_output" else key, item) for key, item in named]
+        named.append((name, unit))
+        if block.has_norm and eps is not None:
+            if unit.norm is None:
+                raise self.refuse(unit.name, "has no batch norm")
+            return unit.tensors(name, eps)
+        return {f"{name}.conv.weight": weight[:, :, None, None], f"{name}.conv.bias": bias}
 
     def classifier(
         self, fields: dict[str, Any], layers: list[list[Any]], logits: Any, named: list[tuple[str, Any]]
@@ -753,13 +915,19 @@ class _Matcher:
 
     def quantization(self, named: list[tuple[str, Any]]) -> dict[str, Any] | None:
         """How a graph quantizes: activations by the layer whose output they are, weights by our names."""
-        outputs = {"pixel_values": self.graph.input} | {name: item.output for name, item in named}
+        outputs = {"pixel_values": self.scaled_input} | {name: item.output for name, item in named}
         for name, item in named:
-            if isinstance(item, Unit) and item.act in PREDICTIONS:
+            if isinstance(item, Squeeze):
+                outputs |= zip((f"{name}.{part}" for part in ("pooled", "reduce", "expand")), item.values, strict=True)
+            elif isinstance(item, Unit) and item.act in PREDICTIONS:
                 outputs[name] = item.linear
+            elif isinstance(item, Unit) and name.startswith("backbone."):
+                outputs[f"{name}.conv"] = item.linear if item.linear != item.output else None
         activations, weights = {}, {}
         for name, value in outputs.items():
             scale = self.graph.scales.get(value)
+            if scale and name.endswith(".squeeze.expand"):  # the value has 3 more
+                scale = scale._replace(zero_point=(scale.zero_point[0] + 3 / scale.scale[0],))
             if scale:
                 low, high = scale.bounds
                 activations[name] = {
@@ -770,10 +938,10 @@ class _Matcher:
                     "max": high,
                 }
         for name, item in named:
-            if isinstance(item, Unit) and item.conv.scale:
-                weights[f"{name}.conv.weight" if name.startswith("backbone.") else f"{name}.weight"] = (
-                    item.conv.scale.to_dict()
-                )
+            convs = {f"{name}.conv" if name.startswith("backbone.") else name: getattr(item, "conv", None)}
+            if isinstance(item, Squeeze):
+                convs = {f"{name}.reduce": item.reduce, f"{name}.expand": item.expand}
+            weights |= {f"{key}.weight": conv.scale.to_dict() for key, conv in convs.items() if conv and conv.scale}
         return {"activations": activations, "weights": weights} if weights else None
 
 
@@ -798,8 +966,8 @@ def _agreement(items: list[Any], steps: list[Step]) -> int:
 def _form(items: list[Any], index: int) -> tuple | None:
     """The form of a step, as an item of a graph has it."""
     item = items[index] if index < len(items) else None
-    if isinstance(item, Add):
-        return Step("", "add").form
+    if isinstance(item, (Add, Squeeze)):
+        return Step("", "add" if isinstance(item, Add) else "squeeze").form
     if not isinstance(item, Unit):
         return None
     (height, width), (stride, other), (dilation, third) = (
@@ -833,6 +1001,8 @@ def _words(item: Any) -> str:
         return item.what
     return {
         Add: "a sum",
+        Mul: "a product of two values",
+        Squeeze: "squeeze-and-excite",
         Pool: "a pooling",
         Norm: "a batch norm",
         Affine: "a scaling",

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,9 +111,16 @@ def rounded(model: nn.Module, activations: dict[str, dict[str, Any]]) -> Iterato
         for name in activations
         if after.get(name, name) in modules
     ]
-    if "backbone.pooler_output" in activations:  # before what sees it next
-        hook = rounding("backbone.pooler_output")
-        hooks.append(model.hidden.register_forward_pre_hook(lambda module, inputs: hook(module, None, inputs[0])))
+    # What no module gives is rounded before the module that sees it next.
+    seen = {
+        "pixel_values": model,
+        "backbone.pooled": modules["backbone"].pre_logits,
+        "backbone.pooler_output": model.hidden,
+    }
+    seen |= {name.replace(".reduce", ".pooled"): modules[name] for name in modules if name.endswith(".squeeze.reduce")}
+    for name in seen.keys() & activations.keys():
+        hook = partial(lambda rounds, module, inputs: rounds(module, inputs, *inputs), rounding(name))
+        hooks.append(seen[name].register_forward_pre_hook(hook))
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from .checkpoint import RANGES, Options
 # Files that their publishers gave away, by name and number of classes: all of ImageNet.
 PUBLISHED = {
     r"(tf2_|tfhub_tf2_)?mobilenet_v[12]_\d\.\d+_\d+\w*\.tflite": "google",
+    r"(mobilenet_edgetpu|v3-(large|small)(-minimalistic)?)_\d+_\d\.\d+\w*\.tflite": "google",
     r"mobilenet_\d_\d_\d+_tf\.h5|mobilenet_v2_weights_tf_\w+_\d\.\d+_\d+\.h5": "keras",
     r"mobilenetv2-(7|10|12)(-int8|-qdq)?\.onnx": "torchvision",
 }

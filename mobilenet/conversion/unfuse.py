@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mobilenet.batch_norm import align_batch_norm
 from mobilenet.configuration_mobilenet import MobileNetConfig
-from mobilenet.layers_mobilenet import ConvNormAct
+from mobilenet.layers_mobilenet import LayerScale
 from mobilenet.modeling_mobilenet import MobileNetForImageClassification
 
 from .rename import ConversionError
@@ -19,7 +19,7 @@ from .rename import ConversionError
 def unfuse_batch_norm(
     model: MobileNetForImageClassification, batches: Iterable[Tensor]
 ) -> MobileNetForImageClassification:
-    """Put a batch norm behind every convolution, without changing what the network computes.
+    """Put back every batch norm and layer scale that folding took, without changing what the network computes.
 
     The norms take their statistics from what the convolutions put out for some images, so that training starts
     where evaluation stands.
@@ -35,11 +35,14 @@ def unfuse_batch_norm(
         raise ConversionError("--unfuse is for networks whose batch norms are folded; these are not.")
     config = MobileNetConfig(**{**model.config.to_dict(), "use_batch_norm": True, "fused": False})
     unfused = MobileNetForImageClassification(config).eval()
-    unfused.classifier.load_state_dict(model.classifier.state_dict())
-    for name, unit in model.named_modules():
-        if isinstance(unit, ConvNormAct):
-            target = unfused.get_submodule(name)
-            target.conv.weight.copy_(unit.conv.weight)
-            target.norm.weight.fill_((1 + target.norm.eps) ** 0.5)  # as the variance is 1
-            target.norm.bias.copy_(unit.conv.bias)
+    given, shared = model.state_dict(), unfused.state_dict()
+    unfused.load_state_dict({name: tensor for name, tensor in given.items() if name in shared}, strict=False)
+    for name, module in unfused.named_modules():
+        if f"{name}.weight" in given:
+            continue
+        if isinstance(module, nn.BatchNorm2d):  # after a convolution, whose bias it takes; or before an attention
+            module.weight.fill_((1 + module.eps) ** 0.5)  # as the variance is 1
+            module.bias.copy_(given.get(name.removesuffix("norm") + "conv.bias", module.bias))
+        elif isinstance(module, LayerScale):
+            module.weight.fill_(1)
     return align_batch_norm(unfused, batches)

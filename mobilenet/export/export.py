@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.utils import logging
 
 from mobilenet.architectures_mobilenet import ARCHITECTURES
@@ -195,13 +194,13 @@ def write_transformers_js(exporter: Exporter, folder: Path) -> list[Engine]:
 
     config = exporter.config
     name = ARCHITECTURES[config.architecture].native
-    native = AutoConfig.for_model(
-        config.architecture,
-        architectures=[f"{name}ForImageClassification"],
-        **{name: getattr(config, name) for name in ("image_size", "num_channels", "id2label", "label2id")},
-        depth_multiplier=config.width_multiplier,
-    )
-    native.save_pretrained(folder)
+    fields = {
+        "model_type": name.replace("MobileNetV", "mobilenet_v"),
+        "architectures": [f"{name}ForImageClassification"],
+        **{field: getattr(config, field) for field in ("image_size", "num_channels", "id2label", "label2id")},
+        "depth_multiplier": config.width_multiplier,
+    }
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     options = exporter.processor.to_dict()
     options.pop("auto_map", None)
     options["image_processor_type"] = f"{name}ImageProcessor"

@@ -38,6 +38,11 @@ def network(keras: ModuleType, version: int, alpha: float, size: int, classes: i
     keras.utils.set_random_seed(0)
     shape = (size, size, 3)
     model = make(weights=None, alpha=alpha, input_shape=shape, classes=classes, classifier_activation=None)
+    return own_weights(keras, model)
+
+
+def own_weights(keras: ModuleType, model: Any) -> Any:
+    """Give every norm statistics and every layer weights of its own, of a scale that images come through."""
     random = np.random.default_rng(0)
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -54,6 +59,9 @@ def network(keras: ModuleType, version: int, alpha: float, size: int, classes: i
             layer.set_weights([random.normal(0, (2 / 9) ** 0.5, w.shape) for w in layer.get_weights()])
         elif isinstance(layer, keras.layers.Conv2D) and not layer.use_bias:
             layer.set_weights([random.normal(0, (2 / w[..., 0].size) ** 0.5, w.shape) for w in layer.get_weights()])
+        elif isinstance(layer, keras.layers.Conv2D):
+            kernel, bias = layer.get_weights()
+            layer.set_weights([kernel, random.normal(0, 0.2, bias.shape)])
     return model
 
 
@@ -92,6 +100,48 @@ def test_logits_equal_those_of_keras(
     expected = run(keras, theirs, images)
     torch.testing.assert_close(logits(ours, images), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(checkpoint.oracle().logits(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "alpha", "minimalistic", "preprocesses", "size", "suffix"),
+    [
+        ("Large", 0.75, False, True, 95, ".keras"),
+        ("Small", 1.0, False, False, 64, ".h5"),
+        ("Large", 1.0, True, False, 64, ".keras"),
+        ("Small", 0.75, True, True, 97, ".h5"),
+    ],
+)
+def test_v3_gives_the_logits_of_keras(
+    keras: ModuleType,
+    kind: str,
+    alpha: float,
+    minimalistic: bool,
+    preprocesses: bool,
+    size: int,
+    suffix: str,
+    tmp_path: Path,
+) -> None:
+    """Its Rescaling goes out of the network, and into the image processor as the very numbers of -1 to 1."""
+    keras.utils.set_random_seed(0)
+    fields = {"minimalistic": minimalistic, "include_preprocessing": preprocesses, "classifier_activation": None}
+    make = getattr(keras.applications, f"MobileNetV3{kind}")
+    theirs = make(weights=None, alpha=alpha, input_shape=(size, size, 3), classes=6, **fields)
+    pixels = torch.randint(0, 256, (2, 3, size, size)).float()
+    scaled = pixels / 127.5 - 1
+    given = pixels if preprocesses else scaled
+    own_weights(keras, theirs)
+    kernel, bias = theirs.get_layer("logits").get_weights()
+    kernel *= 3 / (run(keras, theirs, given) - torch.from_numpy(bias)).std().item()  # as of a trained network
+    theirs.get_layer("logits").set_weights([kernel, bias])
+    checkpoint = read(save(theirs, tmp_path / f"model{suffix}"))
+    table = f"mobilenet_v3_{kind.lower()}" + "_minimalistic" * minimalistic
+    assert (checkpoint.config["architecture"], checkpoint.config["width_multiplier"]) == (table, alpha)
+    assert {*checkpoint.processor.image_mean, *checkpoint.processor.image_std} == {0.5}
+    assert ("--range" in " ".join(checkpoint.warnings)) == (not preprocesses)
+    expected = run(keras, theirs, given)
+    torch.testing.assert_close(logits(build(checkpoint, ""), scaled), expected, atol=1e-4, rtol=0)
+    assert expected.std(0).max() > 0.1
+    torch.testing.assert_close(checkpoint.oracle().logits(given), expected)
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conversions import assert_fails_without_a_trace, assert_wrong_tables_are_noticed, read
-from oracles import logits
-from torch import Tensor
+from oracles import as_trained, logits, timm_model
+from torch import Tensor, nn
 
-from mobilenet.conversion import from_slim
+from mobilenet.conversion import from_slim, from_tflite
 from mobilenet.conversion.convert import build, convert
+from mobilenet.conversion.graph import Conv
 
 
 pytestmark = pytest.mark.any_version
@@ -78,6 +79,40 @@ def slim_v1(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             result[f"{layer}/BatchNorm/moving_mean"] = torch.zeros_like(bias)
             result[f"{layer}/BatchNorm/moving_variance"] = torch.ones_like(bias)
     return result
+
+
+def slim_unit(name: str, conv: nn.Module, norm: nn.Module | None = None) -> dict[str, Tensor]:
+    """A layer of PyTorch as slim stores it; a fully connected one is a convolution there."""
+    weight = conv.weight.detach()
+    weight = weight[:, :, None, None] if weight.ndim == 2 else weight
+    depthwise = getattr(conv, "groups", 1) > 1
+    kind, order = ("depthwise_weights", (2, 3, 0, 1)) if depthwise else ("weights", (2, 3, 1, 0))
+    result = {f"{name}/{kind}": weight.permute(*order)}
+    if norm is not None:
+        tensors = norm.state_dict(prefix="normalization.")
+        return result | {f"{name}/{PARTS[key]}": tensor for key, tensor in tensors.items() if key in PARTS}
+    return result | {f"{name}/biases": conv.bias.detach()}
+
+
+def slim_v3(theirs: nn.Module) -> dict[str, Tensor]:
+    """The tensors of timm's MobileNetV3, as slim stores them."""
+    result = slim_unit("MobilenetV3/Conv", theirs.conv_stem, theirs.bn1)
+    *blocks, last = [block for stage in theirs.blocks for block in stage]
+    for index, block in enumerate(blocks):
+        scope = f"MobilenetV3/expanded_conv_{index}" if index else "MobilenetV3/expanded_conv"
+        if index:
+            result |= slim_unit(f"{scope}/expand", block.conv_pw, block.bn1)
+            result |= slim_unit(f"{scope}/depthwise", block.conv_dw, block.bn2)
+            result |= slim_unit(f"{scope}/project", block.conv_pwl, block.bn3)
+        else:
+            result |= slim_unit(f"{scope}/depthwise", block.conv_dw, block.bn1)
+            result |= slim_unit(f"{scope}/project", block.conv_pw, block.bn2)
+        if not isinstance(block.se, nn.Identity):
+            result |= slim_unit(f"{scope}/squeeze_excite/Conv", block.se.conv_reduce)
+            result |= slim_unit(f"{scope}/squeeze_excite/Conv_1", block.se.conv_expand)
+    result |= slim_unit("MobilenetV3/Conv_1", last.conv, last.bn1)
+    result |= slim_unit("MobilenetV3/Conv_2", theirs.conv_head)
+    return result | slim_unit("MobilenetV3/Logits/Conv2d_1c_1x1", theirs.classifier)
 
 
 def write(tensors: dict[str, Tensor], prefix: Path) -> Path:
@@ -156,6 +191,57 @@ def test_every_wrong_row_of_v1_is_noticed(data: Path, read_as_is: dict, tmp_path
     assert_wrong_tables_are_noticed(read(tmp_path / "mobilenet_v1_0.25_224.ckpt"))
 
 
+@pytest.mark.parametrize(
+    ("name", "architecture", "width"),
+    [
+        ("tf_mobilenetv3_large_075", "mobilenet_v3_large", 0.75),
+        ("tf_mobilenetv3_small_100", "mobilenet_v3_small", 1.0),
+        ("tf_mobilenetv3_large_minimal_100", "mobilenet_v3_large_minimalistic", 1.0),
+        ("tf_mobilenetv3_small_minimal_100", "mobilenet_v3_small_minimalistic", 1.0),
+    ],
+)
+def test_v3_gives_the_logits_of_timm(
+    name: str, architecture: str, width: float, read_as_is: dict, tmp_path: Path
+) -> None:
+    images = torch.randn(1, 3, 97, 130)
+    theirs = as_trained(timm_model(name, num_classes=11), images)
+    read_as_is.update(slim_v3(theirs))
+    (tmp_path / "model-540000.index").touch()
+    checkpoint = read(tmp_path / "model-540000")
+    assert (checkpoint.config["architecture"], checkpoint.config["width_multiplier"]) == (architecture, width)
+    torch.testing.assert_close(logits(build(checkpoint, ""), images), logits(theirs, images), atol=1e-4, rtol=0)
+    read_as_is.pop("MobilenetV3/Conv_2/biases")
+    assert_fails_without_a_trace(
+        tmp_path / "model-540000", tmp_path / "output", "1 missing: MobilenetV3/Conv_2/biases."
+    )
+
+
+def test_every_wrong_row_of_v3_is_noticed(read_as_is: dict, tmp_path: Path) -> None:
+    read_as_is.update(slim_v3(timm_model("tf_mobilenetv3_small_075", num_classes=3)))
+    (tmp_path / "model-540000.index").touch()
+    assert_wrong_tables_are_noticed(read(tmp_path / "model-540000"))
+
+
+def test_edgetpu_has_the_names_that_its_tflite_file_tells(data: Path, read_as_is: dict, tmp_path: Path) -> None:
+    path = data / "tflite" / "mobilenet_edgetpu_224_1.0_uint8.tflite"
+    for op in from_tflite.File(path.read_bytes(), path).graph.ops:
+        scope = re.search(r"\((MobilenetEdgeTPU/.+?)/(Relu|add_fold|BiasAdd)", op.name)
+        if not isinstance(op, Conv):
+            continue
+        (read_as_is[f"{scope[1]}/weights"], read_as_is[f"{scope[1]}/biases"]) = op.weight.permute(2, 3, 1, 0), op.bias
+        if op.groups > 1:
+            read_as_is[f"{scope[1]}/depthwise_weights"] = read_as_is.pop(f"{scope[1]}/weights").permute(0, 1, 3, 2)
+        if not scope[1].endswith("1x1"):
+            bias = read_as_is.pop(f"{scope[1]}/biases")
+            values = bias, torch.full_like(bias, 1.001**0.5), torch.zeros_like(bias), torch.ones_like(bias)
+            parts = ("beta", "gamma", "moving_mean", "moving_variance")
+            read_as_is |= {f"{scope[1]}/BatchNorm/{part}": v for part, v in zip(parts, values, strict=True)}
+    (tmp_path / "model.ckpt.index").touch()
+    images = torch.rand(1, 3, 96, 96) * 2 - 1
+    ours = logits(build(read(tmp_path / "model.ckpt"), ""), images)
+    torch.testing.assert_close(ours, logits(build(read(path), ""), images), atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("suffix", ["", ".index", ".data-00000-of-00001"])
 def test_a_written_checkpoint_is_read(hub_layout: Path, suffix: str, tmp_path: Path) -> None:
     hub = read(hub_layout)
@@ -185,7 +271,7 @@ def test_an_archive_is_compared_with_its_tflite_file(data: Path, tmp_path: Path)
 def test_broken_checkpoints_are_refused(tmp_path: Path) -> None:
     write({"MobilenetV1/Conv2d_0/weights": torch.ones(3, 3, 3, 8)}, tmp_path / "model.ckpt")
     assert_fails_without_a_trace(
-        tmp_path / "model.ckpt", tmp_path / "output", "model.ckpt: holds no MobileNet V1 or V2"
+        tmp_path / "model.ckpt", tmp_path / "output", "model.ckpt: holds no MobileNet of slim"
     )
     data = tmp_path / "model.ckpt.data-00000-of-00001"
     data.write_bytes(data.read_bytes()[:100])
