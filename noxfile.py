@@ -159,6 +159,14 @@ def javascript(session: nox.Session) -> None:
 
 
 @nox.session
+def torchao(session: nox.Session) -> None:
+    """Quantize weights with torchao at loading."""
+    install(session, TRANSFORMERS[-1])
+    session.install("-c", "constraints.txt", "torchao")
+    session.run("pytest", "-n0", "tests/torchao_weights.py")
+
+
+@nox.session
 def fuzz(session: nox.Session) -> None:
     """Fuzz a target of tests/hostile.py: nox -s fuzz -- image -max_total_time=600."""
     install(session, TRANSFORMERS[-1])

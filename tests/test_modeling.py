@@ -15,7 +15,6 @@ from transformers import (
     MobileNetV1ForImageClassification,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
-    TorchAoConfig,
 )
 from transformers.models.auto import modeling_auto
 
@@ -749,21 +748,3 @@ def test_adapters_of_peft_on_a_depthwise_convolution(tmp_path):
     with pytest.warns(UserWarning, match="Merging is not supported"):
         loaded = peft.PeftModel.from_pretrained(start, tmp_path).eval()
     assert_same(logits(loaded, images), expected)
-
-
-@pytest.mark.any_version
-def test_torchao_quantizes_the_classifier_at_loading(tmp_path):
-    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    model = small(classifier_hidden_sizes=[16])
-    images = torch.randn(2, 3, 64, 64)
-    model.save_pretrained(tmp_path / "float")
-    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
-    quantized = MobileNetForImageClassification.from_pretrained(tmp_path / "float", quantization_config=config).eval()
-    assert type(quantized.classifier.weight).__name__ == type(quantized.hidden[0].weight).__name__ == "Int8Tensor"
-    assert quantized.classifier.weight.qdata.dtype == torch.int8
-    assert torch.equal(quantized.backbone.stem.conv.weight, model.backbone.stem.conv.weight)
-    expected, found = logits(model, images), logits(quantized, images)
-    assert 0 < (found - expected).abs().max() < 0.02 * expected.abs().max()
-    quantized.save_pretrained(tmp_path / "int8")
-    again = MobileNetForImageClassification.from_pretrained(tmp_path / "int8").eval()
-    assert torch.equal(logits(again, images), found)
