@@ -397,6 +397,22 @@ def test_graphs_that_compute_without_end_are_refused(tmp_path: Path) -> None:
         load(str(tmp_path / "model")).network(np.zeros((1, 3, 8, 8), np.float32))
 
 
+def test_graphs_of_openvino_with_values_without_end_are_refused(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    from openvino import opset13
+
+    pixels = opset13.parameter([-1, 3, -1, -1], np.float32, name="pixel_values")
+    ones = opset13.broadcast(opset13.constant(np.float32(1)), opset13.constant(np.int64([1 << 30])))
+    means = opset13.reduce_mean(pixels, opset13.constant(np.int64([2, 3])))
+    logits = opset13.add(means, opset13.reduce_mean(ones, opset13.constant(np.int64([0]))))
+    shutil.copytree(hostile.repository(), tmp_path / "model")
+    openvino.save_model(openvino.Model([logits], [pixels]), tmp_path / "model" / "model.xml")
+    manifest = {"export_format": "openvino", "components": {"model": {"file": "model.xml"}}}
+    (tmp_path / "model" / "export.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"model cannot be loaded: .*Broadcast_\d+ has more than 2147483648 bytes"):
+        load(str(tmp_path / "model"))
+
+
 def test_checkpoints_of_trainers_are_read(tmp_path: Path) -> None:
     network = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(network.parameters())
