@@ -1,183 +1,187 @@
-"""The plain Trainer of transformers trains a MobileNet as it trains any other model."""
+"""The training loop: what trains and what decays, averages, balance, checkpoints."""
 
+from copy import deepcopy
 from pathlib import Path
 
-import datasets
+import numpy as np
 import pytest
 import torch
-import transformers
-from transformers import (
-    AutoModelForImageClassification,
-    MobileNetV2Config,
-    MobileNetV2ForImageClassification,
-    Trainer,
-    TrainingArguments,
-)
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+import torch.nn.functional as F
+from colors import options, weights
+from oracles import randomize_norms
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet.training import run as training
+from mobilenet.training.augment import Augment, Normalize
+from mobilenet.training.data import (
+    Images,
+)
+from mobilenet.training.options import Options
+from mobilenet.training.run import run
+from mobilenet.training.trainer import (
+    ClassifierTrainer,
+    freeze,
+    make_optimizer,
+    parameter_groups,
+    whole_batches,
+)
 
 
-SIZE = 48
+def test_a_checkpoint_is_complete_or_absent(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies while it writes a checkpoint leaves none by that name."""
+
+    def die(self: ClassifierTrainer, folder: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(ClassifierTrainer, "_save_rng_state", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(options(colors, tmp_path / "out", epochs=1))
+    assert not (tmp_path / "out.training").exists()  # nothing to go on from, so nothing stays
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def images(data: Path, tmp_path: Path) -> datasets.Dataset:
-    """642 images of CIFAR-10, half of them airplanes and half frogs."""
-    rows = datasets.load_dataset(
-        "parquet", data_files=str(data / "cifar10" / "train.parquet"), split="train[:8000]", cache_dir=str(tmp_path)
-    )
-    labels = torch.tensor(rows["label"][:])
-    chosen = torch.cat([(labels == label).nonzero()[:321, 0] for label in (0, 6)]).sort().values
-    return rows.select(chosen.tolist())
-
-
-@pytest.fixture
-def processor() -> MobileNetImageProcessor:
-    return MobileNetImageProcessor(size={"height": SIZE, "width": SIZE}, do_center_crop=False)
-
-
-def as_batches(rows: datasets.Dataset, processor: MobileNetImageProcessor) -> datasets.Dataset:
-    """What the README's way to fine-tune does."""
-
-    def transform(batch: dict) -> dict:
-        pixel_values = processor(batch["image"], return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixel_values, "labels": [int(label == 6) for label in batch["label"]]}
-
-    return rows.with_transform(transform)
-
-
-def small_model(**kwargs: object) -> MobileNetForImageClassification:
-    return MobileNetForImageClassification(
-        MobileNetConfig(width_multiplier=0.35, image_size=SIZE, num_labels=2, **kwargs)
-    )
-
-
-def arguments(folder: Path, **kwargs: object) -> TrainingArguments:
-    """Options of the Trainer that make a run quiet and on the CPU."""
-    options = {
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 64,
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "cosine",
-        "num_train_epochs": 2,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-    }
-    return TrainingArguments(output_dir=str(folder), **{**options, **kwargs})
-
-
-def losses(trainer: Trainer) -> list[float]:
-    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-
-
-@pytest.mark.slow
-def test_two_epochs_learn_and_the_result_reloads(
-    images: datasets.Dataset, processor: MobileNetImageProcessor, tmp_path: Path
-) -> None:
-    """The loss falls, running statistics serve as well as a batch's own, and a reloaded model predicts the same."""
-    rows = as_batches(images, processor)
-    model = small_model()
-    trainer = Trainer(model, arguments(tmp_path / "run"), train_dataset=rows, processing_class=processor)
-    trainer.train()
-
-    course = losses(trainer)
-    assert len(course) == 82
-    # Measured for three seeds: 0.82 to 1.20 falls to 0.41 to 0.59.
-    assert sum(course[-20:]) < 0.75 * sum(course[:20])
-
-    predictions = trainer.predict(rows)
-    targets = torch.from_numpy(predictions.label_ids)
-    logits = torch.from_numpy(predictions.predictions)
-    in_eval_mode = (logits.argmax(-1) == targets).float().mean()
-    trainer.save_model(str(tmp_path / "saved"))
-
-    batch = rows[:]["pixel_values"]
-    with torch.no_grad():
-        model.train().dropout.eval()
-        in_train_mode = (model(torch.stack(list(batch))).logits.argmax(-1) == targets).float().mean()
-    # Measured for three seeds: 0.83 to 0.89 in train mode, and at most 0.01 less in eval mode. An epoch's last batch
-    # has two images: with a momentum of 0.997, which transformers' own class has, their statistics remain alone,
-    # and eval mode is 0.11 to 0.28 worse.
-    assert in_train_mode > 0.75
-    assert in_eval_mode > in_train_mode - 0.05
-
-    reloaded = AutoModelForImageClassification.from_pretrained(tmp_path / "saved").eval()
-    again = AutoImageProcessor.from_pretrained(tmp_path / "saved")
-    with torch.no_grad():
-        answers = reloaded(**again(images[:8]["image"], return_tensors="pt")).logits
-    torch.testing.assert_close(answers, logits[:8], rtol=0, atol=1e-5)
-    assert torch.equal(answers.argmax(-1), logits[:8].argmax(-1))
-
-
-def test_gradient_accumulation_reports_the_mean_loss(
-    images: datasets.Dataset, processor: MobileNetImageProcessor, tmp_path: Path
-) -> None:
-    """Four batches of 8 in one step report the mean of their four losses, and step by the mean gradient."""
-    rows = as_batches(images.select(range(32)), processor)
-    # Without batch norm and dropout the loss of 32 images is the mean over four batches of 8.
-    options = {"use_batch_norm": False, "classifier_dropout": 0.0}
-    torch.manual_seed(1)
-    initial = small_model(**options)
-    weights = {name: tensor.clone() for name, tensor in initial.state_dict().items()}
-
-    def one_step(batch_size: int, accumulation: int) -> tuple[float, torch.Tensor]:
-        model = small_model(**options)
-        model.load_state_dict(weights)
-        steps = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
-        run = arguments(
-            tmp_path / str(accumulation),
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=0.0,
-            **steps,
+@pytest.mark.parametrize("last_stages", [0, 2])
+def test_what_is_frozen_does_not_move(colors: Path, tmp_path: Path, last_stages: int) -> None:
+    """Neither weights nor statistics of frozen parts change, by a bit; all the others do."""
+    source, output = tmp_path / "source", tmp_path / "out"
+    model = MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.1, image_size=64, num_labels=5))
+    model.save_pretrained(source)
+    MobileNetImageProcessor(size=64, crop_size=64).save_pretrained(source)
+    run(
+        options(
+            colors, output, model=str(source), last_stages=last_stages, epochs=1, learning_rate=1.0, image_size=None
         )
-        trainer = Trainer(model, run, train_dataset=rows)
-        trainer.train()
-        return losses(trainer)[0], model.classifier.bias.detach()
+    )
+    before, after = weights(source), weights(output)
+    assert after["classifier.weight"].shape[0] == 3  # the old classifier had other labels, and was replaced
+    learns = (
+        ["classifier."]
+        if last_stages == 0
+        else ["classifier.", "backbone.head.", "backbone.stages.3", "backbone.stages.4"]
+    )
+    for name in before.keys() - {"classifier.weight", "classifier.bias"}:
+        moved = not torch.equal(before[name], after[name])
+        assert moved == name.startswith(tuple(learns)), name
 
+
+def test_last_stages_must_exist() -> None:
+    model = MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.1))
+    with pytest.raises(ValueError, match="last_stages must be an integer from 0 to 5, got 6"):
+        freeze(model, 6)
+
+
+def test_what_decays() -> None:
+    """Convolutions but no depthwise ones, and the classifier: counted by hand for V2's 17 blocks."""
+    model = MobileNetForImageClassification(MobileNetConfig(num_labels=10))
+    decaying, others = parameter_groups(model, 4e-5)
+    assert (decaying["weight_decay"], others["weight_decay"]) == (4e-5, 0)
+    # stem, 16 expansions, 17 projections, head, classifier
+    assert len(decaying["params"]) == 1 + 16 + 17 + 1 + 1
+    # 17 depthwise kernels, weight and bias of 52 norms, bias of the classifier
+    assert len(others["params"]) == 17 + 2 * 52 + 1
+    assert sum(p.numel() for g in (decaying, others) for p in g["params"]) == sum(
+        p.numel() for p in model.parameters()
+    )
+
+
+@pytest.mark.parametrize("name", ["sgd", "rmsprop", "adamw"])
+def test_optimizers_decay_what_shall_decay(name: str, tmp_path: Path) -> None:
+    """A step without gradients shrinks weights that decay, and leaves the others alone."""
+    model = MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.1, num_labels=3))
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    given = Options(dataset="", output="", optimizer=name)
+    optimizer = make_optimizer(parameter_groups(model, 0.1), given, 0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for key, value in model.named_parameters():
+        decays = key == "classifier.weight" or (key.endswith("conv.weight") and "depthwise" not in key)
+        assert torch.equal(value, before[key]) != decays, key
+
+
+def trainer_of(tmp_path: Path, labels: list[int], **kwargs: object) -> ClassifierTrainer:
+    """A trainer on random pixels."""
+    model = MobileNetForImageClassification(
+        MobileNetConfig(width_multiplier=0.1, num_labels=3, classifier_dropout=0.0)
+    )
+    given = options(tmp_path, tmp_path / "out", batch_size=4, **kwargs)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 3, 32, 32), np.uint8)
+    images = Images(pixels, np.array(labels))
+    arguments = training.training_arguments(given, len(labels), 1, False)
+    processor = MobileNetImageProcessor()
+    augment = Augment((32, 32), given.crop_scale, given.flip, given.trivial_augment, given.erasing)
+    return ClassifierTrainer(model, arguments, given, images, None, augment, Normalize(processor))
+
+
+def test_balancing(tmp_path: Path) -> None:
+    """Weights make classes count alike in the loss; sampling draws them alike often."""
+    labels = [0] * 60 + [1] * 30 + [2] * 10
+    trainer = trainer_of(tmp_path, labels, balance="weights", label_smoothing=0.0, crop_scale=1.0, flip=False)
+    torch.testing.assert_close(trainer.class_weights, torch.tensor([100 / 180, 100 / 90, 100 / 30]))
+    batch = trainer.train_dataset.__getitems__([0, 65, 95])
+    model = trainer.model.train()
     with torch.no_grad():
-        batch = rows[:]
-        labels = torch.tensor(batch["labels"])
-        expected = float(initial.eval()(torch.stack(list(batch["pixel_values"])), labels=labels).loss)
-    whole, whole_bias = one_step(32, 1)
-    parts, parts_bias = one_step(8, 4)
-    assert whole == pytest.approx(expected, abs=1e-4)  # the Trainer rounds to four digits
-    assert parts == pytest.approx(expected, abs=1e-4)
-    assert whole_bias.abs().max() > 0
-    torch.testing.assert_close(parts_bias, whole_bias, rtol=1e-4, atol=1e-6)
+        loss = trainer.compute_loss(model, batch)
+        logits = model(pixel_values=trainer.normalize(batch["pixels"])).logits
+        each = F.cross_entropy(logits, batch["labels"], reduction="none")
+    torch.testing.assert_close(loss, (each * trainer.class_weights).mean())
+
+    trainer = trainer_of(tmp_path, labels, balance="sampling")
+    drawn = torch.tensor([labels[index] for _ in range(30) for index in trainer._get_train_sampler()])
+    shares = torch.bincount(drawn) / len(drawn)
+    # 100 draws, the same each epoch: a standard deviation is 0.047.
+    torch.testing.assert_close(shares, torch.full((3,), 1 / 3), rtol=0, atol=0.15)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="it is 5 that reports the sum")
-def test_transformers_own_report_a_loss_that_grows_with_accumulation(
-    images: datasets.Dataset, processor: MobileNetImageProcessor, tmp_path: Path
-) -> None:
-    """Two batches in one step: theirs report the sum of two losses, ours report their mean."""
-    rows = as_batches(images.select(range(32)), processor)
+def test_whole_batches() -> None:
+    assert [whole_batches(count, 16) for count in (5, 16, 31, 32)] == [5, 16, 16, 32]
 
-    def reported(model: torch.nn.Module, accumulation: int) -> float:
-        run = arguments(
-            tmp_path / f"{type(model).__name__}{accumulation}",
-            per_device_train_batch_size=32 // accumulation,
-            gradient_accumulation_steps=accumulation,
-            max_steps=1,
-        )
-        trainer = Trainer(model, run, train_dataset=rows)
-        trainer.train()
-        return losses(trainer)[0]
 
-    config = MobileNetV2Config(depth_multiplier=0.35, num_labels=2, classifier_dropout_prob=0.0)
-    ratios = {}
-    for name, build in (
-        ("theirs", lambda: MobileNetV2ForImageClassification(config)),
-        ("ours", lambda: small_model(classifier_dropout=0.0)),
-    ):
-        ratios[name] = reported(build(), 2) / reported(build(), 1)
-    assert ratios["theirs"] == pytest.approx(2, rel=0.3)
-    assert ratios["ours"] == pytest.approx(1, rel=0.3)
+def test_the_average_is_the_moving_average(tmp_path: Path) -> None:
+    """After three steps, by hand: decays 2/11, 3/12 and so on, and never above the one that is set."""
+    trainer = trainer_of(tmp_path, [0, 1, 2, 0], ema=0.26)
+    parameter, average = trainer.model.classifier.bias, trainer.average.module.classifier.bias
+    values = [torch.randn(3) for _ in range(4)]
+    for step, value in enumerate(values):
+        parameter.data.copy_(value)
+        trainer.state.global_step = step + 1
+        trainer.average.update_parameters(trainer.model)
+    expected = values[0]
+    for decay, value in zip((3 / 12, 0.26, 0.26), values[1:], strict=True):
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(average.data, expected)
+    with trainer.averaged_weights():
+        torch.testing.assert_close(parameter.data, expected)
+    assert torch.equal(parameter.data, values[-1])
+
+
+def test_images_grow(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, [0, 1, 2, 0], first_size=8, epochs=12)
+    sides = []
+    for epoch in range(12):
+        trainer.state.epoch = float(epoch)
+        sides.append(trainer._size()[0])
+    # 24 pixels in 9 epochs, 8 at a time
+    assert sides == [8, 8, 8, 16, 16, 16, 24, 24, 24, 32, 32, 32]
+
+
+@pytest.mark.parametrize("first_size", [None, 16])
+def test_training_starts_from_what_the_checkpoint_predicts(tmp_path: Path, first_size: int | None) -> None:
+    """Once aligned, the loss in training is the loss in evaluation; no random number is used up."""
+    trainer = trainer_of(
+        tmp_path, [0, 1, 2, 0, 2, 1, 0], crop_scale=1.0, flip=False, label_smoothing=0.0, first_size=first_size
+    )
+    model = randomize_norms(trainer.model)
+    images = trainer.train_dataset.images.batch(range(7))
+    size = (32, 32) if first_size is None else (first_size, first_size)
+    resized = F.interpolate(images["pixels"].float(), size, mode="bilinear")
+    with torch.no_grad():
+        expected = model.eval()(trainer.normalize(resized)).logits
+        expected = F.cross_entropy(expected, images["labels"]).item()
+        copy = deepcopy(model).train()
+        assert trainer.compute_loss(copy, images).item() != pytest.approx(expected, rel=1e-2)
+        state = torch.get_rng_state()
+        trainer.align_batch_norm()
+        assert torch.equal(torch.get_rng_state(), state)
+        assert trainer.compute_loss(model.train(), images).item() == pytest.approx(expected, rel=1e-4)
