@@ -255,6 +255,18 @@ def test_archives_that_are_cut_off_are_refused(name: str, data: bytes, tmp_path:
         convert_file(tmp_path / name)
 
 
+@pytest.mark.parametrize(("part", "other"), [("ä".encode(), b"\xdd\xdd"), (b"PK\1\2\x14\3\x14", b"PK\1\2\x14\3\xff")])
+def test_archives_with_odd_directories_are_refused(part: bytes, other: bytes, tmp_path: Path) -> None:
+    """Python's zipfile stumbles over a name that is no UTF-8, and over a version that it does not know."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("ä", b"")
+    assert part in buffer.getvalue()
+    (tmp_path / "model.bin").write_bytes(buffer.getvalue().replace(part, other))
+    with pytest.raises(ConversionError, match=r"model\.bin: truncated or corrupt: "):
+        convert_file(tmp_path / "model.bin")
+
+
 def test_long_names_in_archives_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """tarfile holds them in memory, and a megabyte of gzip stands for a gigabyte."""
     monkeypatch.setattr("mobilenet.conversion.from_slim.MAX_BYTES", 1_000_000)
