@@ -6,6 +6,7 @@ torch and transformers are imported where a network needs them: an exported one 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -300,6 +301,8 @@ def _torch(files: Files, config: dict[str, Any], device: Any, dtype: Precision) 
     return words if dtype is Precision.FLOAT32 else f"{words}, computing in {dtype.value}", network
 
 
+# A graph of OpenVINO with a value of more bytes is refused.
+MAX_VALUE = 2 << 30
 # ONNX Runtime takes no more memory than this for all that it computes, a batch on each processor at a time.
 MAX_ONNX_BYTES = (2 << 30) + (os.cpu_count() or 1) * (512 << 20)
 
@@ -349,7 +352,14 @@ def _onnx(path: Path) -> tuple[str, Network]:
 def _openvino(path: Path) -> tuple[str, Network]:
     from openvino import Core
 
-    network = Core().compile_model(path, "CPU")
+    core = Core()
+    graph = core.read_model(path)
+    for node in graph.get_ops():  # OpenVINO computes what is constant while it compiles
+        for output in node.outputs():
+            sides = [max(side.get_min_length(), 1) for side in output.get_partial_shape()]
+            if math.prod(sides) * output.get_element_type().size > MAX_VALUE:
+                raise ValueError(f"{node.get_friendly_name()} has more than {MAX_VALUE} bytes")
+    network = core.compile_model(graph, "CPU")
     lock = Lock()  # it has one request to run, which spreads over all processors
 
     def infer(batch: np.ndarray) -> np.ndarray:

@@ -255,6 +255,18 @@ def test_archives_that_are_cut_off_are_refused(name: str, data: bytes, tmp_path:
         convert_file(tmp_path / name)
 
 
+@pytest.mark.parametrize(("part", "other"), [("ä".encode(), b"\xdd\xdd"), (b"PK\1\2\x14\3\x14", b"PK\1\2\x14\3\xff")])
+def test_archives_with_odd_directories_are_refused(part: bytes, other: bytes, tmp_path: Path) -> None:
+    """Python's zipfile stumbles over a name that is no UTF-8, and over a version that it does not know."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("ä", b"")
+    assert part in buffer.getvalue()
+    (tmp_path / "model.bin").write_bytes(buffer.getvalue().replace(part, other))
+    with pytest.raises(ConversionError, match=r"model\.bin: truncated or corrupt: "):
+        convert_file(tmp_path / "model.bin")
+
+
 def test_long_names_in_archives_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """tarfile holds them in memory, and a megabyte of gzip stands for a gigabyte."""
     monkeypatch.setattr("mobilenet.conversion.from_slim.MAX_BYTES", 1_000_000)
@@ -395,6 +407,22 @@ def test_graphs_that_compute_without_end_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model" / "export.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"model cannot be run: it may take no more than \d+ MiB in all"):
         load(str(tmp_path / "model")).network(np.zeros((1, 3, 8, 8), np.float32))
+
+
+def test_graphs_of_openvino_with_values_without_end_are_refused(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    from openvino import opset13
+
+    pixels = opset13.parameter([-1, 3, -1, -1], np.float32, name="pixel_values")
+    ones = opset13.broadcast(opset13.constant(np.float32(1)), opset13.constant(np.int64([1 << 30])))
+    means = opset13.reduce_mean(pixels, opset13.constant(np.int64([2, 3])))
+    logits = opset13.add(means, opset13.reduce_mean(ones, opset13.constant(np.int64([0]))))
+    shutil.copytree(hostile.repository(), tmp_path / "model")
+    openvino.save_model(openvino.Model([logits], [pixels]), tmp_path / "model" / "model.xml")
+    manifest = {"export_format": "openvino", "components": {"model": {"file": "model.xml"}}}
+    (tmp_path / "model" / "export.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"model cannot be loaded: .*Broadcast_\d+ has more than 2147483648 bytes"):
+        load(str(tmp_path / "model"))
 
 
 def test_checkpoints_of_trainers_are_read(tmp_path: Path) -> None:

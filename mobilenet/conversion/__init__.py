@@ -28,6 +28,7 @@ def read_source(given: str, revision: str | None = None, options: Options | None
         ImportError: Its reader is not installed.
         IrregularFileError: It is a pipe or a device.
     """
+    options = options or Options()
     options.check()
     path = Path(given).expanduser()
     origin = Origin(given, path)
@@ -45,7 +46,7 @@ def read_source(given: str, revision: str | None = None, options: Options | None
     for source in _SOURCES:
         if source.detect(origin):
             try:
-                return origin, source.read(origin, options or Options())
+                return origin, source.read(origin, options)
             except ConversionError:
                 raise
             except ValueError as error:  # of a configuration or a processor that the source describes

@@ -159,7 +159,7 @@ def _is_archive(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return set(_ARCHIVED) <= set(archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, NotImplementedError, UnicodeDecodeError, zipfile.BadZipFile):
         return False
 
 

@@ -384,7 +384,7 @@ def _labels(path: Path, count: int) -> list[str] | None:
                     labels = archive.read(member).decode("utf-8").splitlines()
                     if len(labels) == count:
                         return labels
-    except (zipfile.BadZipFile, UnicodeDecodeError):
+    except (NotImplementedError, UnicodeDecodeError, zipfile.BadZipFile):
         pass
     return None
 
