@@ -60,7 +60,8 @@ RECIPES = {
     # the same file: mobilenetv1_100.ra4_e3600_r224_in1k, and mobilenetv1_125.ra4_e3600_r224_in1k
     "timm_ra4": Recipe(Resampling.BICUBIC, 0.875, _HALF, _HALF),
     "timm_ra4_125": Recipe(Resampling.BICUBIC, 0.9, _HALF, _HALF),
-    # The snippet that comes with an exported model: ImageOps.fit, which crops nothing but the longer edge
+    # The snippet that comes with an exported model: ImageOps.fit, which crops nothing but the longer edge; likewise
+    # cropTo in teachablemachine-community/libraries/image/src/utils/canvas.ts
     "teachable_machine": Recipe(Resampling.LANCZOS, 1.0, _HALF, _HALF),
     # tensorflow/lite-support: ImageClassifier of the TFLite Task Library
     "task_library": Recipe(Resampling.BILINEAR, 1.0, _HALF, _HALF, "stretch"),

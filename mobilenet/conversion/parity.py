@@ -21,7 +21,7 @@ from mobilenet.find_images import EXTENSIONS
 from mobilenet.progress import status, track
 
 from .checkpoint import Checkpoint, NoOracleError, Oracle
-from .graph import PREDICTIONS
+from .graph import BYTES, PREDICTIONS
 from .rename import ConversionError
 
 
@@ -100,7 +100,7 @@ def rounded(model: nn.Module, activations: dict[str, dict[str, Any]]) -> Iterato
 
     def rounding(name: str) -> Callable[..., Tensor]:
         scale, zero_point = activations[name]["scale"], activations[name]["zero_point"]
-        low, high = {"uint8": (0, 255), "int8": (-128, 127)}[activations[name]["dtype"]]
+        low, high = BYTES[activations[name]["dtype"]]
         return lambda _, inputs, output: ((output / scale + zero_point).round().clamp(low, high) - zero_point) * scale
 
     # What a hidden layer gives is rounded after its activation, which is a module of its own.
