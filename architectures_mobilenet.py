@@ -508,5 +508,3 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "mobilenet_v4_hybrid_large": MOBILENET_V4_HYBRID_LARGE,
     }
 )
-
-__all__ = ["ARCHITECTURES", "Architecture", "Block"]

@@ -43,10 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-PADDINGS = ("same", "symmetric")
-POOLINGS = ("avg", "max")
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
-ANTI_ALIASING = ("none", "average", "blur")
 OUTPUT_STRIDES = (8, 16, 32)
 MAX_LABELS = 1 << 17
 
@@ -79,15 +76,15 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "output_stride": _one_of(*OUTPUT_STRIDES),
     "repeat_multiplier": ("a number from 1 to 4", lambda v: _is_number(v) and 1 <= v <= 4),
     "hidden_act": (_one_of(*ACTIVATIONS)[0], lambda v: v is None or (isinstance(v, str) and v in ACTIVATIONS)),
-    "anti_aliasing": _one_of(*ANTI_ALIASING),
+    "anti_aliasing": _one_of("none", "average", "blur"),
     "depthwise_activation": _FLAG,
-    "padding": _one_of(*PADDINGS),
+    "padding": _one_of("same", "symmetric"),
     "use_batch_norm": _FLAG,
     "fused": _FLAG,
     "batch_norm_eps": ("a number above 0", lambda v: _is_number(v) and v > 0),
     "batch_norm_momentum": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "classifier_dropout": ("a drop probability from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
-    "pooling": _one_of(*POOLINGS),
+    "pooling": _one_of("avg", "max"),
     "classifier_hidden_sizes": (
         "a list of at most 8 integers from 1 to 65536",
         lambda v: _is_list_of(v, lambda size: _is_integer(size) and 1 <= size <= 65536) and len(v) <= 8,
@@ -145,13 +142,11 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         padding: "same" pads as TensorFlow does, by the size of the input; "symmetric" as PyTorch does.
         use_batch_norm: Whether the network is made with a batch norm after each convolution. Without it, every
             convolution has a bias.
-        fused: Whether batch norms have been folded into the convolutions, as `MobileNetPreTrainedModel.fuse` does:
-            there are none then, whatever `use_batch_norm` says, but for one before each attention, which no
-            convolution precedes; layer scales are folded too, and training warns.
+        fused: Whether batch norms and layer scales have been folded into the convolutions, as
+            `MobileNetPreTrainedModel.fuse` does; the norm before an attention, which no convolution precedes, stays.
         batch_norm_eps: Added to the variance.
-        batch_norm_momentum: Share of a new batch in the running statistics, which is PyTorch's convention: one
-            minus TensorFlow's decay. Google trained V1 with 0.0003 and V2 with 0.003 over millions of steps; the
-            default is PyTorch's own, with which the statistics follow within tens of steps.
+        batch_norm_momentum: Share of a new batch in the running statistics: one minus TensorFlow's decay. Google
+            trained V1 with 0.0003 and V2 with 0.003 over millions of steps; the default follows within tens of steps.
         classifier_dropout: Probability of dropping a feature before the classifier. Default: 0.001 for V1, 0.2 for
             the others, as their reference implementations train.
         pooling: What makes features of the last feature map: "avg", or "max" for its largest values.
@@ -161,10 +156,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         channel_divisor: Scaled channels are rounded to a multiple of this. Default: 1 for V1, 8 for the others.
         scale_stem: Whether the width multiplier scales the first convolution; in timm's networks of width 0.5 and
             less, and in mobilenetv2_120d, it does not.
-        shrink_head: Whether a width multiplier below 1 shrinks the last 1x1 convolution too; in no published
-            checkpoint it does.
-        grow_head: Whether a width multiplier above 1 widens the last 1x1 convolution; in timm's mobilenetv2_110d and
-            120d, it does not.
+        shrink_head: Whether a width below 1 shrinks the last 1x1 convolution too; in no published checkpoint it does.
+        grow_head: Whether a width above 1 widens the last 1x1 convolution; in timm's mobilenetv2_110d it does not.
         out_features: Stages whose feature maps MobileNetBackbone returns, of `stage_names`.
         out_indices: The same, as indices into `stage_names`; where both are given, they must agree.
         **kwargs: Common fields of a transformers configuration, such as num_labels and id2label.
@@ -253,14 +246,12 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.pooling = pooling
         self.classifier_hidden_sizes = classifier_hidden_sizes
         self.classifier_hidden_act = classifier_hidden_act
-        # transformers takes no tuples.
-        out_features, out_indices = (list(v) if isinstance(v, tuple) else v for v in (out_features, out_indices))
         self.out_features = out_features
         if out_indices is not None:
             self.out_indices = out_indices
-            if out_features is not None and self.out_features != out_features:
-                expected = f"{self.out_features}, which out_indices mean"
-                raise ValueError(f"out_features must be {expected}, got {out_features!r}.")
+            if out_features is not None and self.out_features != list(out_features):
+                allowed = f"{self.out_features}, which out_indices mean"
+                raise ValueError(f"out_features must be {allowed}, got {list(out_features)!r}.")
 
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> MobileNetConfig:
@@ -277,7 +268,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         """Set a field if its value is allowed: in __init__, by an argument of from_pretrained, or later."""
         name = self.attribute_map.get(name, name)
         _check(name, value)
-        if name == "classifier_hidden_sizes":
+        if name in ("classifier_hidden_sizes", "out_features", "out_indices") and isinstance(value, tuple):
             value = list(value)  # transformers takes no tuples
         if _is_fixed(type(self), name):
             raise ValueError(f"{name} must be left as {type(self).__name__} defines it, got {value!r}.")
@@ -308,7 +299,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     def stages(self) -> list[list[Block]]:
         """Blocks by stage: a stage is a run of blocks that shares a resolution when the output stride is 32."""
         return self.table.lower(
-            self._width, self.stem_channels, self.hidden_act, self.output_stride, self.anti_aliasing
+            self._width, self.stem_block.out_channels, self.hidden_act, self.output_stride, self.anti_aliasing
         )
 
     @property
@@ -328,16 +319,6 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     @property
     def _last_width(self) -> Width:
         return self._width if (self.shrink_head if self.width_multiplier < 1 else self.grow_head) else Width()
-
-    @property
-    def stem_channels(self) -> int:
-        """Channels of the first convolution."""
-        return self.stem_block.out_channels
-
-    @property
-    def head_channels(self) -> int | None:
-        """Channels of the 1x1 convolution before the pooling; None for V1, which has none."""
-        return self.head_block.out_channels if self.head_block else None
 
     @property
     def depths(self) -> list[int]:

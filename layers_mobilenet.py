@@ -1,6 +1,6 @@
 """The layers of MobileNet: a convolution with TensorFlow's padding, Conv-Norm-Act, the blocks of the papers, features.
 
-They need torch alone, and are complete without what makes them fast on a CPU, which stands apart, at the end.
+They need torch alone, and are complete without what makes them fast on a CPU, which is in a file of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,13 @@ from torch import Tensor, nn
 
 from .architectures_mobilenet import Block
 from .configuration_mobilenet import MobileNetConfig
+from .cpu_mobilenet import (
+    convolve_in_float32,
+    convolve_shifted,
+    is_cheaper_to_fold,
+    is_cheaper_to_shift,
+    trains_faster_in_float32,
+)
 
 
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> int:
@@ -30,17 +37,34 @@ def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> int
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution with a square odd kernel, padded so that its output has ceil(input / stride) rows and columns.
+    """torch's convolution, by torch's arguments, which can also pad as TensorFlow does.
+
+    Args:
+        padding: Rows and columns on each side, or "same", which goes with a stride too, and with a square odd kernel:
+            the output has ceil(input / stride) rows and columns.
+        activated: Whether an activation follows, which decides the scale of initial weights.
 
     Shape: (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))
     """
 
-    def __init__(self, *args: Any, pads_same: bool, activated: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # SAME can only be lopsided where the kernel skips pixels.
-        self.pads_same = pads_same and self.stride[0] > 1
-        self.activated = activated  # what follows decides the scale of initial weights
-        self.padding = (self.dilation[0] * (self.kernel_size[0] // 2),) * 2
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        *args: Any,
+        activated: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        pads_same = padding == "same"  # which torch's own refuses beside a stride
+        super().__init__(in_channels, out_channels, kernel_size, stride, 0 if pads_same else padding, *args, **kwargs)
+        self.activated = activated
+        if pads_same:
+            # SAME can only be lopsided where the kernel skips pixels.
+            symmetric = (self.dilation[0] * (self.kernel_size[0] // 2),) * 2
+            self.padding = "same" if self.stride[0] > 1 else symmetric
 
     def forward(self, x: Tensor) -> Tensor:
         if trains_faster_in_float32(self, x):
@@ -49,9 +73,9 @@ class Conv2d(nn.Conv2d):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with other weights than its own."""
+        if self.padding != "same":
+            return self._conv_forward(x, weight, bias)
         stride, dilation = self.stride[0], self.dilation[0]
-        if not self.pads_same:
-            return F.conv2d(x, weight, bias, stride, self.padding, dilation, self.groups)
         pads = [same_padding(size, self.kernel_size[0], stride, dilation) for size in x.shape[-2:]]
         if is_cheaper_to_shift(self):
             return convolve_shifted(self, x, weight, bias, pads)
@@ -92,11 +116,6 @@ def fold(
     return weight * scale[:, None, None, None], torch.addcmul(shift, mean, scale, value=-1)
 
 
-def norm_layer(config: MobileNetConfig, channels: int) -> nn.BatchNorm2d:
-    """Batch norm as a configuration wants it."""
-    return nn.BatchNorm2d(channels, config.batch_norm_eps, config.batch_norm_momentum)
-
-
 class ConvNormAct(nn.Module):
     """Convolution, batch norm, activation. Without batch norm the convolution has a bias.
 
@@ -124,13 +143,14 @@ class ConvNormAct(nn.Module):
             out_channels,
             kernel_size,
             1 if anti_aliasing in ANTI_ALIASING_LAYERS else stride,
+            padding="same" if config.padding == "same" else dilation * (kernel_size // 2),
             dilation=dilation,
             groups=groups,
             bias=not has_norm,
-            pads_same=config.padding == "same",
             activated=act is not None,
         )
-        self.norm = norm_layer(config, out_channels) if has_norm else nn.Identity()
+        norm = config.batch_norm_eps, config.batch_norm_momentum
+        self.norm = nn.BatchNorm2d(out_channels, *norm) if has_norm else nn.Identity()
         self.act = nn.Identity() if act is None else ACTIVATION_LAYERS[act]()
         if anti_aliasing in ANTI_ALIASING_LAYERS:
             self.act = nn.Sequential(self.act, ANTI_ALIASING_LAYERS[anti_aliasing]())
@@ -143,8 +163,8 @@ class ConvNormAct(nn.Module):
         return cls(config, block.in_channels, block.out_channels, *kernel, **kinds)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_cheaper_to_fold(self, x):
-            return self.act(convolve_folded(self, x))
+        if is_cheaper_to_fold(self.conv, self.norm, x, Conv2d):
+            return self.act(self.conv.convolve(x, *fold(*self.terms(), self.norm.eps)))
         return self.act(self.norm(self.conv(x)))
 
     def terms(self) -> tuple[Tensor, ...]:
@@ -192,8 +212,8 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
-        self.reduce = Conv2d(channels, squeezed, 1, pads_same=False, activated=True)
-        self.expand = Conv2d(squeezed, channels, 1, pads_same=False, activated=False)
+        self.reduce = Conv2d(channels, squeezed, 1, activated=True)
+        self.expand = Conv2d(squeezed, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * F.hardsigmoid(self.expand(F.relu(self.reduce(x.mean((-2, -1), keepdim=True)))))
@@ -311,7 +331,7 @@ class MultiQueryAttention(ResidualBlock):
         super().__init__(block)
         inputs, hidden = block.in_channels, block.hidden_channels
         self.head_channels = hidden // block.heads
-        conv = partial(Conv2d, kernel_size=1, bias=False, pads_same=False, activated=False)
+        conv = partial(Conv2d, kernel_size=1, bias=False)
 
         def reduction() -> nn.Module:
             if block.key_stride == 1:
@@ -320,7 +340,8 @@ class MultiQueryAttention(ResidualBlock):
             return ConvNormAct(config, inputs, inputs, *kernel, groups=inputs)
 
         # No convolution comes before this norm that it could be folded into.
-        self.norm = norm_layer(config, inputs) if config.use_batch_norm else nn.Identity()
+        norm = config.batch_norm_eps, config.batch_norm_momentum
+        self.norm = nn.BatchNorm2d(inputs, *norm) if config.use_batch_norm else nn.Identity()
         self.query = conv(inputs, hidden)
         self.key_reduction = reduction()
         self.key = conv(inputs, self.head_channels)
@@ -403,118 +424,14 @@ def hidden_layers(config: MobileNetConfig) -> nn.Sequential:
 
 
 def fuse(network: nn.Module) -> None:
-    """Fold batch norms and layer scales of all layers into their convolutions."""
+    """Fold batch norms and layer scales of all layers into their convolutions.
+
+    Raises:
+        ValueError: Adapters of PEFT wrap layers.
+    """
+    if wrapped := [name for name, module in network.named_modules() if hasattr(module, "base_layer")]:
+        raise ValueError(f"adapters must be merged before fuse(), by merge_and_unload(), got one on {wrapped[0]}.")
     for kind in (ConvNormAct, ResidualBlock):  # in this order
         for module in network.modules():
             if isinstance(module, kind):
                 module.fuse()
-
-
-# --- Fast on a CPU -----------------------------------------------------------------------------------------------
-#
-# Three detours to what the layers compute anyway, up to rounding: for each, whether it pays, and the detour. Best
-# times of one thread:
-#                                                        batch 16         batch 1
-#   convolve_shifted, in a fused network             297 -> 176 ms    10.4 ->  9.9 ms
-#   convolve_folded, in a network as it loads        445 -> 231 ms    12.6 -> 11.7 ms
-#   convolve_in_float32, in a training step of 32 under bfloat16 autocast: 750 -> 473 ms
-
-
-def makes_graph() -> bool:
-    """Whether torch records calls, to run or export them later."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def is_cheaper_to_shift(conv: Conv2d) -> bool:
-    """Whether to pad a SAME convolution without a copy of its input: where that is no smaller than the output.
-
-    Gradients cost more than the copy: oneDNN's kernels for those of a depthwise convolution want no more padding than
-    its kernel reaches.
-    """
-    # Without a branch on the size, one graph serves every size.
-    return (
-        not makes_graph()
-        and not torch.is_grad_enabled()
-        and conv.in_channels * conv.stride[0] ** 2 >= conv.out_channels
-    )
-
-
-def convolve_shifted(conv: Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, pads: list[int]) -> Tensor:
-    """Convolve with SAME padding by padding alike on both sides, which torch does without a copy.
-
-    A lopsided pad differs from a symmetric one by a shift of the sampling grid. Padding one stride more on both sides
-    and leaving out the first output makes that shift on the small output.
-
-    Args:
-        conv: Convolution with a stride.
-        x: Its input, of shape (B, in, H, W).
-        weight: The weight to use.
-        bias: The bias to use.
-        pads: Rows and columns that SAME adds in all.
-    """
-    stride = conv.stride[0]
-    skips = [pad % 2 for pad in pads]
-    padding = [pad // 2 + skip * stride for pad, skip in zip(pads, skips, strict=True)]
-    y = F.conv2d(x, weight, bias, stride, padding, conv.dilation, conv.groups)
-    if not any(skips):
-        return y
-    height, width = (-(-size // stride) for size in x.shape[-2:])
-    y = y[:, :, skips[0] : skips[0] + height, skips[1] : skips[1] + width]
-    return y.contiguous(memory_format=torch.channels_last)  # a view would slow down all that follows
-
-
-def is_cheaper_to_fold(unit: ConvNormAct, x: Tensor) -> bool:
-    """Whether to fold the batch norm for this call alone: a pass over activations takes longer than one over weights.
-
-    The layers must be called where anything but the result depends on them: gradients, statistics, hooks, exported
-    graphs.
-    """
-    return (
-        x.device.type == "cpu"
-        and x.dtype.itemsize >= 4  # with fewer bits, a weight would be rounded twice
-        and not makes_graph()
-        and is_untouched(unit.norm, nn.BatchNorm2d)
-        and is_untouched(unit.conv, Conv2d)
-        and type(unit.conv.weight) is nn.Parameter
-        and not (unit.norm.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-    )
-
-
-def convolve_folded(unit: ConvNormAct, x: Tensor) -> Tensor:
-    """Convolve and normalize at once; weights and statistics stay as they are."""
-    return unit.conv.convolve(x, *fold(*unit.terms(), unit.norm.eps))
-
-
-def is_untouched(module: nn.Module, cls: type) -> bool:
-    """Whether a module is one of a class as it was written: no hook, wrapper or subclass has a say in its call."""
-    everywhere = nn.modules.module
-    return type(module) is cls and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or "forward" in vars(module)
-    )
-
-
-def trains_faster_in_float32(conv: Conv2d, x: Tensor) -> bool:
-    """Whether autocast on a CPU should let a convolution be.
-
-    Where a depthwise kernel strides or a map has no more than 2x2 pixels, oneDNN has no fast bfloat16 gradients: on a
-    processor with AVX512-BF16 they take six times as long as in float32, and a training step twice as long.
-    """
-    return (
-        conv.groups > 1
-        and (conv.stride[0] > 1 or x.shape[-1] <= 2)
-        and x.device.type == "cpu"
-        and conv.weight.dtype == torch.float32
-        and torch.is_autocast_enabled("cpu")
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
-
-
-def convolve_in_float32(conv: Conv2d, x: Tensor) -> Tensor:
-    """Convolve without autocast; the result has the type of the input."""
-    with torch.autocast("cpu", enabled=False):
-        return conv.convolve(x.float(), conv.weight, conv.bias).to(x.dtype)

@@ -16,18 +16,11 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
 )
-from transformers.utils import logging
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_mobilenet import MobileNetConfig
-from .layers_mobilenet import (
-    LAYERS,
-    Conv2d,
-    ConvNormAct,
-    Features,
-    LayerScale,
-    fuse,
-    hidden_layers,
-)
+from .cpu_mobilenet import channels_last
+from .layers_mobilenet import LAYERS, Conv2d, ConvNormAct, Features, LayerScale, fuse, hidden_layers
 
 
 try:
@@ -62,6 +55,7 @@ class MobileNetPreTrainedModel(PreTrainedModel):
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _input_embed_layer = "stem"  # what PEFT and quantizers call the input embeddings
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides by accumulation steps
     _no_split_modules: ClassVar[list[str]] = [layer.__name__ for layer in CHECKPOINTED.values()]
@@ -99,6 +93,9 @@ class MobileNetPreTrainedModel(PreTrainedModel):
 
         Returns:
             The network itself.
+
+        Raises:
+            ValueError: Adapters of PEFT wrap layers.
         """
         self.eval()
         if not self.config.has_batch_norm:
@@ -141,11 +138,7 @@ class MobileNetPreTrainedModel(PreTrainedModel):
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             shape = tuple(pixel_values.shape)
             raise ValueError(f"pixel_values must have shape (B, {channels}, H, W), got {shape}.")
-        return pixel_values.to(weight.dtype, memory_format=torch.channels_last)
-
-    def _want(self, **given: bool | None) -> list[bool]:
-        """Arguments of a call, or the configuration's value where they are None."""
-        return [getattr(self.config, name) if value is None else value for name, value in given.items()]
+        return channels_last(pixel_values.to(weight.dtype))
 
 
 class MobileNetModel(Features, MobileNetPreTrainedModel):
@@ -168,19 +161,19 @@ class MobileNetModel(Features, MobileNetPreTrainedModel):
         self.add_layers(config, with_head=add_pooling_layer)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> tuple | BaseModelOutputWithPoolingAndNoAttention:
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
         """Compute the features of a batch of images.
 
         Args:
             pixel_values: Images as MobileNetImageProcessor gives them, of shape (B, num_channels, H, W).
             output_hidden_states: Whether to return every intermediate feature map.
-            return_dict: Whether to return an output class instead of a tuple.
+            **kwargs: return_dict, whether to return an output class instead of a tuple; others count for nothing.
 
         Returns:
             last_hidden_state: Feature map of the last block, of shape (B, C, H / 32, W / 32) at output stride 32.
@@ -190,17 +183,14 @@ class MobileNetModel(Features, MobileNetPreTrainedModel):
         Raises:
             ValueError: pixel_values is missing or has another shape.
         """
-        output_hidden_states, return_dict = self._want(
-            output_hidden_states=output_hidden_states, return_dict=return_dict
-        )
-        hidden_states = [] if output_hidden_states else None
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states = [] if wanted else None
         x = self.features(self._prepare(pixel_values, self.stem.conv.weight), hidden_states)
-        output = BaseModelOutputWithPoolingAndNoAttention(
+        return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=x,
             pooler_output=self.pool(x) if self.pools else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            hidden_states=tuple(hidden_states) if wanted else None,
         )
-        return output if return_dict else output.to_tuple()
 
 
 class MobileNetForImageClassification(MobileNetPreTrainedModel):
@@ -220,14 +210,14 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
         self.classifier = nn.Linear(*widths[-2:]) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> tuple | ImageClassifierOutputWithNoAttention:
+    ) -> ImageClassifierOutputWithNoAttention:
         """Classify a batch of images; arguments and errors are those of MobileNetModel, and one more.
 
         Args:
@@ -240,12 +230,10 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
             logits: Scores before softmax, of shape (B, num_labels).
             hidden_states: Feature maps of the stem and of every block.
         """
-        (return_dict,) = self._want(return_dict=return_dict)
         features = self.backbone(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
         logits = self.classifier(self.dropout(self.hidden(features.pooler_output)))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=features.hidden_states)
-        return output if return_dict else output.to_tuple()
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=features.hidden_states)
 
 
 class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
@@ -257,27 +245,24 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
 
     has_attentions = False
     # The head's weights come with a classifier's checkpoint, and a backbone has no use for them.
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
-        r"^(backbone\.)?(head|pre_logits)\.",
-        r"^(hidden|classifier)\.",
-    ]
+    _keys_to_ignore_on_load_unexpected = (r"^((backbone\.)?(head|pre_logits)|hidden|classifier)\.",)
 
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__(config)
         if hasattr(self, "_init_backbone"):  # transformers before 5
             self._init_backbone(config)
-        self.num_features = [config.stem_channels, *(stage[-1].out_channels for stage in config.stages)]
+        self.num_features = [config.stem_block.out_channels, *(stage[-1].out_channels for stage in config.stages)]
         self.backbone = MobileNetModel(config, add_pooling_layer=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> tuple | BackboneOutput:
+    ) -> BackboneOutput:
         """Compute the feature maps that the configuration asks for; arguments and errors are those of MobileNetModel.
 
         Args:
@@ -287,20 +272,15 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
             feature_maps: One for each of config.out_features, of shape (B, C, ceil(H / stride), ceil(W / stride)).
             hidden_states: Feature maps of the stem and of every block.
         """
-        output_hidden_states, return_dict = self._want(
-            output_hidden_states=output_hidden_states, return_dict=return_dict
-        )
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = self.backbone(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         last = 0
         maps = {"stem": hidden_states[0]}
         for name, stage in zip(self.stage_names[1:], self.backbone.stages, strict=True):
             last += len(stage)
             maps[name] = hidden_states[last]
-        output = BackboneOutput(
-            feature_maps=tuple(maps[name] for name in self.out_features),
-            hidden_states=hidden_states if output_hidden_states else None,
-        )
-        return output if return_dict else output.to_tuple()
+        feature_maps = tuple(maps[name] for name in self.out_features)
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states if wanted else None)
 
 
 MobileNetModel.register_for_auto_class("AutoModel")

@@ -7,7 +7,9 @@ import io
 import ipaddress
 import math
 import os
+import socket
 import ssl
+import stat
 import time
 import urllib.error
 import urllib.request
@@ -91,6 +93,10 @@ _REFUSED = {
     "WMF": "it is a program that draws an image",
     "IPTC": "it may hold a file of any format",
 }
+# An image that is read more often is refused, but for one more time a pixel: photographs take some hundred reads, a
+# header of blanks one for each byte, and a file of empty chunks several for each of them.
+MAX_READS = 100_000
+MAX_COMMENTS = 1000
 # A download of more bytes is refused, and one that takes longer, in seconds.
 MAX_BYTES = 256 * 1024 * 1024
 MAX_SECONDS = 300.0
@@ -103,47 +109,102 @@ def _is_public(address: str) -> bool:
     return (ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else address).is_global
 
 
-class _Journey:
-    """Where a download leads: once on public ground, it must not come to this machine or the networks around it.
+class _Exchange:
+    """A download with all its redirects: when it must end, and where it leads.
 
-    What counts is the address that is connected to: no name is looked up twice, nor any escape read in two ways.
+    Once on public ground, it must not come to this machine or the networks around it. What counts is the address that
+    is connected to: no name is looked up twice, nor any escape read in two ways.
     """
 
-    def __init__(self) -> None:
-        self.was_public = False
+    def __init__(self, timeout: float) -> None:
+        self.timeout, self.end = timeout, time.monotonic() + MAX_SECONDS
+        self.is_public = False
 
-    def through(self, connection_class: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
-        """A kind of connection that is checked before a request is sent."""
-        journey = self
+    def time_left(self) -> float:
+        """How long to wait for the next byte, in seconds.
 
-        class Connection(connection_class):
-            def connect(self) -> None:
-                super().connect()
-                address = self.sock.getpeername()[0]
-                if journey.was_public and not _is_public(address):
-                    self.close()
-                    raise OSError(f"{self.host} is redirected to from a public address, and is a private one")
-                journey.was_public |= _is_public(address)
+        Raises:
+            TimeoutError: The exchange has taken its time.
+        """
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"no end after {MAX_SECONDS:g} seconds")
+        return min(self.timeout, left)
 
-        return Connection
+    def connect(self, address: tuple[str, int], *_: Any) -> socket.socket:
+        """Connect to a host and port, in place of socket.create_connection."""
+        error = OSError(f"{address[0]} has no address")
+        for family, kind, protocol, _, found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            is_public = _is_public(found[0])
+            if self.is_public and not is_public:
+                raise OSError(f"{address[0]} is redirected to from a public address, and is a private one")
+            connection = socket.socket(family, kind, protocol)
+            try:
+                connection.settimeout(self.time_left())
+                connection.connect(found)
+            except OSError as this:
+                connection.close()
+                error = this
+            else:
+                self.is_public = is_public
+                return connection
+        raise error
+
+    def respond(self, connection: socket.socket, *args: Any, **kwargs: Any) -> http.client.HTTPResponse:
+        """Read a response against the clock, in place of http.client.HTTPResponse."""
+        response = http.client.HTTPResponse(connection, *args, **kwargs)
+        response.fp = io.BufferedReader(_Timed(response.fp.detach(), connection, self.time_left))
+        return response
+
+    def through(self, kind: type[http.client.HTTPConnection]) -> Callable[..., http.client.HTTPConnection]:
+        """What opens connections that are checked before anything is sent."""
+
+        def open_connection(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
+            connection = kind(*args, **kwargs)
+            connection._create_connection, connection.response_class = self.connect, self.respond
+            return connection
+
+        return open_connection
+
+
+class _Timed(io.RawIOBase):
+    """What a connection receives, for as long as there is time: a server may send byte after byte, and never end."""
+
+    def __init__(self, stream: io.RawIOBase, connection: socket.socket, time_left: Callable[[], float]) -> None:
+        self.stream, self.connection, self.time_left = stream, connection, time_left
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.connection.settimeout(self.time_left())
+        try:
+            return self.stream.readinto(buffer)
+        except TimeoutError:
+            self.time_left()  # tells which of the two limits it was
+            raise
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
 
 
 class _Http(urllib.request.HTTPHandler):
-    def __init__(self, journey: _Journey) -> None:
+    def __init__(self, exchange: _Exchange) -> None:
         super().__init__()
-        self.connection_class = journey.through(http.client.HTTPConnection)
+        self.open_connection = exchange.through(http.client.HTTPConnection)
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self.connection_class, request)
+        return self.do_open(self.open_connection, request)
 
 
 class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, journey: _Journey) -> None:
-        super().__init__(context=ssl.create_default_context())
-        self.connection_class = journey.through(http.client.HTTPSConnection)
+    def __init__(self, exchange: _Exchange) -> None:
+        super().__init__()
+        self.open_connection = exchange.through(http.client.HTTPSConnection)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self.connection_class, request, context=self._context)
+        return self.do_open(self.open_connection, request, context=ssl.create_default_context())
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -169,15 +230,13 @@ def fetch(url: str, timeout: float = 30.0) -> bytes:
         UnreadableImageError: The server does not answer, answers with an error, sends more than MAX_BYTES, takes more
             than MAX_SECONDS, or redirects to another protocol or from a public address to a private one.
     """
-    data, end = bytearray(), time.monotonic() + MAX_SECONDS
+    data, exchange = bytearray(), _Exchange(timeout)
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "mobilenet"})
-        opener = urllib.request.build_opener(_Redirects, _Http(journey := _Journey()), _Https(journey))
+        opener = urllib.request.build_opener(_Redirects, _Http(exchange), _Https(exchange))
         with opener.open(request, timeout=timeout) as response:
             while len(data) <= MAX_BYTES and (chunk := response.read1(1 << 16)):
                 data += chunk
-                if time.monotonic() > end:
-                    raise TimeoutError(f"no end after {MAX_SECONDS:g} seconds")
             if response.length:  # of a body that has no end of its own
                 raise http.client.IncompleteRead(bytes(data), response.length)
     except (http.client.HTTPException, OSError, ValueError) as error:
@@ -185,6 +244,53 @@ def fetch(url: str, timeout: float = 30.0) -> bytes:
     if len(data) > MAX_BYTES:
         raise UnreadableImageError(f"{url}: more than {MAX_BYTES} bytes")
     return bytes(data)
+
+
+class IrregularFileError(OSError):
+    """A path of something else than a file: the message names it."""
+
+
+def regular(path: str | os.PathLike) -> str | os.PathLike:
+    """Give a path back if it is that of a regular file: a pipe or a device may keep its reader waiting for ever.
+
+    Raises:
+        IrregularFileError: It is a pipe, a device, a socket or a folder.
+        OSError: There is no such file, or it cannot be asked for.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise IrregularFileError(f"{os.fspath(path)}: not a regular file")
+    return path
+
+
+class _CountedReader(io.BufferedReader):
+    """A file that is read so many times, and no more."""
+
+    reads_left = MAX_READS
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._count()
+        return super().read(size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        self._count()
+        return super().readline(size)
+
+    def _count(self) -> None:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise OSError(f"it takes more than {MAX_READS} reads")
+
+
+def _open(source: str | os.PathLike | bytes) -> _CountedReader:
+    file = _CountedReader(io.BytesIO(source) if isinstance(source, bytes) else io.FileIO(regular(source)))
+    # Of plain PNM, which is text, Pillow copies up to a megabyte for each comment.
+    if file.peek(2)[:2] in (b"P1", b"P2", b"P3"):
+        chunks = iter(lambda: io.BufferedReader.read(file, 1 << 20), b"")
+        if sum(chunk.count(b"#") for chunk in chunks) > MAX_COMMENTS:
+            file.close()
+            raise OSError(f"it has more than {MAX_COMMENTS} comments")
+        file.seek(0)
+    return file
 
 
 def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0, 0)) -> Image.Image:
@@ -202,7 +308,8 @@ def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0
     if isinstance(source, str) and is_url(source):
         source = fetch(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with _open(source) as file, Image.open(file) as image:
+            file.reads_left = MAX_READS + image.width * image.height
             if image.format in _REFUSED:
                 raise UnreadableImageError(f"{name}: {image.format} is not read: {_REFUSED[image.format]}")
             if image.width * image.height > MAX_PIXELS:
@@ -218,12 +325,19 @@ def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0
         raise UnreadableImageError(f"{name}: not an image in a format that Pillow reads") from error
     except FileNotFoundError as error:
         raise UnreadableImageError(f"{name}: no such file") from error
+    except IrregularFileError as error:
+        raise UnreadableImageError(str(error)) from error
     except Exception as error:  # Pillow's decoders and EXIF parser raise what they happen to stumble over
         raise UnreadableImageError(f"{name}: cannot be decoded: {error}") from error
 
 
 def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
+    """Convert an image that has transparency; of mode La, Pillow does so by way of LA alone."""
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -237,7 +351,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _to_eight_bits(image).convert("RGB")
     if _has_alpha(image):
-        image = image.convert("RGBA")
+        image = _to_rgba(image)
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image).convert("RGB")
     try:
@@ -345,7 +459,7 @@ def _to_planes(image: Any, input_data_format: str | None, as_rgb: bool) -> _Plan
         if as_rgb:
             return _Planes((to_rgb(image),), 255)
         if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
-            return _Planes(_split_alpha(image.convert("RGBA")) if _has_alpha(image) else (to_rgb(image),), 255)
+            return _Planes(_split_alpha(_to_rgba(image)) if _has_alpha(image) else (to_rgb(image),), 255)
         return _Planes((image.convert("L") if image.mode in ("1", "L") else _to_eight_bits(image),), 255)
     if isinstance(image, np.ndarray):
         return _from_array(image, input_data_format, as_rgb)
@@ -490,9 +604,17 @@ def preprocess(image: Any, options: Mapping[str, Any], input_data_format: str | 
         ValueError: Its values are not allowed.
         UnreadableImageError: A path, URL or file that cannot be read; a ValueError.
     """
+    as_rgb = options["do_convert_rgb"] or options["do_grayscale"]
     if _is_encoded(image):
-        image = open_image(image, _enough(options))
-    planes = _to_planes(image, input_data_format, options["do_convert_rgb"] or options["do_grayscale"])
+        try:
+            planes = _to_planes(open_image(image, _enough(options)), input_data_format, as_rgb)
+        except UnreadableImageError:
+            raise
+        except ValueError as error:  # of values that have no colors
+            name = "bytes" if isinstance(image, bytes) else os.fspath(image)
+            raise UnreadableImageError(f"{name}: {error}") from error
+    else:
+        planes = _to_planes(image, input_data_format, as_rgb)
     if options["do_grayscale"]:
         planes = _to_gray(planes)
     arrays = [np.asarray(_resize_and_crop(plane, options)) for plane in planes.images]
@@ -646,4 +768,5 @@ __all__ = [
     "open_image",
     "preprocess",
     "read_options",
+    "regular",
 ]

@@ -20,10 +20,13 @@ __all__ = [
     "MobileNetImageProcessor",
     "MobileNetModel",
     "MobileNetPreTrainedModel",
+    "classify_images",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "classify_images":
+        return import_module(".classify", __name__).classify_images
     if name in __all__:
         return getattr(import_module(".registration", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -32,4 +35,4 @@ def __getattr__(name: str) -> Any:
 # The `mobilenet` command registers when it needs to: transformers takes seconds to import, which its help and exported
 # networks do without.
 if os.path.basename(sys.argv[0]) not in ("mobilenet", "mobilenet.exe"):
-    globals().update({name: __getattr__(name) for name in __all__})
+    globals().update({name: __getattr__(name) for name in __all__ if name != "classify_images"})

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from huggingface_hub.errors import EntryNotFoundError
 
 from .architectures_mobilenet import ARCHITECTURES
+from .preprocessing_mobilenet import regular
 from .repository import sha256
 from .text import clean, markdown, percent
 
@@ -31,7 +32,7 @@ def read_card(model: str) -> ModelCardData | None:
     """The metadata of the model card of a folder or Hub id; None where there is none that can be read."""
     path = Path(model) / "README.md"
     try:
-        return ModelCard.load(path if Path(model).exists() else model).data
+        return ModelCard.load(regular(path) if Path(model).exists() else model).data
     except (FileNotFoundError, EntryNotFoundError, ValueError, yaml.YAMLError):
         return None
 
@@ -324,9 +325,10 @@ classify = pipeline("image-classification", model="path/to/this/repository", tru
 classify("photo.jpg")
 ```
 
-`trust_remote_code` runs the six Python files of this repository: `architectures_mobilenet.py`,
-`configuration_mobilenet.py`, `image_processing_mobilenet.py`, `layers_mobilenet.py`, `modeling_mobilenet.py` and
-`preprocessing_mobilenet.py`. After `import mobilenet`, the installed package, it is not needed."""
+`trust_remote_code` runs the seven Python files of this repository: `architectures_mobilenet.py`,
+`configuration_mobilenet.py`, `cpu_mobilenet.py`, `image_processing_mobilenet.py`, `layers_mobilenet.py`,
+`modeling_mobilenet.py` and `preprocessing_mobilenet.py`. After `import mobilenet`, the installed package, it is not
+needed."""
 
 _FINE_TUNE = """## Fine-tune
 

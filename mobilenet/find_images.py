@@ -1,14 +1,16 @@
-"""The images that names stand for: files, folders, patterns, URLs, and names from stdin."""
+"""The images that names stand for: files, folders, patterns, URLs, and what comes from stdin."""
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
-from .preprocessing_mobilenet import is_url
+from .preprocessing_mobilenet import MAX_BYTES, is_url
 
 
 # What a folder is searched for; a file that is named itself may have any name.
@@ -23,25 +25,26 @@ class FoundImage(NamedTuple):
 
     name: str
     error: str | None = None
+    data: bytes | None = None  # of its file, where it came from stdin
 
 
 def find(names: Iterable[str]) -> Iterator[FoundImage]:
-    """Find the images that names stand for: files, folders, patterns, URLs, and - for names from stdin.
+    """Find the images that names stand for: files, folders, patterns, URLs, and - for stdin.
 
     A file that exists is itself, whatever its name looks like. Folders are searched in alphabetical order, for files
-    with the extension of an image; hidden ones are left out.
+    with the extension of an image; hidden ones are left out, and links to folders are not followed. stdin holds names,
+    one a line, or the bytes of one image.
     """
     for name in names:
         if name == "-":
-            lines = (os.fsdecode(line).rstrip("\r\n") for line in sys.stdin.buffer)
-            yield from find(line for line in lines if line not in ("", "-"))
+            yield from _read_stdin()
         elif os.path.isdir(name):
             yield from _search(name)
         elif os.path.exists(name) or is_url(name):
             yield FoundImage(name)
         elif "://" in name:
             yield FoundImage(name, error="a URL must begin with http:// or https://")
-        elif not (matches := sorted(glob.glob(name, recursive=True))):
+        elif not (matches := sorted(set(_expand(name)))):
             yield FoundImage(name)
         else:
             for match in matches:
@@ -49,6 +52,36 @@ def find(names: Iterable[str]) -> Iterator[FoundImage]:
                     yield FoundImage(match)
                 elif "**" not in name:  # which matches all below the folder, too
                     yield from _search(match)
+
+
+def _read_stdin() -> Iterator[FoundImage]:
+    """The images whose names stdin holds, or the one that it holds itself."""
+    stdin = sys.stdin.buffer
+    start = stdin.read1(1 << 16)
+    if b"\0" in start:  # which no name has, and the start of every image but a rare one
+        data = start + stdin.read(MAX_BYTES + 1 - len(start))
+        too_large = f"more than {MAX_BYTES} bytes" if len(data) > MAX_BYTES else None
+        yield FoundImage("stdin", too_large, None if too_large else data)
+        return
+    if start and not start.endswith(b"\n"):
+        start += stdin.readline()
+    lines = (os.fsdecode(line).rstrip("\r\n") for line in chain(start.split(b"\n"), stdin))
+    yield from find(line for line in lines if line not in ("", "-"))
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """What a pattern matches. Unlike glob's own, ** follows no links, which may lead in circles."""
+    separator = f"[{re.escape(os.sep + (os.altsep or ''))}]"
+    found = re.search(rf"(?:^|(?<={separator}))\*\*(?:{separator}+|$)", pattern)
+    if found is None:
+        yield from glob.iglob(pattern)
+        return
+    before, after = pattern[: found.start()], pattern[found.end() :] or "*"
+    for top in glob.iglob(before) if before else [""]:
+        for path, folders, _ in os.walk(top or os.curdir):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            folder = path if top else os.path.relpath(path)
+            yield from _expand(os.path.join("" if folder == os.curdir else glob.escape(folder), after))
 
 
 def _search(folder: str) -> Iterator[FoundImage]:

@@ -7,9 +7,10 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi
@@ -23,6 +24,7 @@ from .repository import digest, sha256
 CODE = (
     "architectures_mobilenet.py",
     "configuration_mobilenet.py",
+    "cpu_mobilenet.py",
     "image_processing_mobilenet.py",
     "layers_mobilenet.py",
     "modeling_mobilenet.py",
@@ -122,21 +124,41 @@ def verify(folder: str | os.PathLike, against: str | None = None, revision: str 
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} must be a folder that holds a config.json.")
     release = on_the_hub(against, revision) if against else installed()
-    return [_judge(folder, path, release) for path in _find(folder)]
+    shards = {folder / name for path in folder.glob("*.json") for name in _shards(folder, path)}
+    return [_judge(folder, path, release, path in shards) for path in _find(folder, shards)]
 
 
-def _find(folder: Path) -> Iterator[Path]:
+def _find(folder: Path, shards: set[Path]) -> Iterator[Path]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file()]
     yield from (path for path in files if path.parent == folder and path.name in CODE)
     yield from (path for path in files if path.parent == folder and path.suffix == ".json")
-    yield from (path for path in files if path.suffix.lower() in (*WEIGHTS, *PICKLES))
+    yield from (path for path in files if path.suffix.lower() in (*WEIGHTS, *PICKLES) or path in shards)
 
 
-def _judge(folder: Path, path: Path, release: Release) -> Finding:
+def _shards(folder: Path, path: Path) -> Iterator[str]:
+    """The files within a folder that an index of weights names; transformers reads them, whatever they are called."""
+    if _leads_away(folder, path):
+        return
+    with suppress(ValueError, RecursionError):  # which is reported where the file is judged
+        for field, value in _fields(json.loads(path.read_text(encoding="utf-8"))):
+            if field == "weight_map" and isinstance(value, dict):
+                yield from (name for name in value.values() if _is_inside(name))
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether a name is that of a file in the folder that names it, or below."""
+    return (
+        isinstance(name, str)
+        and bool(PurePath(name).parts)
+        and not (PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\0" in name)
+    )
+
+
+def _judge(folder: Path, path: Path, release: Release, is_shard: bool) -> Finding:
     name = path.relative_to(folder).as_posix()
     if problem := _leads_away(folder, path):
         return Finding(name, "", problem, is_problem=True)
-    problems = list(_problems(path))
+    problems = list(_problems(path, is_shard))
     expected = release.digests.get(name)
     if expected is None:
         verdict = f"not in {release.name}" if release.is_whole or name in CODE else "not compared"
@@ -155,20 +177,22 @@ def _leads_away(folder: Path, path: Path) -> str | None:
     return f"a link out of the folder, to {target}"
 
 
-def _problems(path: Path) -> Iterator[str]:
+def _problems(path: Path, is_shard: bool) -> Iterator[str]:
     if not is_as_announced(path):
         yield "not what the Hub announced"
     if path.suffix == ".json":
-        yield from _code_elsewhere(path)
+        yield from _code_and_weights_elsewhere(path)
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             yield "not the file, but what git-lfs puts in its place: run git lfs pull"
-        elif path.suffix.lower() in PICKLES and not _is_of_openvino(path):
+        elif (path.suffix.lower() in PICKLES and not _is_of_openvino(path)) or (
+            is_shard and path.suffix != ".safetensors"
+        ):
             yield "a pickle, which can run code: convert it to safetensors"
 
 
-def _code_elsewhere(path: Path) -> Iterator[str]:
-    """Name what a configuration makes transformers run, beside the classes of this project."""
+def _code_and_weights_elsewhere(path: Path) -> Iterator[str]:
+    """Name what a configuration makes transformers run beside the classes of this project, and read elsewhere."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -179,6 +203,12 @@ def _code_elsewhere(path: Path) -> Iterator[str]:
             for auto, name in value.items() if isinstance(value, dict) else [("auto_map", value)]:
                 if name != CLASSES.get(auto):
                     yield f"runs other code: {auto} is {name}"
+        if field == "weight_map":
+            names = value.values() if isinstance(value, dict) else [value]
+            for name in sorted({str(name) for name in names if not _is_inside(name)}):
+                yield f"loads weights from elsewhere: {name}"
+            for name in sorted({name for name in names if _is_inside(name) and not (path.parent / name).is_file()}):
+                yield f"names weights that are not there: {name}"
         # Before 5.3, transformers ran what these name even without trust (CVE-2026-4372).
         is_kernel = "_implementation" in field and "/" in str(value)
         if value and (is_kernel or field in ("custom_generate", "custom_pipelines")):

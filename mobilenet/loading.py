@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,12 +19,12 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from .architectures_mobilenet import ARCHITECTURES
+from .hub import NoAnswerError, fetch
 from .preprocessing_mobilenet import OPTIONS, preprocess, read_options
 from .require import require
 
@@ -37,6 +38,14 @@ class Engine(str, Enum):
     OPENVINO = "openvino"
 
 
+class Precision(str, Enum):
+    """What torch computes in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 Network = Callable[[np.ndarray], np.ndarray]  # from pixels of shape (B, C, H, W) to logits of shape (B, labels)
 
 
@@ -44,7 +53,7 @@ class Classifier(NamedTuple):
     """A model with what it takes to use it."""
 
     engine: str  # in words
-    read: Callable[[str], np.ndarray]  # from a path or URL to pixels of shape (1, C, H, W)
+    read: Callable[[str | bytes], np.ndarray]  # from a path, a URL or a file's bytes to pixels of shape (1, C, H, W)
     network: Network  # its results are scores
     label: Callable[[int], str]
     gives_probabilities: bool
@@ -80,8 +89,8 @@ class Files:
             path = self.folder / name
             return path if path.is_file() else None
         try:
-            return Path(hf_hub_download(self.model, name, revision=self.revision))
-        except LocalEntryNotFoundError:  # no answer, and nothing in the cache
+            return fetch(self.model, name, self.revision)
+        except (LocalEntryNotFoundError, NoAnswerError):  # no answer, and nothing in the cache
             if name == "config.json":
                 raise
             return None
@@ -138,7 +147,14 @@ def read_config(files: Files) -> dict[str, Any]:
     return config
 
 
-def load(model: str, revision: str | None = None, engine: str = Engine.AUTO, fast_decode: bool = False) -> Classifier:
+def load(
+    model: str,
+    revision: str | None = None,
+    engine: str = Engine.AUTO,
+    fast_decode: bool = False,
+    device: str = "cpu",
+    dtype: str = Precision.FLOAT32,
+) -> Classifier:
     """Load a model and its preprocessing from a folder or a Hub id. Code that comes with them does not run.
 
     Args:
@@ -146,25 +162,38 @@ def load(model: str, revision: str | None = None, engine: str = Engine.AUTO, fas
         revision: Branch, tag or commit of a Hub id.
         engine: What runs the network, an Engine.
         fast_decode: Whether to decode large JPEGs at a reduced size; otherwise, as the image processor is set.
+        device: Where torch computes, such as "cuda:1".
+        dtype: What torch computes in, a Precision.
 
     Raises:
         ImportError: The engine is not installed.
         ValueError: There is no such model, it is broken, it is no MobileNet, its weights do not fit its
-            configuration, or it was not exported for the engine.
+            configuration, or it was not exported for the engine; an option is not what it allows.
     """
+    engine, dtype = _member(Engine, "engine", engine), _member(Precision, "dtype", dtype)
     files = Files(model, revision)
     with loading(model):
         config = read_config(files)
         options = _preprocessing(files)
         options["fast_decode"] = fast_decode or options["fast_decode"]
         labels, score = _labels(config), _score_function(config)
-        words, network = _load_engine(files, config, Engine(engine))
+        engine, manifest = _choose_engine(files, engine)
+    if engine is Engine.TORCH:
+        device = import_module(".networks", __package__).find_device(device)
+    elif (device, dtype) != ("cpu", Precision.FLOAT32):
+        expected = f"cpu and dtype float32 with engine {engine.value}"
+        raise ValueError(f"device must be {expected}, got {device} and {dtype.value}.")
+    with loading(model):
+        if engine is Engine.TORCH:
+            words, network = _torch(files, config, device, dtype)
+        else:
+            words, network = _exported(files, engine, manifest)
     channels = config.get("num_channels", 3)
 
-    def read(name: str) -> np.ndarray:
-        pixels = np.moveaxis(preprocess(name, options), -1, 0)[None]
+    def read(source: str | bytes) -> np.ndarray:
+        pixels = np.moveaxis(preprocess(source, options), -1, 0)[None]
         if pixels.shape[1] != channels:
-            raise ValueError(f"{name}: the network takes {channels} channels, got {pixels.shape[1]}")
+            raise ValueError(f"the network takes {channels} channels, got {pixels.shape[1]}")
         return pixels
 
     def run(pixels: np.ndarray) -> np.ndarray:
@@ -219,18 +248,31 @@ def _score_function(config: Mapping[str, Any]) -> Callable[[np.ndarray], np.ndar
     return {"regression": lambda logits: logits, "multi_label_classification": sigmoid}.get(problem, softmax)
 
 
-def _load_engine(files: Files, config: dict[str, Any], engine: Engine) -> tuple[str, Network]:
-    """The network, and in words what runs it."""
+def _member(kind: type[Enum], name: str, value: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError as error:
+        allowed = ", ".join(member.value for member in kind)
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}.") from error
+
+
+def _choose_engine(files: Files, engine: Engine) -> tuple[Engine, dict[str, Any] | None]:
+    """What runs the network, and what its exporter wrote about it."""
     manifest = files.read_json("export.json")
     exported_for = None if manifest is None else manifest["export_format"]
     if exported_for not in (None, *_EXPORTS):
         raise ValueError(f"it must be exported for onnx or openvino, got {exported_for}.")
+    if manifest is not None and (schema := manifest.get("schema_version", 1)) != 1:
+        raise ValueError(f"export.json must have the schema_version 1, got {schema!r}.")
     if engine is Engine.AUTO:
         engine = Engine(exported_for or Engine.TORCH)
-    if engine is Engine.TORCH:
-        return engine.value, _torch(files, config)
-    if engine.value != exported_for:
+    if engine not in (Engine.TORCH, exported_for):
         raise ValueError(f"it was exported for {exported_for or 'no engine'}, not for {engine.value}.")
+    return engine, manifest
+
+
+def _exported(files: Files, engine: Engine, manifest: dict[str, Any]) -> tuple[str, Network]:
+    """An exported network, and in words what runs it."""
     runtime, suffixes, open_network = _EXPORTS[engine.value]
     require(runtime, extra=engine.value, purpose=f"engine {engine.value}")
     name = manifest["components"]["model"]["file"]
@@ -245,23 +287,63 @@ def _load_engine(files: Files, config: dict[str, Any], engine: Engine) -> tuple[
         raise ValueError(f"its network for {engine.value} is broken: {error}") from error
 
 
-def _torch(files: Files, config: dict[str, Any]) -> Network:
+def _torch(files: Files, config: dict[str, Any], device: Any, dtype: Precision) -> tuple[str, Network]:
+    """A network of torch, and where and in what it computes."""
     networks = import_module(".networks", __package__)
+    where = device, networks.torch_type(dtype.value)
     weights = files.find("model.safetensors")
     if weights is None or "quantization_config" in config:  # in parts, or in another format
-        return import_module(".pretrained", __package__).load_classifier(files.model, files.revision)
-    return networks.as_function(networks.load_bare(config, weights))
+        network = import_module(".pretrained", __package__).load_classifier(files.model, files.revision, *where)
+    else:
+        network = networks.as_function(networks.load_bare(config, weights).to(*where), *where)
+    words = "torch" if device.type == "cpu" else f"torch on {device}"
+    return words if dtype is Precision.FLOAT32 else f"{words}, computing in {dtype.value}", network
+
+
+# ONNX Runtime takes no more memory than this for all that it computes, a batch on each processor at a time.
+MAX_ONNX_BYTES = (2 << 30) + (os.cpu_count() or 1) * (512 << 20)
+
+
+@cache
+def _bound_onnx() -> None:
+    """Give ONNX Runtime one allocator for all sessions that ask for it: a graph may compute values of any size."""
+    from onnxruntime import (
+        OrtAllocatorType,
+        OrtArenaCfg,
+        OrtMemoryInfo,
+        OrtMemType,
+        create_and_register_allocator,
+    )
+
+    memory = OrtMemoryInfo("Cpu", OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, OrtMemType.DEFAULT)
+    create_and_register_allocator(memory, OrtArenaCfg({"max_mem": MAX_ONNX_BYTES}))
 
 
 def _onnx(path: Path) -> tuple[str, Network]:
     from onnxruntime import InferenceSession, SessionOptions
 
+    _bound_onnx()
     settings = SessionOptions()
     settings.intra_op_num_threads = 1
-    settings.log_severity_level = 3
-    session = InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    settings.log_severity_level = 4  # errors are raised
+    settings.add_session_config_entry("session.use_env_allocators", "1")
+    # What is folded at loading comes from another allocator; exports have nothing to fold.
+    session = InferenceSession(
+        path, settings, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+    )
     (pixels,) = session.get_inputs()
-    return "onnx", lambda batch: session.run(None, {pixels.name: batch})[0]
+
+    def infer(batch: np.ndarray) -> np.ndarray:
+        try:
+            return session.run(None, {pixels.name: batch})[0]
+        except Exception as error:  # of a class of its own
+            if "Available memory" not in str(error):
+                raise
+            raise ValueError(
+                f"it may take no more than {MAX_ONNX_BYTES >> 20} MiB in all; smaller batches take less"
+            ) from error
+
+    return "onnx", infer
 
 
 def _openvino(path: Path) -> tuple[str, Network]:

@@ -89,8 +89,35 @@ def load_bare(content: dict[str, Any], weights: Path) -> BareClassifier:
     return network.to(memory_format=torch.channels_last)
 
 
-def as_function(network: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
-    """A network for arrays, for many threads to call: each computes alone, lest they wait for each other."""
+def torch_type(name: str) -> torch.dtype:
+    """A type of torch by its name, such as "bfloat16"."""
+    return getattr(torch, name)
+
+
+def find_device(name: str) -> torch.device:
+    """A device that torch has here.
+
+    Raises:
+        ValueError: It has none of that name.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (AssertionError, RuntimeError) as error:  # an assertion of torch's, where it is built without
+        raise ValueError(f"device must be one that torch has here, such as cpu or cuda, got {name!r}.") from error
+    return device
+
+
+def as_function(
+    network: Callable[[Tensor], Tensor], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A network for arrays, for many threads to call: each computes alone, lest they wait for each other.
+
+    Args:
+        network: From images of shape (B, C, H, W) to scores.
+        device: Where the network is.
+        dtype: In what it computes.
+    """
     alone = threading.local()
 
     @torch.inference_mode()
@@ -98,6 +125,6 @@ def as_function(network: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], n
         if threading.current_thread() is not threading.main_thread() and not hasattr(alone, "is_set"):
             torch.set_num_threads(1)
             alone.is_set = True
-        return network(torch.from_numpy(pixels)).numpy()
+        return network(torch.from_numpy(pixels).to(device, dtype)).float().cpu().numpy()
 
     return run

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -36,6 +40,30 @@ class Result(NamedTuple):
     name: str
     predictions: list[Prediction]
     error: str | None
+
+
+@contextmanager
+def new_file(path: Path, overwrite: bool) -> Iterator[TextIO]:
+    """Open a file for text, which is there when all is written, and not before.
+
+    Raises:
+        ValueError: It exists and shall not be replaced, or is no regular file.
+    """
+
+    def check() -> None:
+        if path.exists() and not (overwrite and path.is_file()):
+            allowed = "a regular file" if overwrite else "a file that does not exist, or go with --overwrite"
+            raise ValueError(f"output must be {allowed}, got {path}.")
+
+    check()
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(part, "x", encoding="utf-8", newline="") as file:
+            yield file
+        check()
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def writer(layout: Layout, out: Console, gives_probabilities: bool) -> Callable[[Result], None]:
@@ -96,6 +124,11 @@ class _Lines:
         self.out.out(text, end="", highlight=False)
 
 
+def _cell(text: str) -> str:
+    """Text for a cell; a spreadsheet takes what begins like a formula for one, but for an apostrophe before it."""
+    return f"'{clean(text)}" if text.startswith(("=", "+", "-", "@")) else clean(text)
+
+
 def _csv_writer(out: Console) -> Callable[[Result], None]:
     """A header, then a row for each label of an image."""
     rows = csv.writer(_Lines(out), lineterminator="\n")
@@ -103,6 +136,6 @@ def _csv_writer(out: Console) -> Callable[[Result], None]:
 
     def write(result: Result) -> None:
         for rank, (index, label, score) in enumerate(result.predictions, 1):
-            rows.writerow([clean(result.name), rank, index, clean(label), round(score, 6)])
+            rows.writerow([_cell(result.name), rank, index, _cell(label), round(score, 6)])
 
     return write

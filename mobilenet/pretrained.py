@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers.utils import logging
@@ -12,6 +13,7 @@ from .image_processing_mobilenet import MobileNetImageProcessor
 from .loading import Files, Network, loading, read_config
 from .modeling_mobilenet import MobileNetForImageClassification
 from .networks import as_function, check_weights, configure
+from .pickles import check_pickle
 from .registration import AutoImageProcessor, AutoModelForImageClassification
 
 
@@ -32,6 +34,15 @@ def _quiet() -> Iterator[None]:
 _CLASSIFIER = ("classifier.bias", "classifier.weight")
 
 
+def _pickles(files: Files) -> Iterator[Path]:
+    """The pickles that transformers would read weights from."""
+    if files.find("model.safetensors") is None:
+        names = {"pytorch_model.bin"}
+        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+            names.update(((files.read_json(index) or {}).get("weight_map") or {}).values())
+        yield from filter(None, (files.find(name) for name in sorted(names) if not name.endswith(".safetensors")))
+
+
 def load_network(
     model: str, revision: str | None = None, labels: list[str] | None = None
 ) -> tuple[MobileNetForImageClassification, MobileNetImageProcessor]:
@@ -49,6 +60,8 @@ def load_network(
     files = Files(model, revision)
     with loading(model), _quiet():
         config = configure(read_config(files))
+        for path in _pickles(files):
+            check_pickle(path)
         if labels is not None:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}
@@ -67,7 +80,7 @@ def load_network(
         return network, AutoImageProcessor.from_pretrained(model, **options)
 
 
-def load_classifier(model: str, revision: str | None = None) -> Network:
+def load_classifier(model: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Network:
     """A fused network as a function of arrays, from weights in any form that transformers loads."""
-    network = load_network(model, revision)[0].fuse()
-    return as_function(lambda pixels: network(pixel_values=pixels, return_dict=True).logits)
+    network = load_network(model, revision)[0].fuse().to(device, dtype)
+    return as_function(lambda pixels: network(pixel_values=pixels, return_dict=True).logits, device, dtype)

@@ -1,10 +1,13 @@
 """MobileNets among the Auto classes of transformers: importing this module registers them."""
 
+from typing import Any, NoReturn
+
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.models.auto import modeling_auto
 
-# What transformers 5.10 offers by this name at its top needs torchvision.
+# What transformers offers by these names at its top needs torchvision, the first in 5.10, the second everywhere.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
 from .architectures_mobilenet import ARCHITECTURES
 from .configuration_mobilenet import PRESETS, MobileNetConfig
@@ -15,6 +18,23 @@ from .modeling_mobilenet import (
     MobileNetModel,
     MobileNetPreTrainedModel,
 )
+
+
+class NoVideoProcessor:
+    """What takes the place of a video processor.
+
+    Pipelines of transformers 5.23 look for one in every repository, derive its name from the image processor's in
+    `auto_map`, and ask whether to run the repository's code for it, unless there is one here. They go on without.
+    """
+
+    @classmethod
+    def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: MobileNets take images.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"{name} has no video processor: MobileNets take images.")
 
 
 AutoConfig.register(MobileNetConfig.model_type, MobileNetConfig, exist_ok=True)
@@ -31,6 +51,7 @@ for auto_class, model_class, names in (
     # Pipelines, model cards and transformers' own tests go by the names of classes.
     names[MobileNetConfig.model_type] = model_class.__name__
 AutoImageProcessor.register(MobileNetConfig, slow_image_processor_class=MobileNetImageProcessor, exist_ok=True)
+AutoVideoProcessor.register(MobileNetConfig, NoVideoProcessor, exist_ok=True)
 
 __all__ = [
     "ARCHITECTURES",

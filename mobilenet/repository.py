@@ -5,15 +5,91 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from .preprocessing_mobilenet import regular
+
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where two runs to one output are not told apart
+    fcntl = None
 
 
 class RepositoryError(ValueError):
     """A repository that cannot be read, made or replaced."""
+
+
+# What a run keeps beside its output: its lock, what it builds, what it took from there, and what it has replaced.
+_LOCK, _NEW, _TAKEN, _REPLACED = "lock", "new", "taken", "replaced"
+
+
+class Claim(NamedTuple):
+    """An output that no other run can write meanwhile."""
+
+    output: Path
+    scratch: Path  # a hidden folder beside it, to build in
+    found: dict[str, tuple[int, ...]] | None  # what was there; None for nothing
+
+    def put(self, folder: Path) -> None:
+        """Let a folder take the output's place, unless that has changed since it was claimed.
+
+        Raises:
+            RepositoryError: It has changed, and stays as it is.
+        """
+        taken, replaced = self.scratch / _TAKEN, self.scratch / _REPLACED
+        try:
+            if self.found is not None:
+                os.replace(self.output, taken)
+                if _listing(taken) != self.found:
+                    raise RepositoryError(f"{self.output} has changed meanwhile, and is not replaced.")
+            if os.path.lexists(self.output):
+                raise RepositoryError(f"{self.output} was made meanwhile, and is not replaced.")
+            os.replace(folder, self.output)  # fails where a folder that holds something came just now
+            if self.found is not None:
+                os.replace(taken, replaced)
+        except BaseException:
+            _restore(self.output, self.scratch)
+            raise
+
+
+@contextmanager
+def claimed(output: Path, overwrite: bool, *sources: str | os.PathLike) -> Iterator[Claim]:
+    """Keep other runs from an output until the end, and remove what runs that were killed have left of it.
+
+    Args:
+        output: Folder to write.
+        overwrite: Whether to replace a repository that exists.
+        *sources: What is read meanwhile: paths, or something else.
+
+    Raises:
+        RepositoryError: Another run writes it, or it exists and is not to be replaced.
+    """
+    output = output.expanduser().absolute()
+    made = [parent for parent in output.parents if not parent.is_dir()]
+    scratch = output.with_name(f".{output.name}.mobilenet")
+    try:
+        if not scratch.exists():
+            check_output(output, overwrite, *sources)  # before anything is made
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(scratch, output):
+            try:
+                _restore(output, scratch)
+                for leftover in (_NEW, _REPLACED):
+                    shutil.rmtree(scratch / leftover, ignore_errors=True)
+                check_output(output, overwrite, *sources)
+                yield Claim(output, scratch, _listing(output) if output.exists() else None)
+            finally:
+                if not (scratch / _TAKEN).exists():  # which could not be put back
+                    shutil.rmtree(scratch, ignore_errors=True)
+    finally:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()  # if it is empty
 
 
 @contextmanager
@@ -21,33 +97,66 @@ def staged(output: Path, overwrite: bool, source: str | os.PathLike = "") -> Ite
     """Give a folder to build in, which takes the output's place at the end; after an error, nothing of it is left.
 
     Raises:
-        RepositoryError: The output exists, and is not to be replaced.
+        RepositoryError: Another run writes the output, or it exists and is not to be replaced, or has changed.
     """
-    output = output.expanduser().absolute()
-    check_output(output, overwrite, source)
-    existing = next(parent for parent in output.parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing) as scratch:
-        folder, old = Path(scratch, output.name), Path(scratch, "old")
-        folder.mkdir()
+    with claimed(output, overwrite, source) as claim:
+        folder = claim.scratch / _NEW / claim.output.name
+        folder.mkdir(parents=True)
         yield folder
-        output.parent.mkdir(parents=True, exist_ok=True)
+        claim.put(folder)
+
+
+@contextmanager
+def _locked(scratch: Path, output: Path) -> Iterator[None]:
+    """Make a folder, or take it over from a run that was killed, whose lock went with it."""
+    scratch.mkdir(exist_ok=True)
+    if scratch.is_symlink() or not {path.name for path in scratch.iterdir()} <= {_LOCK, _NEW, _TAKEN, _REPLACED}:
+        raise RepositoryError(f"{scratch} must be free to build in, but holds something else.")
+    with (scratch / _LOCK).open("a") as lock:
         try:
-            if output.exists():
-                os.replace(output, old)
-            os.replace(folder, output)
-        except BaseException:
-            if old.exists() and not output.exists():
-                os.replace(old, output)
-            raise
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(lock.fileno()), os.stat(scratch / _LOCK))
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        except OSError:  # a file system without locks
+            is_ours = True
+        if not is_ours:  # or it was another run's that has just ended
+            raise RepositoryError(f"{output} is being written by another run.")
+        yield
 
 
-def check_output(output: Path, overwrite: bool, source: str | os.PathLike) -> None:
+def _restore(output: Path, scratch: Path) -> None:
+    """Put back what was taken from an output, where a run did not come to its end.
+
+    Raises:
+        RepositoryError: Something else has taken its place.
+    """
+    taken = scratch / _TAKEN
+    if taken.exists():
+        if os.path.lexists(output):
+            raise RepositoryError(f"{output} is not what it was: that lies in {taken}. Keep one of them there.")
+        os.replace(taken, output)
+
+
+def _listing(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Every entry below a folder, by its path, with what changes when it does."""
+    listing = {}
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        listing[path.relative_to(folder).as_posix()] = (status.st_ino, status.st_mode, status.st_mtime_ns) + (
+            () if path.is_dir() else (status.st_size,)
+        )
+    return listing
+
+
+def check_output(output: Path, overwrite: bool, *sources: str | os.PathLike) -> None:
     """Raise RepositoryError unless there is no such folder, or one that may be replaced: a typing error costs nothing.
 
     Args:
         output: The folder.
         overwrite: Whether to replace a repository that exists.
-        source: What is read meanwhile: a path, or something else.
+        *sources: What is read meanwhile: paths, or something else.
     """
     if not os.path.lexists(output):
         return
@@ -58,14 +167,15 @@ def check_output(output: Path, overwrite: bool, source: str | os.PathLike) -> No
     output = output.resolve()
     if Path.cwd().is_relative_to(output) or (output / ".git").exists():
         raise RepositoryError(f"{output} is a clone or the folder you are in, and is not replaced.")
-    if os.path.exists(source) and Path(source).resolve().is_relative_to(output):
-        raise RepositoryError(f"{output} holds the source, and is not replaced.")
+    for source in sources:
+        if os.path.exists(source) and Path(source).resolve().is_relative_to(output):
+            raise RepositoryError(f"{output} holds the source, and is not replaced.")
 
 
 def is_repository(folder: Path) -> bool:
     """Whether a folder holds a model."""
     try:
-        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "model_type" in json.loads(Path(regular(folder / "config.json")).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 

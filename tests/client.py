@@ -21,6 +21,7 @@ PACKAGE = (
     "mobilenet",
     "architectures_mobilenet",
     "configuration_mobilenet",
+    "cpu_mobilenet",
     "convert_checkpoint",
     "image_processing_mobilenet",
     "layers_mobilenet",

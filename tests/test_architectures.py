@@ -189,7 +189,7 @@ def test_repeats_are_multiplied_and_rounded_up_but_at_the_ends():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_blocks_chain(architecture):
-    channels = MobileNetConfig(architecture, width_multiplier=0.75).stem_channels
+    channels = MobileNetConfig(architecture, width_multiplier=0.75).stem_block.out_channels
     for block in blocks(architecture, width_multiplier=0.75):
         assert block.in_channels == channels
         channels = block.out_channels

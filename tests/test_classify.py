@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import glob
 import importlib.util
 import io
 import itertools
@@ -30,6 +31,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, MobileNetV2ForImageClassification, pipeline
 from typer.testing import CliRunner, Result
 
+import mobilenet
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.classify import classify
 from mobilenet.cli import app
@@ -139,6 +141,20 @@ def test_find_reads_stdin(monkeypatch, images):
     ]
 
 
+@pytest.mark.parametrize("pattern", ["**/*.png", "**", "b/**/*.png", "**/**/*.png"])
+def test_find_follows_no_link_in_a_circle(tmp_path, pattern):
+    """Nor does it find what glob does not, but for what lies behind a link."""
+    for path in ("a.png", "b/c.png", "b/[d]/e.png", ".hidden/f.png", "b/.g.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    matches = set(glob.glob(f"{tmp_path}/{pattern}", recursive=True))
+    expected = sorted(path for path in matches if os.path.isfile(path))
+    for name in ("b/up", "b/[d]/up", "z"):
+        (tmp_path / name).symlink_to(tmp_path, target_is_directory=True)
+    assert [image.name for image in find([f"{tmp_path}/{pattern}"])] == expected
+    assert len(expected) > 1
+
+
 def test_find_reports_folders_that_hold_nothing_or_are_shut(monkeypatch, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "shut").mkdir()
@@ -195,6 +211,15 @@ def test_csv_says_the_same(model, images):
         label = LABELS[int(row["index"])]
         assert row["label"] == clean(label)
         assert float(row["score"]) == pytest.approx(expected[label], abs=1e-5)
+
+
+def test_csv_holds_no_formulas(tmp_path):
+    """For spreadsheets, which compute what begins like one."""
+    make_model(tmp_path / "model", id2label={0: "=1+1", 1: "+1", 2: "-1", 3: "@SUM(A1)", 4: "'", 5: "1=1"})
+    Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+    result = run(tmp_path / "image.png", "--model", tmp_path / "model", "--csv", "-k", 6)
+    labels = {row["label"] for row in csv.DictReader(io.StringIO(result.stdout))}
+    assert labels == {"'=1+1", "'+1", "'-1", "'@SUM(A1)", "'", "1=1"}
 
 
 def test_table_says_the_same_and_ranks(model, images):
@@ -291,6 +316,116 @@ def test_names_from_stdin(model, images):
     assert result.exit_code == 0
     names = [row["file"] for row in csv.DictReader(io.StringIO(result.stdout))]
     assert names == [f"{images}/{name}" for name in ("b.png", "sub/c.webp", "sub/deeper/d.bmp")]
+
+
+def test_an_image_from_stdin(model, images):
+    data = (images / "b.png").read_bytes()
+    there, here = (
+        json.loads(run(*a, "--model", model, "--json", stdin=data).stdout) for a in (("-",), (images / "b.png",))
+    )
+    assert there == {**here, "file": "stdin"}
+    result = run("-", "--model", model, "--json", stdin=data[:200])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("stdin: cannot be decoded: ")
+
+
+def test_a_threshold_leaves_out_labels(model, images):
+    every, some = (
+        [
+            json.loads(line)["predictions"]
+            for line in run(images, "--model", model, "--json", "-k", 6, *a).stdout.splitlines()
+        ]
+        for a in ((), ("--threshold", 0.2))
+    )
+    assert some == [[p for p in predictions if p["score"] >= 0.2] for predictions in every]
+    assert 0 < sum(map(len, some)) < sum(map(len, every))
+    for text in ("nan", "1.5", "-1"):
+        result = run(images, "--model", model, "--threshold", text)
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1] == f"Error: --threshold must be from 0 to 1, got {float(text)}."
+
+
+def test_device_and_precision(model, images, exported):
+    exact, rounded = (
+        [
+            json.loads(line)["predictions"][0]
+            for line in run(images, "--model", model, "--json", *a).stdout.splitlines()
+        ]
+        for a in (("--device", "cpu:0"), ("--dtype", "bfloat16"))
+    )
+    assert exact != rounded
+    for ours, theirs in zip(rounded, exact, strict=True):
+        assert ours["score"] == pytest.approx(theirs["score"], abs=0.1)
+    result = run(images / "b.png", "--model", model, "--dtype", "bfloat16")
+    assert result.stderr == "Engine: torch, computing in bfloat16\n"
+    for device in ("nowhere", "meta", "cuda:99"):
+        result = run(images, "--model", model, "--device", device)
+        assert (result.exit_code, result.stdout) == (1, "")
+        expected = "Error: --device must be one that torch has here, such as cpu or cuda"
+        assert result.stderr == f"{expected}, got '{device}'.\n"
+    engine, folder = exported
+    result = run(images, "--model", folder, "--dtype", "float16")
+    expected = f"Error: --device must be cpu and dtype float32 with engine {engine}, got cpu and float16.\n"
+    assert (result.exit_code, result.stderr) == (1, expected)
+
+
+def test_results_in_a_file(model, images, tmp_path):
+    output = tmp_path / "results.csv"
+    arguments = (images, "--model", model, "--csv")
+    expected = run(*arguments).stdout
+    result = run(*arguments, "--output", output)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert output.read_text(encoding="utf-8") == expected
+    output.write_text("precious")
+    result = run(*arguments, "-o", output)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: --output must be a file that does not exist, or go with --overwrite, got ")
+    assert output.read_text() == "precious"
+    result = run(*arguments, "-o", output, "--overwrite", "--engine", "onnx")
+    assert result.exit_code == 1
+    assert output.read_text() == "precious"
+    assert run(*arguments, "-o", output, "--overwrite").exit_code == 0
+    assert output.read_text(encoding="utf-8") == expected
+    assert run(*arguments, "-o", tmp_path, "--overwrite").stderr.startswith(
+        "Error: --output must be a regular file, got "
+    )
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.any_version
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_terminated_run_leaves_no_file(model, many, tmp_path):
+    process = start(many[0], "--model", model, "--json", "-o", tmp_path / "results.jsonl")
+    process.stderr.readline()
+    (part,) = tmp_path.iterdir()
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert part.name.startswith(".results.jsonl.")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell")
+def test_a_closed_stdout_is_one_error(model, images):
+    process = start(images / "b.png", "--model", model, stdout=None, preexec_fn=lambda: os.close(1))
+    assert process.communicate()[1] == "Error: stdout is closed: there is nowhere to print results.\n"
+    assert process.returncode == 1
+
+
+def test_the_same_in_python(model, images):
+    """A folder by one call, which says what is wrong before it reads an image."""
+    expected = [json.loads(line) for line in run(images, "--model", model, "--json", "-k", 2).stdout.splitlines()]
+    results = list(mobilenet.classify_images(images, model, top_k=2))
+    assert [result.name for result in results] == [line["file"] for line in expected]
+    for result, line in zip(results, expected, strict=True):
+        assert [(p.label, p.index, round(p.score, 6)) for p in result.predictions] == [
+            (p["label"], p["index"], p["score"]) for p in line["predictions"]
+        ]
+    missing, here = mobilenet.classify_images([images / "none.png", str(images / "b.png")], model, threshold=1)
+    assert (missing.error, here.error, here.predictions) == ("no such file", None, [])
+    for option, value in (("top_k", 0), ("batch_size", 1.5), ("threshold", 2), ("dtype", "int8"), ("engine", "jax")):
+        with pytest.raises(ValueError, match=f"^{option} must be "):
+            mobilenet.classify_images(images, model, **{option: value})
 
 
 def test_images_of_different_shapes_share_a_batch(tmp_path, images):
@@ -420,6 +555,11 @@ def test_exports_repeat_their_bits(exported, images):
         ("onnx", {"export_format": "openvino"}, "it was exported for openvino, not for onnx."),
         ("auto", {"export_format": "executorch"}, "it must be exported for onnx or openvino, got executorch."),
         ("auto", {}, "cannot be loaded: 'export_format'"),
+        (
+            "auto",
+            {"export_format": "onnx", "schema_version": 10**30},
+            f"export.json must have the schema_version 1, got 1{30 * '0'}.",
+        ),
         (
             "auto",
             {"export_format": "onnx"},

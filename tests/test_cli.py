@@ -67,6 +67,43 @@ def test_the_example_comes_with_the_package():
     assert best["score"] > 0.9
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ("convert", "google/x", "out", "--mean", "a,b"),
+            "--mean must be numbers with commas between them, got 'a,b'.",
+        ),
+        (("convert", "google/x", "out", "--image-size", "99999"), "--image-size must be an integer from 1 to 65536"),
+        (
+            ("convert", "google/x", "out", "--range", "0..2"),
+            "--range must be one of 0..1, -1..1, 0..255, imagenet, got",
+        ),
+        (("convert", "google/x", "out", "--fuse", "--unfuse"), "--unfuse must be left out where fuse is set."),
+        (("train", "x", "--output", "out", "--crop-fraction", "2"), "--crop-fraction must be "),
+    ],
+)
+def test_errors_name_options(tmp_path, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {line}")
+
+
+def test_shells_complete_commands_and_options():
+    def complete(*words: str) -> list[str]:
+        environment = {
+            "_MOBILENET_COMPLETE": "complete_bash",
+            "COMP_WORDS": " ".join(words),
+            "COMP_CWORD": str(len(words) - 1),
+        }
+        return CliRunner().invoke(app, [], prog_name="mobilenet", env=environment).stdout.split()
+
+    assert complete("mobilenet", "cl") == ["classify"]
+    assert complete("mobilenet", "classify", "--th") == ["--threshold"]
+    assert complete("mobilenet", "classify", "--dtype", "bf") == ["bfloat16"]
+
+
 def test_options_keep_their_former_names(tmp_path):
     """For a release, with a notice."""
     arguments = ["convert", str(tmp_path / "nothing"), str(tmp_path / "out")]

@@ -55,11 +55,11 @@ def test_head_shrinks_only_if_asked(architecture, width, shrink, expected):
 def test_the_head_grows_and_the_stem_scales_unless_told_otherwise():
     assert MobileNetConfig(width_multiplier=1.2).feature_channels == 1536
     assert MobileNetConfig(width_multiplier=1.2, grow_head=False).feature_channels == 1280
-    assert MobileNetConfig(width_multiplier=1.2).stem_channels == 40
-    assert MobileNetConfig(width_multiplier=1.2, scale_stem=False).stem_channels == 32
+    assert MobileNetConfig(width_multiplier=1.2).stem_block.out_channels == 40
+    assert MobileNetConfig(width_multiplier=1.2, scale_stem=False).stem_block.out_channels == 32
     # Where a convolution follows the pooling, it alone is the last.
     config = MobileNetConfig("mobilenet_v3_large", 0.75)
-    assert (config.head_channels, config.pre_logits_block.out_channels) == (720, 1280)
+    assert (config.head_block.out_channels, config.pre_logits_block.out_channels) == (720, 1280)
 
 
 def test_dropout_defaults_to_the_papers_drop_probability():

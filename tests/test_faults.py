@@ -149,7 +149,7 @@ def source(tmp_path: Path) -> Path:
 
 
 COMPLETE = {
-    *("README.md", "architectures_mobilenet.py", "config.json", "configuration_mobilenet.py"),
+    *("README.md", "architectures_mobilenet.py", "config.json", "configuration_mobilenet.py", "cpu_mobilenet.py"),
     *("image_processing_mobilenet.py", "layers_mobilenet.py", "model.safetensors", "modeling_mobilenet.py"),
     *("preprocessing_mobilenet.py", "preprocessor_config.json"),
 }
@@ -170,6 +170,7 @@ def test_convert_survives_signals(run: Run, source: Path, tmp_path: Path, stage:
     code, printed = run("convert", source, tmp_path / "out", "--no-compare")
     assert code == 0, printed
     assert names(tmp_path / "out") == COMPLETE
+    assert names(tmp_path) == {"source", "out"}  # nothing is left of a run that was killed
 
 
 @pytest.mark.parametrize(
@@ -227,6 +228,7 @@ def test_export_survives(run: Run, model: Path, tmp_path: Path, stage: str, faul
         code, printed = run("export", model, tmp_path / "out")
         assert code == 0, printed
         assert {"model.onnx", "README.md"} <= names(tmp_path / "out")
+        assert names(tmp_path) == {"model", "out"}
 
 
 # train

@@ -101,7 +101,7 @@ def _replace(model: nn.Module, seen: list[str]) -> None:
             seen.append("subclass")
             return super().forward(x)
 
-    norm = Norm(model.config.stem_channels).eval()
+    norm = Norm(model.config.stem_block.out_channels).eval()
     model.backbone.stem.norm = norm
 
 

@@ -1,17 +1,25 @@
 """Broken and hostile input: a right answer or one clear error, whatever comes; and what fuzzing has found."""
 
+import argparse
+import codecs
 import inspect
 import io
 import json
 import os
+import pickle
+import shutil
+import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pytest
 import torch
@@ -28,11 +36,12 @@ from hostile import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mobilenet.image_processing_mobilenet import UnreadableImageError
+from mobilenet.image_processing_mobilenet import UnreadableImageError, open_image
 from PIL import Image
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.conversion import ConversionError, from_timm
+from mobilenet.conversion.checkpoint import read_torch
 from mobilenet.conversion.labels import read_labels
 from mobilenet.loading import load
 
@@ -220,7 +229,7 @@ def test_sources_with_absurd_configurations_are_refused(kind: str, edits: dict, 
 
 def test_archives_that_unpack_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch reads a compressed archive too, though it writes none: 20 kB may stand for 20 MB."""
-    monkeypatch.setattr("mobilenet.conversion.checkpoint.MAX_BYTES", 1_000_000)
+    monkeypatch.setattr("mobilenet.pickles.MAX_BYTES", 1_000_000)
     buffer = io.BytesIO()
     torch.save({"fc.weight": torch.zeros(500_000)}, buffer)
     with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
@@ -309,6 +318,100 @@ def test_shapes_without_end_are_refused(name: str, shape: tuple[int, ...], messa
         convert_file(tmp_path / "model.pth")
 
 
+class Call:
+    """Is pickled as a call."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.reduced = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.reduced
+
+
+def _announcing(count: int) -> bytes:
+    """A state dict whose only storage claims to have so many numbers, in the older format and the newer one."""
+    buffer = io.BytesIO()
+    torch.save({"weight": torch.zeros(77)}, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue().replace(b"KM", b"J" + struct.pack("<i", count))
+
+
+def _zipped(pickled: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+    return buffer.getvalue()
+
+
+GREEDY = {
+    "bytearray": pickle.dumps(Call(bytearray, 6 << 30), 2),
+    "bytearray in an archive": _zipped(pickle.dumps({"a": Call(bytearray, 6 << 30)}, 2)),
+    "untyped storage": _zipped(pickle.dumps({"a": Call(torch.UntypedStorage, 6 << 30)}, 2)),
+    "tensor class": _zipped(b"\x80\x02ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85R."),
+    "encodings of encodings": _zipped(pickle.dumps(Call(codecs.encode, b"a" * 1000, "hex"), 2)),
+    "storage of more than the file": _announcing(1 << 30),
+    "behind the archive": _zipped(b"\x80\x02}.")[:-2] + b"\2\0ab",
+    "before the archive": b"PK\3\4" + _zipped(b"\x80\x02}."),
+}
+
+
+@pytest.mark.parametrize("data", GREEDY.values(), ids=GREEDY)
+def test_pickles_that_take_more_than_they_hold_are_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.pth").write_bytes(data)
+    with pytest.raises(ConversionError, match=r"model\.pth: holds more than tensors, or is broken"):
+        convert_file(tmp_path / "model.pth")
+    shutil.copytree(hostile.repository(), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(data)
+    with pytest.raises(ValueError, match="model cannot be loaded: it"):
+        load(str(tmp_path / "model"))
+    (tmp_path / "model" / "pytorch_model.bin").rename(tmp_path / "model" / "w.dat")
+    index = {"metadata": {}, "weight_map": {"classifier.weight": "w.dat"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="model cannot be loaded: it"):
+        load(str(tmp_path / "model"))
+
+
+def test_graphs_that_compute_without_end_are_refused(tmp_path: Path) -> None:
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    from onnx import helper
+
+    shape = helper.make_tensor("shape", onnx.TensorProto.INT64, [1], [1 << 34])
+    images = helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, ["batch", 3, "height", "width"])
+    logits = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 3])
+    nodes = [
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("ReduceMean", ["zeros"], ["zero"], keepdims=0),
+        helper.make_node("ReduceMean", ["pixel_values"], ["means"], axes=[2, 3], keepdims=0),
+        helper.make_node("Add", ["means", "zero"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "graph", [images], [logits], [shape])
+    shutil.copytree(hostile.repository(), tmp_path / "model")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8),
+        tmp_path / "model" / "model.onnx",
+    )
+    manifest = {"export_format": "onnx", "components": {"model": {"file": "model.onnx"}}}
+    (tmp_path / "model" / "export.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"model cannot be run: it may take no more than \d+ MiB in all"):
+        load(str(tmp_path / "model")).network(np.zeros((1, 3, 8, 8), np.float32))
+
+
+def test_checkpoints_of_trainers_are_read(tmp_path: Path) -> None:
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    content = {
+        **{"state_dict": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "best": 0.5},
+        **{"args": argparse.Namespace(lr=0.1, names=["a", None]), "parameter": torch.nn.Parameter(torch.ones(2))},
+        **{"device": torch.device("cpu"), "dtype": torch.float16, "half": torch.ones(3, dtype=torch.bfloat16)},
+    }
+    for zipped in (True, False):
+        torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
+        assert read_torch(tmp_path / "model.pth").keys() == {"weight", "bias"}
+
+
 def test_labels_nested_without_end_are_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text("[" * 100_000)
     with pytest.raises(ConversionError, match=r"labels\.json: no labels: "):
@@ -330,6 +433,34 @@ def test_images_that_are_programs_are_not_run(name: str, monkeypatch: pytest.Mon
         data = b"\xd7\xcd\xc6\x9a\0\0" + np.int16([0, 0, 80, 80, 72]).tobytes() + bytes(6) + b"\1\0\t\0" + bytes(40)
     with pytest.raises(UnreadableImageError, match=f"{name} is not read: it "):
         use_image(data)
+
+
+def _chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"P6" + bytes([32]) * 5_000_000,
+        b"P6\n#" + bytes(5_000_000),
+        b"P3 100 100 255\n" + b"#a\n" * 500_000,
+        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", b"\0\0\0\x08" * 2 + b"\x08" + bytes(4)) + _chunk(b"prVt") * 400_000,
+        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", b"\0\0\0\x08" * 2 + b"\x08" + bytes(4)) + _chunk(b"IDAT") * 400_000,
+        b"GIF89a\1\0\1\0\0\0\0" + b"!\xfe\1a\0" * 1_000_000,
+    ],
+    ids=["blanks", "comment", "comments", "chunks before the image", "chunks of the image", "extensions"],
+)
+def test_headers_without_end_are_refused_early(data: bytes) -> None:
+    begin = time.process_time()
+    with pytest.raises(UnreadableImageError, match=r"it takes more than 100000 reads|more than 1000 comments"):
+        use_image(data)
+    assert time.process_time() - begin < 1.5
+
+
+def test_plain_images_may_have_comments() -> None:
+    image = open_image(b"P3 # a comment\n2 1 255\n# another\n1 2 3 # and one more\n4 5 6")
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(1, 2, 3), (4, 5, 6)]
 
 
 # Images that are large, and as wide as can be

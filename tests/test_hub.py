@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import variants
 from hub import Fault, Hub
 from oracles import randomize_norms
 from packaging.version import Version
 from PIL import Image
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
-from mobilenet.conversion import ConversionError, checkpoint
+from mobilenet import hub as client_of_hub
+from mobilenet.conversion import ConversionError
 from mobilenet.conversion.convert import convert
 
 
@@ -31,6 +34,7 @@ CLIENT = Path(__file__).parent / "client.py"
 CODE = (
     "architectures_mobilenet.py",
     "configuration_mobilenet.py",
+    "cpu_mobilenet.py",
     "image_processing_mobilenet.py",
     "layers_mobilenet.py",
     "modeling_mobilenet.py",
@@ -107,7 +111,9 @@ def client(clients: subprocess.Popen, image: Path, tmp_path_factory: pytest.Temp
             pytest.fail((home / "stderr").read_text())
         if fails:
             return (home / "stderr").read_text()
-        return json.loads((home / "stdout").read_text().splitlines()[-1])
+        output = (home / "stdout").read_text()
+        assert "Do you wish to run the custom code?" not in output
+        return json.loads(output.splitlines()[-1])
 
     return run
 
@@ -213,12 +219,27 @@ def test_without_trust_no_code_runs(hub: Hub, client: Client, original: Path, tr
     assert not asked_for_code(hub)
 
 
-@pytest.mark.parametrize("trust", ["false", "null"])
+@pytest.mark.parametrize(
+    "trust",
+    [
+        "false",
+        "null",
+        pytest.param(
+            "true",
+            marks=pytest.mark.xfail(
+                Version(transformers.__version__) < Version("5.10"),
+                reason="transformers before 5.10 runs what is trusted even where it is not needed",
+                strict=True,
+            ),
+        ),
+    ],
+)
 def test_with_the_package_no_trust_is_needed(
     hub: Hub, client: Client, original: Path, expected: list, trust: str
 ) -> None:
+    """By the Auto classes and by a pipeline: nobody is asked, and no code is downloaded."""
     hub.publish("someone/original", original)
-    result = client(hub, "someone/original", "--package", ROOT, "--trust", trust)
+    result = client(hub, "someone/original", "--package", ROOT, "--trust", trust, "--all")
     assert result["logits"] == expected
     assert all(name.startswith("mobilenet.") for name in result["classes"])
     assert not asked_for_code(hub)
@@ -230,9 +251,17 @@ def test_with_the_package_nobody_is_asked_for_code_elsewhere(
     hub.publish("someone/original", original)
     fields = json.loads((original / "config.json").read_text())
     fields["auto_map"] = {auto: f"evil/code--{where}" for auto, where in fields["auto_map"].items()}
-    hub.publish("someone/original", {"config.json": json.dumps(fields).encode()})
+    evil = {auto: f"evil/code--image_processing_mobilenet.{auto}" for auto in ("AutoImageProcessor", "AutoProcessor")}
+    processor = json.loads((original / "preprocessor_config.json").read_text()) | {"auto_map": evil}
+    video = {"auto_map": {"AutoVideoProcessor": "evil/code--image_processing_mobilenet.MobileNetVideoProcessor"}}
+    documents = {
+        "config.json": fields,
+        "preprocessor_config.json": processor,
+        "video_preprocessor_config.json": video,
+    }
+    hub.publish("someone/original", {name: json.dumps(document).encode() for name, document in documents.items()})
     hub.publish("evil/code", dict.fromkeys(CODE, b"raise SystemExit('code from elsewhere ran')"))
-    result = client(hub, "someone/original", "--package", ROOT)
+    result = client(hub, "someone/original", "--package", ROOT, "--all")
     assert result["logits"] == expected
     assert not [request for request in hub.log if "evil" in request]
 
@@ -320,8 +349,9 @@ def test_a_killed_download_starts_again(
 @pytest.fixture
 def google(hub: Hub, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Id of a checkpoint that this process asks the loopback Hub for, without pauses between attempts."""
-    download = partial(checkpoint.hf_hub_download, endpoint=hub.url, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(checkpoint, "hf_hub_download", download)
+    download = partial(client_of_hub.hf_hub_download, endpoint=hub.url, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(client_of_hub, "hf_hub_download", download)
+    monkeypatch.setattr(client_of_hub, "hf_hub_url", partial(client_of_hub.hf_hub_url, endpoint=hub.url))
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.publish("google/mobilenet_v1_0.25_128", data / "checkpoints" / "google_mobilenet_v1_0.25_128")
     return "google/mobilenet_v1_0.25_128"
@@ -357,6 +387,19 @@ def test_a_failing_hub_ends_a_conversion(hub: Hub, google: str, tmp_path: Path, 
     assert commit in (folder / "mobilenet" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("command", ["classify --example --model", "convert"])
+def test_a_dead_hub_is_one_error_at_once(hub: Hub, tmp_path: Path, command: str) -> None:
+    environment = hub.environment(tmp_path, HF_ENDPOINT="http://127.0.0.1:1", PYTHONPATH=str(ROOT))
+    arguments = [*command.split(), "someone/mobilenet", *(["out"] if command == "convert" else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "mobilenet.cli", *arguments],
+        **{"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": False, "timeout": 25},
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.match("Error: someone/mobilenet.* the Hub does not answer: ", line)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_google_converts_and_classifies_by_id(
     hub: Hub, data: Path, cats: Path, tmp_path: Path
@@ -389,3 +432,23 @@ def test_a_checkpoint_of_google_converts_and_classifies_by_id(
     assert best["score"] == pytest.approx(0.7847, abs=1e-3)
     assert not asked_for_code(hub)
     run("-m", "mobilenet.cli", "verify", "converted", "--against", "someone/converted")
+
+
+def test_a_repository_of_transformers_js_converts_by_id(hub: Hub, tmp_path: Path) -> None:
+    """Where a repository has no weights of torch, its ONNX file is fetched, and nothing else."""
+    for module in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    path, _ = variants.write(variants.Variant(2, width=0.35, size=32, suffix=".onnx"), tmp_path)
+    config = {"model_type": "mobilenet_v2", "id2label": {str(index): f"kind {index}" for index in range(5)}}
+    processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1], "crop_size": {"height": 32, "width": 32}}
+    files = {"config.json": config, "preprocessor_config.json": processor}
+    files = {name: json.dumps(fields).encode() for name, fields in files.items()}
+    hub.publish("onnx-community/small", {**files, "onnx/model.onnx": path.read_bytes(), "onnx/model_int8.onnx": b""})
+    command = [sys.executable, "-m", "mobilenet.cli", "convert", "onnx-community/small", "output", "--no-compare"]
+    environment = hub.environment(tmp_path / "home", PYTHONPATH=str(ROOT))
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    written = {path.name: path for path in (tmp_path / "output").iterdir()}
+    assert json.loads(written["config.json"].read_text())["id2label"]["4"] == "kind 4"
+    assert json.loads(written["preprocessor_config.json"].read_text())["image_mean"] == [0.1, 0.2, 0.3]
+    assert hub.repositories["onnx-community/small"].refs["main"] in written["README.md"].read_text()
+    assert not any("int8" in request for request in hub.log)

@@ -23,6 +23,7 @@ from mobilenet.cli import app
 CODE = (
     "architectures_mobilenet.py",
     "configuration_mobilenet.py",
+    "cpu_mobilenet.py",
     "image_processing_mobilenet.py",
     "layers_mobilenet.py",
     "modeling_mobilenet.py",
@@ -188,6 +189,29 @@ def test_pickles(folder: Path, name: str) -> None:
     status, findings = run(folder)
     assert status == 1
     assert "a pickle, which can run code" in findings[name]["verdict"]
+
+
+@pytest.mark.parametrize("index", ["pytorch_model.bin.index.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("name", "file", "verdict"),
+    [
+        ("w.dat", "w.dat", "a pickle, which can run code"),
+        ("part/w.SAFETENSORS", "part/w.SAFETENSORS", "a pickle, which can run code"),
+        ("../w.safetensors", None, "loads weights from elsewhere: ../w.safetensors"),
+        ("/tmp/w.safetensors", None, "loads weights from elsewhere: /tmp/w.safetensors"),
+        ("none.safetensors", None, "names weights that are not there: none.safetensors"),
+        (3, None, "loads weights from elsewhere: 3"),
+    ],
+)
+def test_weights_that_an_index_names(folder: Path, index: str, name: object, file: str | None, verdict: str) -> None:
+    (folder / "part").mkdir()
+    for path in ("w.dat", "part/w.SAFETENSORS"):
+        (folder / path).write_bytes(b"weights")
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": {"stem.weight": name}}))
+    code, findings = run(folder)
+    assert code == 1
+    assert verdict in findings[file or index]["verdict"]
+    assert findings[file or index]["is_problem"]
 
 
 def test_exports_are_weights(folder: Path) -> None:

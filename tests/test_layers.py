@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mobilenet.layers_mobilenet import Conv2d, same_padding
+from torch import nn
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ def test_same_padding(size, kernel_size, stride, dilation, expected):
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize(("channels", "groups"), [((4, 4), 4), ((3, 16), 1)])
 def test_same_convolution_equals_padding_first(size, stride, dilation, channels, groups):
-    conv = Conv2d(*channels, 3, stride, dilation=dilation, groups=groups, pads_same=True, activated=True)
+    conv = Conv2d(*channels, 3, stride, dilation=dilation, groups=groups, padding="same")
     x = torch.randn(2, channels[0], *size).to(memory_format=torch.channels_last)
     (top, bottom), (left, right) = (
         (total // 2, total - total // 2)
@@ -35,7 +36,7 @@ def test_same_convolution_equals_padding_first(size, stride, dilation, channels,
 
 
 def test_autocast_leaves_float32_where_it_is_faster():
-    conv = Conv2d(8, 8, 3, 2, groups=8, pads_same=True, activated=True)
+    conv = Conv2d(8, 8, 3, 2, groups=8, padding="same")
     weight, convolve, seen = torch.randn(2, 8, 8, 8), conv.convolve, []
     results = []
     for module in (conv, partial(convolve, weight=conv.weight, bias=conv.bias)):
@@ -55,3 +56,18 @@ def test_autocast_leaves_float32_where_it_is_faster():
         assert ours.abs().max() > 0.1
         # bfloat16 has 8 bits.
         torch.testing.assert_close(ours, expected, rtol=0, atol=expected.abs().max().item() / 64)
+
+
+def test_a_convolution_is_made_by_torchs_arguments():
+    """PEFT makes its layers so, of what it reads off a layer."""
+    conv = Conv2d(3, 8, 3, 2, padding="same", bias=False)
+    again = type(conv)(3, 8, conv.kernel_size, conv.stride, conv.padding, bias=False)
+    again.load_state_dict(conv.state_dict())
+    for size in ((6, 7), (7, 6)):
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(again(x), conv(x), rtol=0, atol=0)
+    arguments = (4, 6, (3, 5), (2, 1), (1, 2), 1, 2, True, "reflect")
+    ours, theirs = Conv2d(*arguments), nn.Conv2d(*arguments)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 4, 9, 8)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)

@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from mobilenet.layers_mobilenet import ConvNormAct
 from oracles import FAMILY, copy_in_order, logits, native, ours_like, randomize_norms, timm_model
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from transformers import (
     AutoBackbone,
     AutoModel,
@@ -12,6 +15,7 @@ from transformers import (
     MobileNetV1ForImageClassification,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
+    TorchAoConfig,
 )
 from transformers.models.auto import modeling_auto
 
@@ -661,3 +665,105 @@ def test_maximum_pooling_and_hidden_layers(tmp_path):
         MobileNetConfig(pooling="sum")
     with pytest.raises(ValueError, match="classifier_hidden_sizes must be a list of at most 8 integers"):
         MobileNetConfig(classifier_hidden_sizes=[0])
+
+
+# What others make of a network
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of torch, about attention
+@pytest.mark.parametrize("architecture", ["mobilenet_v2", "mobilenet_v4_hybrid_medium"])
+def test_vmap_gives_what_a_loop_gives(architecture):
+    """Over images and an ensemble's weights, with and without gradients, and over gradients of single images."""
+    model = small(architecture=architecture, width_multiplier=0.1)
+    images = torch.randn(3, 2, 3, 33, 40)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters, image):
+        return functional_call(model, parameters, (image[None],)).logits.square().sum()
+
+    def ensemble(scale):
+        return functional_call(model, {name: p * scale for name, p in parameters.items()}, (images[0],)).logits
+
+    expected = torch.stack([model(batch).logits for batch in images])
+    scales = torch.tensor([1.0, 0.9])
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert_same(vmap(lambda batch: model(batch).logits)(images), expected)
+            assert_same(vmap(ensemble)(scales), torch.stack([ensemble(scale) for scale in scales]))
+    gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, images[0])
+    for index, image in enumerate(images[0]):
+        for name, expected in grad(loss)(parameters, image).items():
+            torch.testing.assert_close(gradients[name][index], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+def test_adapters_of_peft_train_save_load_and_merge(tmp_path, padding):
+    """LoRA on the stem and the 1x1 convolutions, beside whole norms, depthwise filters and a whole classifier."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    start = small(width_multiplier=0.1, padding=padding).requires_grad_(False)
+    images = torch.randn(4, 3, 65, 64)
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=r".*\.(stem|expand|project)\.conv",
+        modules_to_save=["norm", "depthwise.conv", "classifier"],
+    )
+    adapted = peft.get_peft_model(copy.deepcopy(start), config).train()
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):  # at first, half of an adapter is zero, and has no gradient
+        optimizer.zero_grad()
+        adapted(images, labels=torch.arange(4)).loss.backward()
+        optimizer.step()
+    expected = logits(adapted.eval(), images)
+    assert (expected - logits(start, images)).abs().max() > 0.1
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(start), tmp_path / "adapter").eval()
+    assert_same(logits(loaded, images), expected)
+    with pytest.raises(
+        ValueError, match=r"merged before fuse\(\), by merge_and_unload\(\), got one on backbone\.stem"
+    ):
+        loaded.fuse()
+    merged = loaded.merge_and_unload()
+    assert_same(logits(merged, images), expected)
+    merged.save_pretrained(tmp_path / "merged")
+    assert_same(logits(MobileNetForImageClassification.from_pretrained(tmp_path / "merged").fuse(), images), expected)
+
+
+@pytest.mark.any_version
+def test_adapters_of_peft_on_a_depthwise_convolution(tmp_path):
+    """They train, save and load; PEFT merges no convolution with groups."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    start = small(width_multiplier=0.1)
+    images = torch.randn(2, 3, 65, 64)
+    name = "backbone.stages.1.0.depthwise.conv"  # which strides
+    groups = start.get_submodule(name).groups
+    with pytest.warns(UserWarning, match="Merging is not supported"):
+        adapted = peft.get_peft_model(copy.deepcopy(start), peft.LoraConfig(r=groups, target_modules=[name]))
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1)
+    for _ in range(2):
+        adapted(images, labels=torch.arange(2)).loss.backward()
+        optimizer.step()
+    expected = logits(adapted.eval(), images)
+    assert (expected - logits(start, images)).abs().max() > 1e-3
+    adapted.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="Merging is not supported"):
+        loaded = peft.PeftModel.from_pretrained(start, tmp_path).eval()
+    assert_same(logits(loaded, images), expected)
+
+
+@pytest.mark.any_version
+def test_torchao_quantizes_the_classifier_at_loading(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = small(classifier_hidden_sizes=[16])
+    images = torch.randn(2, 3, 64, 64)
+    model.save_pretrained(tmp_path / "float")
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    quantized = MobileNetForImageClassification.from_pretrained(tmp_path / "float", quantization_config=config).eval()
+    assert type(quantized.classifier.weight).__name__ == type(quantized.hidden[0].weight).__name__ == "Int8Tensor"
+    assert quantized.classifier.weight.qdata.dtype == torch.int8
+    assert torch.equal(quantized.backbone.stem.conv.weight, model.backbone.stem.conv.weight)
+    expected, found = logits(model, images), logits(quantized, images)
+    assert 0 < (found - expected).abs().max() < 0.02 * expected.abs().max()
+    quantized.save_pretrained(tmp_path / "int8")
+    again = MobileNetForImageClassification.from_pretrained(tmp_path / "int8").eval()
+    assert torch.equal(logits(again, images), found)

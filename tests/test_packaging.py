@@ -26,6 +26,7 @@ CODE = (
     "architectures_mobilenet",
     "configuration_mobilenet",
     "convert_checkpoint",
+    "cpu_mobilenet",
     "image_processing_mobilenet",
     "layers_mobilenet",
     "modeling_mobilenet",
@@ -79,7 +80,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def distributions(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The wheel and the sdist, built from the clone."""
-    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install 'mobilenet[test]'")
+    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install -e '.[test]'")
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "hatchling", "build", "-d", folder, cwd=clone)
     return {path.suffix: path for path in folder.iterdir()}
@@ -134,7 +135,7 @@ def test_the_wheel_registers_everything(environment: Path, distributions: dict, 
 
 
 def test_an_editable_install_registers_everything(environment: Path, clone: Path, tmp_path: Path) -> None:
-    pytest.importorskip("editables", reason="editables is not installed: pip install 'mobilenet[test]'")
+    pytest.importorskip("editables", reason="editables is not installed: pip install -e '.[test]'")
     install(environment, "--editable", clone)
     assert Path(run(environment, "-c", USE, cwd=tmp_path).strip()) == clone / "modeling_mobilenet.py"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -16,13 +17,17 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from typer import BadParameter
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
-from mobilenet.cards import Measured, export_card, write_card
-from mobilenet.conversion import ConversionError
+from mobilenet.cards import Measured, export_card, read_card, write_card
+from mobilenet.cli.train import _read_config
+from mobilenet.conversion import ConversionError, read_source
 from mobilenet.conversion.convert import convert
+from mobilenet.conversion.labels import read_labels
 from mobilenet.export.compare import Comparison
 from mobilenet.loading import load
+from mobilenet.repository import check_output
 
 
 class Payload:
@@ -47,6 +52,25 @@ def repository(tmp_path: Path) -> Path:
     MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.35)).save_pretrained(folder)
     MobileNetImageProcessor().save_pretrained(folder)
     return folder
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_source,
+        lambda path: read_labels(path, 2),
+        lambda path: _read_config(SimpleNamespace(), Path(path)),
+        lambda path: check_output(Path(path).parent, True, ""),
+        lambda path: read_card(str(Path(path).parent)),
+    ],
+    ids=["source", "labels", "config", "config.json of the output", "card"],
+)
+def test_nobody_waits_for_pipes(tmp_path: Path, read: Callable[[str], object]) -> None:
+    for name in ("model.pth", "README.md", "config.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises((OSError, ValueError, BadParameter), match=r"not a regular file|is no model repository"):
+        read(str(tmp_path / "model.pth"))
 
 
 def load_model(folder: Path) -> object:
@@ -163,7 +187,7 @@ def test_names_cannot_write_into_the_card_of_a_conversion(data: Path, tmp_path: 
 
 
 def test_labels_cannot_write_into_the_card_of_a_training(tmp_path: Path) -> None:
-    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed: pip install 'mobilenet[train]'")
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed: pip install -e '.[train]'")
     options = SimpleNamespace(
         dataset=HOSTILE,
         output=HOSTILE,

@@ -88,7 +88,7 @@ class ModelTests(modeling.ModelTesterMixin):
             ):
                 maps = model.eval()(**inputs, **arguments).hidden_states
                 assert len(maps) == config.num_hidden_layers + 1
-                assert maps[0].shape == (self.model_tester.batch_size, config.stem_channels, 16, 16)
+                assert maps[0].shape == (self.model_tester.batch_size, config.stem_block.out_channels, 16, 16)
                 assert maps[-1].shape[-2:] == (1, 1)
 
 

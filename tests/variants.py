@@ -17,7 +17,6 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -567,9 +566,10 @@ def attempt(
     Raises:
         WrongError: The converted network says something else than its source, or has a place and was refused.
     """
-    from mobilenet.conversion import ConversionError, Options, parity, read_source
+    from mobilenet.conversion import ConversionError, Options, read_source
     from mobilenet.conversion.convert import build, keep_gray
     from mobilenet.conversion.graph import PREDICTIONS
+    from mobilenet.conversion.parity import compare_with_source
 
     path, run = write(variant, folder, seed)
     try:
@@ -600,30 +600,11 @@ def attempt(
     if not variant.has_place and expected.std(0).max() > 1e-3:
         # Equal all the same, as where a layer that is left out does nothing.
         return "equal, though it has no place"
-    with in_process(model, checkpoint):  # the comparison must pass, but for what a random network makes of rounding
-        try:
-            parity.check_parity(folder, model, checkpoint, photographs, slice(0, None))
-        except ConversionError:
-            return "converted, but for the comparison's limit"
+    try:  # the comparison must pass, but for what a random network makes of rounding
+        compare_with_source(model, checkpoint, photographs)
+    except ConversionError:
+        return "converted, but for the comparison's limit"
     return "converted" if expected.std(0).max() > 1e-4 else "converted, and constant"
-
-
-@contextmanager
-def in_process(model: Any, checkpoint: Any) -> Iterator[None]:
-    """Leave out that a result is loaded back, which takes longer than all else."""
-    from mobilenet.conversion import parity
-
-    kept = parity.load_back
-
-    def same(folder: Path, images: list[str]) -> Tensor:
-        with torch.no_grad():
-            return model(checkpoint.processor(images, return_tensors="pt").pixel_values).logits
-
-    parity.load_back = same
-    try:
-        yield
-    finally:
-        parity.load_back = kept
 
 
 def main() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -52,6 +53,8 @@ def rename_options(command: str, arguments: list[str]) -> list[str]:
 class Group(TyperGroup):
     """The subcommands, each imported when it is to run."""
 
+    options: ClassVar[Mapping[str, str]] = {}  # of the one that runs: by the parameters that their values go to
+
     def list_commands(self, ctx: Any) -> list[str]:
         """List the names of all subcommands."""
         return list(COMMANDS)
@@ -68,11 +71,14 @@ class Group(TyperGroup):
             single.command(name)(getattr(import_module(f".{name}", __package__), name))
             command = typer.main.get_command(single)
             rest = rename_options(name, rest)
+            self.options = {p.name: p.opts[0] for p in command.params if p.opts[0].startswith("--")}
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         """Run a subcommand, and end an expected error as one line on stderr and exit code 1."""
         try:
+            if sys.stdout is None:
+                raise OSError("stdout is closed: there is nowhere to print results.")
             return super().invoke(ctx)
         except KeyboardInterrupt:
             # As the system would: at once, without waiting for threads, and so that a shell's loop ends too.
@@ -82,11 +88,12 @@ class Group(TyperGroup):
         except BrokenPipeError:
             raise  # whoever read the output has seen enough: typer ends quietly
         except (OSError, ValueError, ImportError) as error:
-            typer.echo(f"Error: {clean(' '.join(str(error).split()))}", err=True)
+            name, must, rest = " ".join(str(error).split()).partition(" must ")
+            typer.echo(f"Error: {clean(self.options.get(name, name) + must + rest)}", err=True)
             raise typer.Exit(1) from error
 
 
-app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mobilenet.classify import run
-from mobilenet.loading import Engine, default_model, load
-from mobilenet.output import Layout
+from mobilenet.loading import Engine, Precision, default_model, load
+from mobilenet.output import Layout, new_file
 
 
 # Chelsea, by Stéfan van der Walt, who put the photograph into the public domain (CC0); scikit-image has it too.
@@ -20,8 +23,8 @@ def classify(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Files, folders (with all below them), quoted patterns such as 'trips/**/*.jpg', URLs, or - to read "
-            "such names from stdin, one a line.",
+            help="Files, folders (with all below them), quoted patterns such as 'trips/**/*.jpg', URLs, or - for "
+            "stdin, which holds such names, one a line, or an image.",
             show_default=False,
         ),
     ] = None,
@@ -41,11 +44,20 @@ def classify(
         str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Labels for each image.")] = 5,
+    threshold: Annotated[
+        float | None, typer.Option(help="Probability below which a label is left out.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one for each image.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a row for each label of an image.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write results to.", show_default="stdout")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
     engine: Annotated[
         Engine, typer.Option(help="What runs the network: what the model was exported for, or torch.")
     ] = Engine.AUTO,
+    device: Annotated[str, typer.Option(help="Where torch computes, such as cuda, cuda:1 or mps.")] = "cpu",
+    dtype: Annotated[Precision, typer.Option(help="What torch computes in.")] = Precision.FLOAT32,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that the network sees at once.")] = 8,
     fast_decode: Annotated[
         bool,
@@ -69,7 +81,11 @@ def classify(
         message = "name a folder or a Hub id: the default weights come with a clone, not with the installed package."
         raise typer.BadParameter(message, param_hint="--model")
     layout = Layout.JSON if as_json else Layout.CSV if as_csv else Layout.TABLE
-    classifier = load(model, revision=revision, engine=engine, fast_decode=fast_decode)
-    typer.echo(f"Engine: {classifier.engine}", err=True)
-    if run(images, classifier, layout=layout, top_k=top_k, batch_size=batch_size):
+    if output is not None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half-written is removed on the way out
+    with nullcontext() if output is None else new_file(output, overwrite) as file:
+        classifier = load(model, revision, engine, fast_decode, device, dtype)
+        typer.echo(f"Engine: {classifier.engine}", err=True)
+        failures = run(images, classifier, layout, top_k, batch_size, threshold, file)
+    if failures:
         raise typer.Exit(1)

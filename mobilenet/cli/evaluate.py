@@ -28,12 +28,24 @@ def evaluate(
     label_column: Annotated[str | None, typer.Option(help="Column of the labels, where there are several.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that the network sees at once.")] = 128,
     skip_unreadable: Annotated[bool, typer.Option(help="Leave out images that cannot be read.")] = False,
+    external_images: Annotated[
+        bool, typer.Option(help="Read images that rows name by a URL or by a path outside of the dataset.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
     """Measure a checkpoint on labeled images, as its model card says it was measured."""
     require("datasets", "kornia", "psutil", "torchmetrics", extra="train", purpose="evaluation")
     result = import_module("mobilenet.training.evaluate").evaluate_checkpoint(
-        model, dataset, split, subset, revision, image_column, label_column, batch_size, skip_unreadable
+        model,
+        dataset,
+        split,
+        subset,
+        revision,
+        image_column,
+        label_column,
+        batch_size,
+        skip_unreadable,
+        external_images,
     )
     if as_json:
         print(json.dumps(result._asdict()))

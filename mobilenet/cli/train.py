@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from mobilenet.preprocessing_mobilenet import regular
 from mobilenet.require import require
 from mobilenet.training.options import FREE_TO_CHANGE, RECORD, Options
 
@@ -25,7 +26,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take defaults from a file that a run left; what the command line says goes first."""
     if path is not None:
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads(Path(regular(path)).read_text(encoding="utf-8"))
             recorded, processes = record["options"], record["processes"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise typer.BadParameter(f"{path} must be the {RECORD} of a run: {error}") from error

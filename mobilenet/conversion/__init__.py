@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mobilenet.preprocessing_mobilenet import regular
+
 from . import from_google, from_keras, from_onnx, from_slim, from_state_dict, from_tflite, from_timm, from_torchvision
 from .checkpoint import Checkpoint, Options, Origin, download
 from .rename import ConversionError
@@ -22,12 +24,16 @@ def read_source(given: str, revision: str | None = None, options: Options | None
         options: What the source does not tell.
 
     Raises:
-        ConversionError: There is no such source, or it cannot be read.
+        ConversionError: There is no such source, it cannot be read, or an option is not what it allows.
         ImportError: Its reader is not installed.
+        IrregularFileError: It is a pipe or a device.
     """
+    options.check()
     path = Path(given).expanduser()
     origin = Origin(given, path)
     if path.exists() or from_slim.detect(origin):
+        if path.exists() and not path.is_dir():
+            regular(path)
         if revision is not None:
             raise ConversionError(f"a revision is for Hub ids, got the path {given}.")
     elif given in from_torchvision.PUBLISHED:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pickle
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -26,9 +25,11 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mobilenet import hub
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.integrity import is_as_announced
-from mobilenet.preprocessing_mobilenet import FITS, RANGES
+from mobilenet.pickles import TooLargeError, check_pickle
+from mobilenet.preprocessing_mobilenet import FITS, RANGES, RECIPES
 
 from .rename import ConversionError, Table
 
@@ -74,16 +75,26 @@ class Options(NamedTuple):
     std: Sequence[float] | None = None
     fit: str | None = None  # a key of FITS
 
-    def values(self) -> tuple[list[float], list[float]] | None:
-        """Mean and deviation that the user asks for.
-
-        Raises:
-            ValueError: They contradict each other.
-        """
-        if self.pixel_range is not None and self.pixel_range not in RANGES:
-            raise ValueError(f"pixel_range must be one of {', '.join(RANGES)}, got {self.pixel_range!r}.")
+    def check(self) -> None:
+        """Raise ConversionError where one is not what it allows, or they contradict each other."""
+        for name, value, allowed in (
+            ("recipe", self.recipe, RECIPES),
+            ("pixel_range", self.pixel_range, RANGES),
+            ("fit", self.fit, FITS),
+        ):
+            if value is not None and value not in allowed:
+                raise ConversionError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+        if self.image_size is not None and not 1 <= self.image_size <= 65536:
+            raise ConversionError(f"image_size must be an integer from 1 to 65536, got {self.image_size!r}.")
         if (self.mean is None) != (self.std is None) or (self.mean is not None and self.pixel_range is not None):
-            raise ValueError("mean and std must be given together, and without a range.")
+            raise ConversionError("mean must be given together with std, and without a range.")
+        for name, values, low in (("mean", self.mean, -math.inf), ("std", self.std, 0)):
+            if values is not None and not all(low < value < math.inf for value in values):
+                allowed = "numbers above 0" if name == "std" else "finite numbers"
+                raise ConversionError(f"{name} must be {allowed}, got {', '.join(map(str, values))}.")
+
+    def values(self) -> tuple[list[float], list[float]] | None:
+        """Mean and deviation that the user asks for."""
         given = (
             RANGES[self.pixel_range] if self.pixel_range else (self.mean, self.std) if self.mean is not None else None
         )
@@ -98,12 +109,10 @@ class Options(NamedTuple):
             **known: Options of the processor that the source records.
 
         Raises:
-            ValueError: An option is not what it allows.
+            ValueError: One of these is not what it allows.
         """
         side = self.size(image_size)
         if self.fit is not None:
-            if self.fit not in FITS:
-                raise ValueError(f"fit must be one of {', '.join(FITS)}, got {self.fit!r}.")
             known |= FITS[self.fit](side, int(side / 0.875))
         if values := self.values():
             known |= {"image_mean": values[0], "image_std": values[1]}
@@ -132,10 +141,6 @@ class Checkpoint:
     prediction: str | None = None  # a key of graph.PREDICTIONS: what the source makes of its logits
     feed: MobileNetImageProcessor | None = None  # what the source itself takes, where it scales pixels in part
     quantization: dict[str, Any] | None = None  # scales of a quantized source
-
-
-# A file of more bytes, once unpacked, is refused; the largest published checkpoint has some 100 million.
-MAX_BYTES = 2 * 1024**3
 
 
 def first_line(error: BaseException) -> str:
@@ -184,10 +189,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
-                    raise ConversionError(f"{path}: unpacks to more than {MAX_BYTES} bytes.")
+        check_pickle(path)
         # Trainers such as timm's store their arguments, which run no code either.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -195,6 +197,8 @@ def read_torch(path: Path) -> dict[str, Tensor]:
         raise
     except FileNotFoundError as error:
         raise ConversionError(f"{path}: no such file.") from error
+    except TooLargeError as error:
+        raise ConversionError(f"{path}: {error}.") from error
     except pickle.UnpicklingError as error:
         raise ConversionError(
             f"{path}: holds more than tensors, or is broken; it is not read, since it could run code."
@@ -222,6 +226,7 @@ def weights_file(folder: Path) -> Path:
 
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+ONNX_FILES = ("onnx/model.onnx", "model.onnx")  # of a repository of transformers.js, and of others
 
 
 def download(repo: str, revision: str | None = None) -> Origin:
@@ -233,7 +238,7 @@ def download(repo: str, revision: str | None = None) -> Origin:
 
     def fetch(name: str, commit: str | None) -> Path | None:
         try:
-            path = Path(hf_hub_download(repo, name, revision=commit))
+            path = hub.fetch(repo, name, commit)
         except LocalEntryNotFoundError:  # no answer, and nothing in the cache
             raise
         except EntryNotFoundError:
@@ -247,7 +252,7 @@ def download(repo: str, revision: str | None = None) -> Origin:
         if config:
             commit = config.parent.name  # of the snapshot: somebody may push meanwhile
             fetch("preprocessor_config.json", commit)
-            weights = fetch(_WEIGHTS[0], commit) or fetch(_WEIGHTS[1], commit)
+            weights = next(filter(None, (fetch(name, commit) for name in (*_WEIGHTS, *ONNX_FILES))), None)
     except HFValidationError as error:
         raise ConversionError(f"{repo}: no such file or folder, and no Hub id either.") from error
     except GatedRepoError as error:
@@ -264,13 +269,15 @@ def download(repo: str, revision: str | None = None) -> Origin:
         if getattr(error.__cause__, "response", None) is not None:
             raise ConversionError(f"{repo}: the Hub answers: {first_line(error.__cause__)}") from error
         raise ConversionError(f"{repo}: no such file or folder, and the Hub does not answer.") from error
+    except hub.NoAnswerError as error:
+        raise ConversionError(f"{repo}: no such file or folder, and {error}") from error
     except HfHubHTTPError as error:
         raise ConversionError(f"{repo}: the Hub answers: {first_line(error)}") from error
     except ConversionError:
         raise
     except Exception as error:  # of requests before huggingface_hub 1, of httpx since
         raise ConversionError(f"{repo}: cannot be downloaded: {first_line(error)}") from error
-    for found, name in ((config, "config.json"), (weights, " nor ".join(_WEIGHTS))):
+    for found, name in ((config, "config.json"), (weights, " nor ".join((*_WEIGHTS, *ONNX_FILES)))):
         if found is None:
             raise ConversionError(f"{repo}: the Hub's repository does not hold {name}.")
     return Origin(repo, config.parent, config.parent.name, f"https://huggingface.co/{repo}")

@@ -93,7 +93,7 @@ def convert(
         ValueError: Both unfuse and fuse are set.
     """
     if unfuse and fuse:
-        raise ValueError("unfuse and fuse exclude each other.")
+        raise ValueError("unfuse must be left out where fuse is set.")
     with staged(Path(output), overwrite, source) as folder, tempfile.TemporaryDirectory() as scratch:
         images = find_images(Path(compare_on)) if compare_on else []
         options = Options(recipe, image_size, pixel_range, mean, std, fit)

@@ -10,32 +10,37 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, field_errors, first_line
+from mobilenet.pickles import MAX_BYTES
+from mobilenet.require import require
+
+from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, field_errors, first_line
 from .graph import (
     SAME,
     Act,
-    Add,
     Affine,
     Conv,
     Graph,
     Match,
-    Mul,
     Norm,
     Op,
     Other,
     Pad,
     Pool,
+    Reader,
     Reshape,
     affine,
     match,
-    table,
+    of_two,
+    to_checkpoint,
 )
 from .labels import beside
 from .preprocessing import find, published
@@ -108,6 +113,8 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ARCHIVED = ("config.json", "model.weights.h5")  # in a .keras archive
 _MODELS = ("Functional", "Model", "Sequential")
 MAX_DEPTH = 16  # of models in models
+# What .keras archives of TensorFlow 2.12 to 2.15 call the layers, which are numbered otherwise there.
+_OF_TF_KERAS = "_layer_checkpoint_dependencies"
 
 # Layers that do nothing but in training.
 _IDENTITIES = {
@@ -133,16 +140,6 @@ _ACTIVATION_LAYERS = ("Activation", "ELU", "LeakyReLU", "PReLU", "ReLU", "Softma
 _POOLS = {
     **{"GlobalAveragePooling2D": "avg", "GlobalMaxPooling2D": "max"},
     **{"AveragePooling2D": "avg", "MaxPooling2D": "max"},
-}
-_KNOWN = {
-    *_IDENTITIES,
-    *_SIZES,
-    *_MODELS,
-    *_ACTIVATION_LAYERS,
-    *_POOLS,
-    *_ARITHMETIC,
-    *("BatchNormalization", "Conv2D", "Dense", "DepthwiseConv2D", "Flatten", "Normalization", "Rescaling", "Reshape"),
-    "ZeroPadding2D",
 }
 # Where Keras may look for what a configuration names: nothing there does more than compute.
 _MODULES = re.compile(
@@ -184,31 +181,9 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     with field_errors(origin.path):
         if stored.config is None:
             return _read_weights(origin, stored, options)
-        reader = Reader(stored, origin.path)
-        found = match(reader.graph, str(origin.path), options.size(None))
-    count, size = found.config["num_labels"], reader.graph.size
-    labels, numbered = beside(origin.path, count)
-    processor, feed, said = find(
-        options,
-        "keras",
-        size,
-        publisher=published(origin.path.name, count, numbered),
-        scaling=found.scaling,
-    )
-    return Checkpoint(
-        kind="a Keras file",
-        tensors=found.tensors,
-        table=table(found.config),
-        config=found.config | {"image_size": options.size(size)},
-        processor=processor,
-        feed=feed,
-        files=[origin.path],
-        oracle=lambda: _own_runtime(origin.path, reader, found, options.size(size)),
-        labels=labels,
-        license="apache-2.0" if count in (1000, 1001) else None,
-        prediction=found.prediction,
-        warnings=said,
-    )
+        file = File(stored, origin.path)
+        found = match(file.graph, str(origin.path), options.size(None))
+    return to_checkpoint("a Keras file", file, found, options, "keras", _own_runtime)
 
 
 @contextmanager
@@ -239,10 +214,7 @@ def _load(path: Path) -> Stored:
         ConversionError: The file is broken, or too large.
         ImportError: h5py is not installed.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("a file of Keras needs h5py: pip install 'mobilenet[keras]'") from error
+    h5py = require("h5py", extra="keras", purpose="a file of Keras")
     with _weights_file(path) as (weights, config):
         try:
             with h5py.File(weights) as file:
@@ -256,7 +228,7 @@ def _load(path: Path) -> Stored:
                 if "layers" in file and "layer_names" not in file.attrs:
                     named = dict(_variables(file, (config or {}).get("config") if config else None))
                 else:
-                    named = dict(_named_weights(file.get("model_weights", file)))
+                    named = dict(_named_weights(file.get("model_weights", file), path))
                 if config is None and not named:
                     raise ConversionError(f"{path}: is HDF5, but holds neither a network nor weights of Keras.")
                 return Stored(
@@ -294,16 +266,32 @@ def _datasets(group: Any, origin: Path, depth: int = 0) -> Iterator[tuple[str, A
             yield from _datasets(value, origin, depth + 1)
 
 
-def _named_weights(file: Any) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
+def _named_weights(file: Any, path: Path) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
     """Weights in the older layout: each layer lists the names of its weights, a model those of all its layers."""
-    for layer in file.attrs["layer_names"]:
+    for layer in _names(file, "layer_names", path):
         group = file[layer]
         found: dict[str, dict[str, str]] = {}
-        for weight in group.attrs["weight_names"]:
-            *_, inner, name = ["", *_text(weight).split("/")]
+        for weight in _names(group, "weight_names", path):
+            *_, inner, name = ["", *weight.split("/")]
             found.setdefault(inner, {})[name.partition(":")[0].removeprefix("depthwise_")] = group[weight].name
         for inner, parts in found.items():
-            yield (_text(layer), inner) if len(found) > 1 else (_text(layer),), parts
+            yield (layer, inner) if len(found) > 1 else (layer,), parts
+
+
+def _names(group: Any, attribute: str, path: Path) -> list[str]:
+    """An attribute that lists names, which Keras cuts into numbered ones where it is long.
+
+    Raises:
+        ConversionError: There is none.
+    """
+    found = [name for name in group.attrs if re.fullmatch(rf"{attribute}\d*", name)]
+    if not found:
+        held = f"{group.name} holds {', '.join(list(group)[:4]) or 'nothing'}"
+        hint = "load it with the TensorFlow that wrote it, and save it as .h5"
+        why = hint if _OF_TF_KERAS in group else "save the whole model (model.save) to convert it"
+        raise ConversionError(f"{path}: is intact, but lists no weights as Keras does ({attribute}): {held}; {why}.")
+    ordered = sorted(found, key=lambda name: int(name.removeprefix(attribute) or 0))
+    return [_text(name) for each in ordered for name in group.attrs[each]]
 
 
 def _text(name: str | bytes) -> str:
@@ -332,7 +320,11 @@ def _variables(
             yield (*way, name), {index: values[index].name for index in sorted(values, key=int)}
 
 
-class Reader:
+Way = tuple[str, ...]  # the names of the models that a layer lies in, and its own
+Fields = Mapping[str, Any]  # of a layer's configuration
+
+
+class File(Reader):
     """The graph of a file of Keras, read without Keras.
 
     Raises:
@@ -340,9 +332,8 @@ class Reader:
     """
 
     def __init__(self, stored: Stored, path: Path) -> None:
-        self.stored, self.path = stored, path
-        self.ops: list[Op] = []
-        self.aliases: dict[Any, Any] = {}
+        super().__init__(path)
+        self.stored = stored
         self.ways: dict[Any, tuple[str, ...]] = {}  # to the layer that makes a value
         self.shape: list[int | None] | None = None  # of the input
         self.unknown: set[str] = set()  # classes of layers that are not run either
@@ -366,14 +357,6 @@ class Reader:
             channels=convs[0].weight.shape[1] * convs[0].groups if convs else 0,
             size=height,
         )
-
-    def source(self, value: Any) -> Any:
-        """The value that a value is another name for."""
-        for _ in range(len(self.aliases) + 1):
-            if value not in self.aliases:
-                break
-            value = self.aliases[value]
-        return value
 
     def model(self, config: Mapping[str, Any], way: tuple[str, ...], inputs: list[Any]) -> Any:
         """Translate a model, which may be a layer of another, and give the value that it ends in."""
@@ -433,32 +416,33 @@ class Reader:
         if kind not in _KNOWN and operation is None:
             self.unknown.add(kind)
         known_size = self.shape is not None and [fields.get("height"), fields.get("width")] == self.shape[1:3]
-        if fields.get("data_format") == "channels_first":
-            self.ops.append(Other(**common, what=f"a {kind} of channels that come first"))
-        elif kind in _IDENTITIES or (kind in _SIZES and known_size):
+        if kind in _IDENTITIES or (kind in _SIZES and known_size):
             return inputs[0]
+        if fields.get("data_format") == "channels_first":
+            op: Op = Other(**common, what=f"a {kind} of channels that come first")
         elif operation:
-            self.ops.append(_arithmetic(operation, constants, common))
-        elif hasattr(self, f"_{kind}"):
-            getattr(self, f"_{kind}")(fields, way, common)
+            op = _arithmetic(operation, constants, common)
+        elif kind in self.TRANSLATED:
+            op = self.TRANSLATED[kind](self, kind, fields, way, common)
         elif kind in _ACTIVATION_LAYERS:
             function = _layer_activation(kind, fields)
             if function is None:
                 return inputs[0]
-            self.ops.append(Act(**common, function=function))
+            op = Act(**common, function=function)
         elif kind in _POOLS:
-            self.ops.append(_pool(kind, fields, common))
+            op = _pool(kind, fields, common)
         elif kind in _SIZES:
             size = f"{fields.get('height')}x{fields.get('width')}"
             what = f"a {kind} to {size}, and images must have that size before they enter the network"
-            self.ops.append(Other(**common, what=what))
+            op = Other(**common, what=what)
         elif kind == "Lambda":
-            self.ops.append(Other(**common, what="a Lambda layer, which holds code, and no code of a file is run"))
+            op = Other(**common, what="a Lambda layer, which holds code, and no code of a file is run")
         else:
-            self.ops.append(Other(**common, what=f"a layer of the class {kind}"))
-        return self.ops[-1].output
+            op = Other(**common, what=f"a layer of the class {kind}")
+        self.ops.append(op)
+        return op.output
 
-    def weights(self, way: tuple[str, ...], *names: str, optional: tuple[str, ...] = ()) -> list[Tensor | None]:
+    def weights(self, way: Way, *names: str) -> list[Tensor]:
         """The weights of a layer, by their names or in this order.
 
         Raises:
@@ -468,90 +452,85 @@ class Reader:
         found = next((stored[each] for each in ways if each in stored), {})
         if found and all(name.isdigit() for name in found):
             found = dict(zip(names, found.values(), strict=False))
-        missing = [name for name in names if name not in found and name not in optional]
+        missing = [name for name in names if name not in found]
         if missing:
             raise ConversionError(f"{self.path}: the layer {'/'.join(way)} has no {', '.join(missing)} in the file.")
-        return [found.get(name) for name in names]
+        return [found[name] for name in names]
 
-    def _weighted(self, fields: Mapping[str, Any], way: tuple[str, ...], common: dict[str, Any], **more: Any) -> None:
-        """Add a convolution, of which `more` has all but the bias, and its activation."""
-        (bias,) = self.weights(way, "kernel", "bias")[1:] if fields.get("use_bias", True) else (None,)
+    def weighted(self, kind: str, fields: Fields, way: Way, common: dict[str, Any]) -> Op:
+        """A convolution or a fully connected layer; its activation is an operation of its own."""
+        kernel, *bias = self.weights(way, "kernel", *(["bias"] if fields.get("use_bias", True) else []))
+        groups, geometry = fields.get("groups", 1), {} if kind == "Dense" else _geometry(fields)
+        kernel = kernel[None, None] if kind == "Dense" else kernel
+        if kind == "DepthwiseConv2D":
+            groups = kernel.shape[2]
+            weight = kernel.permute(2, 3, 0, 1).reshape(-1, 1, *kernel.shape[:2])
+        else:
+            weight = kernel.permute(3, 2, 0, 1).contiguous()
+        conv = Conv(**common, weight=weight, bias=bias[0] if bias else None, groups=groups, **geometry)
         function = _activation(fields.get("activation"))
-        output = common["output"]
-        value = output if function is None else (*output, "linear")
-        self.ways[value] = way
-        self.ops.append(Conv(**{**common, "output": value}, bias=bias, **more))
-        if function is not None:
-            self.ops.append(Act(name=common["name"], inputs=(value,), output=output, function=function))
+        if function is None:
+            return conv
+        linear = (*common["output"], "linear")
+        self.ways[linear] = way
+        self.ops.append(replace(conv, output=linear))
+        return Act(**{**common, "inputs": (linear,)}, function=function)
 
-    def _Conv2D(self, fields: Mapping[str, Any], way: tuple[str, ...], common: dict[str, Any]) -> None:  # noqa: N802
-        (kernel,) = self.weights(way, "kernel")
-        weight = kernel.permute(3, 2, 0, 1).contiguous()
-        self._weighted(fields, way, common, weight=weight, groups=fields.get("groups", 1), **_geometry(fields))
-
-    def _DepthwiseConv2D(  # noqa: N802
-        self, fields: Mapping[str, Any], way: tuple[str, ...], common: dict[str, Any]
-    ) -> None:
-        (kernel,) = self.weights(way, "kernel")
-        channels = kernel.shape[2]
-        weight = kernel.permute(2, 3, 0, 1).reshape(-1, 1, *kernel.shape[:2])
-        self._weighted(fields, way, common, weight=weight, groups=channels, **_geometry(fields))
-
-    def _Dense(self, fields: Mapping[str, Any], way: tuple[str, ...], common: dict[str, Any]) -> None:  # noqa: N802
-        (kernel,) = self.weights(way, "kernel")
-        self._weighted(fields, way, common, weight=kernel.T[:, :, None, None].contiguous())
-
-    def _BatchNormalization(  # noqa: N802
-        self, fields: Mapping[str, Any], way: tuple[str, ...], common: dict[str, Any]
-    ) -> None:
-        given = fields.get("scale", True), fields.get("center", True)
-        learned = [name for name, is_given in zip(("gamma", "beta"), given, strict=True) if is_given]
+    def norm(self, kind: str, fields: Fields, way: Way, common: dict[str, Any]) -> Op:
+        """A batch norm, which may have no scale and no shift."""
+        given = {"gamma": fields.get("scale", True), "beta": fields.get("center", True)}
+        learned = [name for name in given if given[name]]
         *parts, mean, variance = self.weights(way, *learned, "moving_mean", "moving_variance")
-        parts = dict(zip(learned, parts, strict=True))
         if fields.get("axis", -1) not in (-1, 3, [-1], [3]):
-            self.ops.append(Other(**common, what=f"a batch norm over axis {fields['axis']}"))
-            return
-        self.ops.append(
-            Norm(
-                **common,
-                scale=parts.get("gamma", torch.ones_like(mean)),
-                shift=parts.get("beta", torch.zeros_like(mean)),
-                mean=mean,
-                variance=variance,
-                eps=float(fields.get("epsilon", 1e-3)),
+            return Other(**common, what=f"a batch norm over axis {fields['axis']}")
+        parts = {"gamma": torch.ones_like(mean), "beta": torch.zeros_like(mean)} | dict(
+            zip(learned, parts, strict=True)
+        )
+        eps = float(fields.get("epsilon", 1e-3))
+        return Norm(**common, scale=parts["gamma"], shift=parts["beta"], mean=mean, variance=variance, eps=eps)
+
+    def rescaling(self, kind: str, fields: Fields, way: Way, common: dict[str, Any]) -> Op:
+        """Arithmetic of pixels with constants."""
+        if kind == "Rescaling":
+            factor, offset = (
+                torch.tensor(_value(fields.get(name, 0)), dtype=torch.float64) for name in ("scale", "offset")
             )
-        )
-
-    def _Rescaling(self, fields: Mapping[str, Any], way: tuple[str, ...], common: dict[str, Any]) -> None:  # noqa: N802
-        factor, offset = (
-            torch.tensor(_value(fields.get(name, 0)), dtype=torch.float64) for name in ("scale", "offset")
-        )
-        self.ops.append(Affine(**common, factor=factor, offset=offset))
-
-    def _Normalization(  # noqa: N802
-        self, fields: Mapping[str, Any], way: tuple[str, ...], common: dict[str, Any]
-    ) -> None:
+            return Affine(**common, factor=factor, offset=offset)
         if fields.get("mean") is not None:
             mean, variance = (torch.tensor(_value(fields[name]), dtype=torch.float64) for name in ("mean", "variance"))
         else:
             mean, variance = self.weights(way, "mean", "variance")
-        mean, variance = mean.reshape(-1).double(), variance.reshape(-1).double()
-        scale = variance.sqrt().clamp_min(1e-7)  # keras.config.epsilon()
+        mean, scale = mean.reshape(-1).double(), variance.reshape(-1).double().sqrt().clamp_min(1e-7)  # Keras' epsilon
         if fields.get("invert"):
-            self.ops.append(Affine(**common, factor=scale, offset=mean))
-        else:
-            self.ops.append(Affine(**common, factor=1 / scale, offset=-mean / scale))
+            return Affine(**common, factor=scale, offset=mean)
+        return Affine(**common, factor=1 / scale, offset=-mean / scale)
 
-    def _ZeroPadding2D(  # noqa: N802
-        self, fields: Mapping[str, Any], way: tuple[str, ...], common: dict[str, Any]
-    ) -> None:
-        (top, bottom), (left, right) = fields["padding"]
-        self.ops.append(Pad(**common, pads=((top, bottom), (left, right))))
+    def reshape(self, kind: str, fields: Fields, way: Way, common: dict[str, Any]) -> Op:
+        """Zeros around an image, or another form."""
+        if kind != "ZeroPadding2D":
+            return Reshape(**common)
+        rows, columns = (tuple(pair) for pair in fields["padding"])
+        return Pad(**common, pads=(rows, columns))
 
-    def _Reshape(self, fields: Mapping[str, Any], way: tuple[str, ...], common: dict[str, Any]) -> None:  # noqa: N802
-        self.ops.append(Reshape(**common))
+    TRANSLATED = MappingProxyType(
+        {
+            **dict.fromkeys(("Conv2D", "DepthwiseConv2D", "Dense"), weighted),
+            **dict.fromkeys(("Rescaling", "Normalization"), rescaling),
+            **dict.fromkeys(("Flatten", "Reshape", "ZeroPadding2D"), reshape),
+            "BatchNormalization": norm,
+        }
+    )
 
-    _Flatten = _Reshape
+
+_KNOWN = {
+    *_IDENTITIES,
+    *_SIZES,
+    *_MODELS,
+    *_ACTIVATION_LAYERS,
+    *_POOLS,
+    *_ARITHMETIC,
+    *File.TRANSLATED,
+}
 
 
 def _references(given: Any) -> list[tuple[str, int, int]]:
@@ -602,7 +581,7 @@ def _arithmetic(operation: str, constants: dict[Any, Any], common: dict[str, Any
     """Arithmetic of two values, or of one and a constant."""
     found = {place: _value(given) for place, given in constants.items() if place[0] in (0, 1, "x1", "x2", "x", "y")}
     if len(common["inputs"]) == 2 and operation in ("ADD", "MUL"):
-        return Add(**common) if operation == "ADD" else Mul(**common)
+        return of_two(operation, common)
     if len(common["inputs"]) != 1 or len(found) != 1:
         return Other(**common, what=f"an operation ({operation.lower()}) of {len(common['inputs'])} values")
     (((_, before), value),) = found.items()
@@ -779,35 +758,35 @@ def _run(keras: Any, model: Any, pixel_values: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(keras.ops.convert_to_numpy(outputs), np.float32))
 
 
-def _own_runtime(path: Path, reader: Reader, found: Match, image_size: int) -> Oracle:
+def _own_runtime(file: File, found: Match, image_size: int) -> Oracle:
     """The file itself in Keras.
 
     Raises:
         NoOracleError: Keras does not load it, or what it would load is more than layers and numbers.
     """
-    config = reader.stored.config
+    config = file.stored.config
     modules = {str(module) for module in _collect(config, "module") if module is not None}
     # Keras would make layers that lead nowhere too, which the reader has not seen.
     lists = [layers for layers in _collect(config, "layers") if isinstance(layers, list)]
     classes = {str(layer.get("class_name")) for layers in lists for layer in layers if isinstance(layer, dict)}
-    unknown = reader.unknown | (classes - _KNOWN - {"TFOpLambda"})
+    unknown = file.unknown | (classes - _KNOWN - {"TFOpLambda"})
     strange = sorted(unknown | {module for module in modules if not _MODULES.fullmatch(module)})
     code = ("Lambda", "__lambda__", "__typespec__")
     strange += [name for name in code if name in _collect(config, "class_name") and name not in strange]
     if strange:
         raise NoOracleError(f"the file names {', '.join(strange)}, which could run code, so Keras does not load it")
-    if reader.graph.size not in (None, image_size):
-        raise NoOracleError(f"the file takes images of {reader.graph.size} pixels, not of {image_size}")
+    if file.graph.size not in (None, image_size):
+        raise NoOracleError(f"the file takes images of {file.graph.size} pixels, not of {image_size}")
     keras = _keras()
     try:
-        model = _load_model(keras, path)
+        model = _load_model(keras, file.path)
     except Exception as error:  # whatever a version of Keras makes of another version's file
         raise NoOracleError(f"Keras {keras.__version__} does not load it: {first_line(error)}") from error
-    ending = next((op for op in reader.ops if found.prediction and op.inputs == (found.logits,)), None)
+    ending = next((op for op in file.ops if found.prediction and op.inputs == (found.logits,)), None)
     before: Any = None
     if ending is not None:
         before = model
-        for name in reader.ways[ending.output]:
+        for name in file.ways[ending.output]:
             before = before.get_layer(name)
 
     def run(pixel_values: Tensor) -> Tensor:
@@ -828,7 +807,7 @@ def _own_runtime(path: Path, reader: Reader, found: Match, image_size: int) -> O
         finally:
             setattr(before, name, kept)
 
-    return Oracle("the file in Keras", keras.__version__, logits, run if found.prediction else None, reader.is_half)
+    return Oracle("the file in Keras", keras.__version__, logits, run if found.prediction else None, file.is_half)
 
 
 def _load_model(keras: Any, path: Path) -> Any:

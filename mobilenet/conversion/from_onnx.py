@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobilenet.pickles import MAX_BYTES
+from mobilenet.require import require
+
 from .checkpoint import (
-    MAX_BYTES,
+    ONNX_FILES,
     Checkpoint,
     NoOracleError,
     Options,
@@ -27,24 +30,23 @@ from .graph import (
     BYTES,
     SAME,
     Act,
-    Add,
     Conv,
     Graph,
     Match,
-    Mul,
     Norm,
     Op,
     Other,
     Pad,
     Pool,
+    Reader,
     Reshape,
     Scale,
     affine,
     match,
-    table,
+    of_two,
+    to_checkpoint,
 )
-from .labels import beside, check
-from .preprocessing import find, published
+from .labels import check
 from .rename import ConversionError
 
 
@@ -67,10 +69,9 @@ _SMALL = (
     *("Add", "Concat", "ConstantOfShape", "Div", "Gather", "Max", "Min", "Mod", "Mul", "Neg", "Shape", "Slice", "Sub"),
 )
 MAX_SMALL = 1 << 16  # elements
-_FILES = ("onnx/model.onnx", "model.onnx")  # in a repository
 
 
-class File:
+class File(Reader):
     """An ONNX file, of which `graph` is the network.
 
     Raises:
@@ -79,23 +80,18 @@ class File:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import onnx
-        except ImportError as error:
-            raise ImportError("an ONNX file needs onnx: pip install 'mobilenet[onnx]'") from error
-        self.onnx, self.path = onnx, path
+        super().__init__(path)
+        self.onnx = require("onnx", extra="onnx", purpose="an ONNX file")
         self.model = self.load()
         self.constants: dict[str, np.ndarray] = {}
         self.weight_scales: dict[str, Scale] = {}
         self.scales: dict[str, Scale] = {}
-        self.aliases: dict[str, str] = {}
         self.layouts: dict[str, str] = {}
         self.flat: set[str] = set()  # values of shape (B, C)
-        self.ops: list[Op] = []
         for tensor in self.model.graph.initializer:
-            self.constants[tensor.name] = onnx.numpy_helper.to_array(tensor)
+            self.constants[tensor.name] = self.onnx.numpy_helper.to_array(tensor)
         kinds = {tensor.data_type for tensor in self.model.graph.initializer}
-        self.is_half = bool(kinds & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
+        self.is_half = bool(kinds & {self.onnx.TensorProto.FLOAT16, self.onnx.TensorProto.BFLOAT16})
         inputs = [value for value in self.model.graph.input if value.name not in self.constants]
         outputs = list(self.model.graph.output)
         if len(outputs) > 1:
@@ -182,7 +178,7 @@ class File:
         floors = [s for op in convs if (s := self.scales.get(op.output)) and s.zero_point[0] == BYTES[s.dtype][0]]
         implied = "relu" if any(scale.bounds[1] > 6.1 for scale in floors) else "relu6"
         ops = [
-            _implying(op, implied) if isinstance(op, Conv) and self.scales.get(op.output) in floors else op
+            replace(op, implied=implied) if isinstance(op, Conv) and self.scales.get(op.output) in floors else op
             for op in self.ops
         ]
         return Graph(
@@ -194,14 +190,6 @@ class File:
             padding="same" if any(conv.pads is SAME for conv in convs) else "symmetric",
             scales=self.scales,
         )
-
-    def source(self, value: str) -> str:
-        """The value that a value is another form of."""
-        for _ in range(len(self.aliases) + 1):
-            if value not in self.aliases:
-                break
-            value = self.aliases[value]
-        return value
 
     def add(self, node: Any) -> None:
         """Translate an operator."""
@@ -285,16 +273,12 @@ class File:
 
     def dequantized(self, node: Any, given: list[np.ndarray]) -> np.ndarray:
         """A constant of 8 or 32 bits as real numbers."""
-        values, scale = given[0].astype(np.float64), given[1].astype(np.float64)
-        zero = given[2].astype(np.float64) if len(given) > 2 and given[2].size else np.zeros_like(scale)
+        kind, zero_point = given[0].dtype.name, given[2] if len(given) > 2 and given[2].size else 0
+        scale = Scale.of(kind, given[1], zero_point)
+        if kind in BYTES:
+            self.weight_scales[node.output[0]] = scale
         axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
-        if scale.size > 1:
-            form = [1] * values.ndim
-            form[axis] = scale.size
-            scale, zero = scale.reshape(form), zero.reshape(form)
-        if given[0].dtype.name in BYTES:
-            self.weight_scales[node.output[0]] = _scale(given[0].dtype.name, scale, zero)
-        return ((values - zero) * scale).astype(np.float32)
+        return scale.real(given[0], axis if len(scale.scale) > 1 else 0)
 
     def add_alias(self, node: Any, kind: str, names: list[str], layout: str) -> None:
         """Let a value be another's name."""
@@ -322,8 +306,8 @@ class File:
         if scale is not None and scale.size == 1:
             kind = "uint8" if zero_point is None else zero_point.dtype.name
             if kind in BYTES:
-                zero = np.zeros(1) if zero_point is None else zero_point
-                self.scales.setdefault(self.source(value), _scale(kind, scale, zero))
+                zero_point = 0 if zero_point is None else zero_point
+                self.scales.setdefault(self.source(value), Scale.of(kind, scale, zero_point))
 
     def real(self, name: str) -> Tensor:
         """A constant as real numbers."""
@@ -379,14 +363,11 @@ class File:
             scale = np.ones(())
         else:
             scale, zero = self.constants[names[at + 1]], self.constants[names[at + 2]]
-        kept = _scale(given.dtype.name, scale, zero)
         # One for each output channel, which comes first in a convolution and last in a matrix.
-        form = (-1,) + (1,) * (given.ndim - 1) if "Conv" in kind else (-1,)
-        scale, zero = (
-            v.astype(np.float64).reshape(form) if v.size > 1 else v.astype(np.float64) for v in (scale, zero)
-        )
-        real = (given.astype(np.float64) - zero) * scale
-        return torch.from_numpy(real.astype(np.float32)), kept
+        kept = Scale.of(given.dtype.name, np.broadcast_to(scale, np.broadcast_shapes(scale.shape, zero.shape)), zero)
+        return torch.from_numpy(
+            kept.real(given, 0 if "Conv" in kind or len(kept.scale) == 1 else given.ndim - 1)
+        ), kept
 
     def bias(self, kind: str, names: list[str]) -> Tensor | None:
         """The bias of a convolution or of a fully connected layer."""
@@ -402,11 +383,7 @@ class File:
         """Translate arithmetic: of two values, or of one and a constant."""
         common = {**common, "inputs": data}
         if len(data) == 2:
-            if kind in ("Add", "QLinearAdd"):
-                return Add(**common)
-            if kind in ("Mul", "QLinearMul"):
-                return Mul(**common)
-            return Other(**common, what=f"the operator {kind} of two values")
+            return of_two(_ARITHMETIC.get(kind, "ADD"), common)
         if kind not in _ARITHMETIC or len(data) != 1:
             return Other(**common, what=f"the operator {kind}")
         value = torch.from_numpy(np.array(next(self.constants[n] for n in names if n in self.constants), np.float64))
@@ -466,20 +443,6 @@ class File:
         return _ACTIVATIONS.get(kind)
 
 
-def _scale(kind: str, scale: np.ndarray, zero_point: np.ndarray) -> Scale:
-    scale = np.asarray(scale, np.float64).reshape(-1)
-    zero = np.broadcast_to(np.asarray(zero_point, int).reshape(-1), scale.shape)
-    return Scale(kind, tuple(scale.tolist()), tuple(zero.tolist()))
-
-
-def _implying(conv: Conv, function: str) -> Conv:
-    return replace(conv, implied=function)
-
-
-_NOTE = """How the source quantizes is kept in `quantization.json`: `activations` by the layer whose output they are,
-`weights` by our names. A real number is scale * (byte - zero point)."""
-
-
 def detect(origin: Origin) -> bool:
     """Whether a path is an ONNX file, or a folder that has its weights in one."""
     return origin.path.suffix == ".onnx" or (origin.path.is_dir() and _file(origin.path) is not None)
@@ -488,7 +451,7 @@ def detect(origin: Origin) -> bool:
 def _file(folder: Path) -> Path | None:
     if any((folder / name).exists() for name in ("model.safetensors", "pytorch_model.bin")):
         return None
-    return next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    return next((folder / name for name in ONNX_FILES if (folder / name).is_file()), None)
 
 
 def _neighbors(path: Path, name: str) -> Iterator[Path]:
@@ -508,44 +471,23 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     with field_errors(path):
         file = File(path)
         found = match(file.graph, str(path), options.size(None))
-    count, size, files = found.config["num_labels"], file.graph.size, [path]
-    labels, _ = beside(path, count)
+    count, kind = found.config["num_labels"], f"{'a quantized' if found.quantization else 'an'} ONNX file"
+    checkpoint = to_checkpoint(kind, file, found, options, "torchvision", _runtime)
     for config in _neighbors(path, "config.json"):
-        files.append(config)
+        checkpoint.files.append(config)
         with field_errors(config):
             names = read_json(config).get("id2label")
             if isinstance(names, dict) and len(names) == count:
-                labels = check([names[str(index)] for index in range(count)], count, config)
+                checkpoint.labels = check([names[str(index)] for index in range(count)], count, config)
         break
-    processor, feed, said = find(
-        options,
-        "torchvision",
-        size,
-        publisher=published(path.name, count),
-        scaling=found.scaling,
-    )
     for recorded in _neighbors(path, "preprocessor_config.json"):
         if options == Options() and found.scaling is None:
-            files.append(recorded)
+            checkpoint.files.append(recorded)
             with field_errors(recorded):
-                processor, feed, said = recorded_processor(read_json(recorded), processor), None, []
+                checkpoint.processor = recorded_processor(read_json(recorded), checkpoint.processor)
+            checkpoint.warnings = []
         break
-    return Checkpoint(
-        kind=f"{'a quantized' if found.quantization else 'an'} ONNX file",
-        tensors=found.tensors,
-        table=table(found.config),
-        config=found.config | {"image_size": options.size(size)},
-        processor=processor,
-        feed=feed,
-        files=files,
-        oracle=lambda: _runtime(file, found, options.size(size)),
-        labels=labels,
-        license="apache-2.0" if count in (1000, 1001) else None,
-        quantization=found.quantization,
-        prediction=found.prediction,
-        notes=[_NOTE] if found.quantization else [],
-        warnings=said,
-    )
+    return checkpoint
 
 
 def _runtime(file: File, found: Match, image_size: int) -> Oracle:

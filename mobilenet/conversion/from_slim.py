@@ -16,9 +16,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from mobilenet.pickles import MAX_BYTES
 from mobilenet.progress import open_file, track
+from mobilenet.require import require
 
-from .checkpoint import MAX_BYTES, Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
+from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
 from .from_tflite import twin
 from .rename import Convention, ConversionError, Part, Row, Table, closest, infer_config
 
@@ -147,10 +149,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
 
 def read_variables(prefix: Path, origin: Path) -> dict[str, Tensor]:
     """Every variable of a checkpoint; its moving average, where training kept one."""
-    try:
-        from tensorflow.train import load_checkpoint
-    except ImportError as error:
-        raise ImportError("a TensorFlow checkpoint needs TensorFlow: pip install 'mobilenet[slim]'") from error
+    load_checkpoint = require("tensorflow", extra="slim", purpose="a TensorFlow checkpoint").train.load_checkpoint
     try:
         reader = load_checkpoint(str(prefix))
         names = [name for name in reader.get_variable_to_shape_map() if not name.endswith(_AVERAGE)]

@@ -14,28 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobilenet.require import require
+
 from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, field_errors, first_line
 from .graph import (
     BYTES,
     SAME,
     Act,
-    Add,
     Conv,
     Graph,
     Match,
-    Mul,
     Op,
     Other,
     Pad,
     Pool,
+    Reader,
     Reshape,
     Scale,
     affine,
     match,
-    table,
+    of_two,
+    to_checkpoint,
 )
-from .labels import beside
-from .preprocessing import find, published
 from .rename import ConversionError
 
 
@@ -53,7 +53,7 @@ _SAME = 0  # schema.Padding
 _MAX_LABELS = 1 << 20  # bytes
 
 
-class File:
+class File(Reader):
     """A TFLite file, of which `graph` is the network.
 
     Raises:
@@ -62,12 +62,12 @@ class File:
     """
 
     def __init__(self, data: bytes, path: Path) -> None:
-        try:
-            from ai_edge_litert import schema_py_generated as schema
-            from ai_edge_litert.interpreter import Interpreter
-        except ImportError as error:
-            raise ImportError("a TFLite file needs ai-edge-litert: pip install 'mobilenet[tflite]'") from error
-        self.path, self.data = path, data
+        super().__init__(path)
+        require("ai_edge_litert", extra="tflite", purpose="a TFLite file")
+        from ai_edge_litert import schema_py_generated as schema
+        from ai_edge_litert.interpreter import Interpreter
+
+        self.data = data
         try:
             Interpreter(model_content=data)  # checks every offset, which the schema's classes do not
             model = schema.ModelT.InitFromPackedBuf(data, 0)
@@ -93,9 +93,7 @@ class File:
                 raise ConversionError(
                     f"{path}: input and output must be float32, uint8 or int8, got {self.type(number)}."
                 )
-        self.aliases: dict[int, int] = {}
         self.layouts: dict[int, str] = {}
-        self.ops: list[Op] = []
         operators = {n: name for name, n in vars(schema.BuiltinOperator).items() if isinstance(n, int)}
         for index, operator in enumerate(graph.operators):
             code = model.operatorCodes[operator.opcodeIndex]
@@ -204,14 +202,10 @@ class File:
         """Translate arithmetic: a sum of two values, or of a value and a constant, and so on."""
         common |= {"inputs": data}
         if len(data) == 2:
-            makes = {"ADD": Add, "MUL": Mul}
-            op: Op = (
-                makes[kind](**common) if kind in makes else Other(**common, what=f"the operator {kind} of two values")
-            )
+            op: Op = of_two(kind, common)
         else:
             value = self.real(next(number for number in inputs if self.is_constant(number)))
-            first = self.is_constant(inputs[0])
-            op = affine(kind, value, first, common)
+            op = affine(kind, value, self.is_constant(inputs[0]), common)
         self.activated(op, options)
 
     def activated(self, op: Op, options: Any) -> None:
@@ -247,14 +241,6 @@ class File:
         """The type of a tensor, such as "float32"."""
         return self.types[self.values[number].type]
 
-    def source(self, number: Any) -> Any:
-        """The value that a tensor is another form of."""
-        for _ in range(len(self.aliases) + 1):  # no chain is longer, though it may be a ring
-            if number not in self.aliases:
-                break
-            number = self.aliases[number]
-        return number
-
     def is_constant(self, number: int) -> bool:
         """Whether a file holds the values of a tensor."""
         source = self.source(number)
@@ -276,27 +262,16 @@ class File:
     def real(self, number: int) -> Tensor:
         """The values of a constant as real numbers."""
         number = self.source(number)
-        values = self.constant(number).astype(np.float64)
-        quantization = self.values[number].quantization
-        if quantization is not None and quantization.scale is not None and len(quantization.scale):
-            scale = np.asarray(quantization.scale, np.float64)
-            given = quantization.zeroPoint
-            zero_point = np.zeros(scale.size) if given is None else np.asarray(given, np.float64)
-            form = [1] * values.ndim
-            if values.ndim:
-                form[int(quantization.quantizedDimension) if scale.size > 1 else 0] = scale.size
-            values = (values - zero_point.reshape(form)) * scale.reshape(form)
-        return torch.from_numpy(np.asarray(values, np.float32))
+        values, scale = self.constant(number), self.scale(number)
+        axis = self.values[number].quantization.quantizedDimension if scale and len(scale.scale) > 1 else 0
+        return torch.from_numpy(scale.real(values, int(axis)) if scale else np.array(values, np.float32))
 
     def scale(self, number: int) -> Scale | None:
         """Scale and zero point of a quantized tensor, one or one for each channel."""
-        quantization = self.values[number].quantization
-        if quantization is None or quantization.scale is None or not len(quantization.scale):
+        given = self.values[number].quantization
+        if given is None or given.scale is None or not len(given.scale):
             return None
-        scale = np.asarray(quantization.scale, np.float64)
-        given = quantization.zeroPoint
-        zero_point = np.zeros(scale.size, int) if given is None else np.asarray(given, int)
-        return Scale(self.type(number), tuple(scale.tolist()), tuple(zero_point.tolist()))
+        return Scale.of(self.type(number), given.scale, 0 if given.zeroPoint is None else given.zeroPoint)
 
     def implied(self, number: int) -> str | None:
         """The activation that a quantized convolution leaves to the range of its output."""
@@ -372,13 +347,6 @@ def _pads(pads: Sequence[Sequence[int]]) -> tuple[tuple[int, int], tuple[int, in
     return rows, columns
 
 
-_NOTE = """The weights are those of 8 bits, as real numbers. How the source quantizes is kept in `quantization.json`:
-`activations` has type, scale, zero point and range of each layer's output by the layer's name (`pixel_values` is the
-input, `backbone.pooler_output` what the classifier sees, `backbone.stages.1.1` the sum that ends a block, `classifier`
-the logits); `weights` has type, scale and zero point, one or one for each output channel. A real number is
-scale * (byte - zero point)."""
-
-
 def detect(origin: Origin) -> bool:
     """Whether a path is a file of TFLite."""
     return origin.path.suffix == ".tflite" or origin.starts_with(b"TFL3", at=4)
@@ -395,32 +363,9 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         file = File(origin.path.read_bytes(), origin.path)
         found = match(file.graph, str(origin.path), file.graph.size)
         recorded = file.normalization()
-    count, size = found.config["num_labels"], file.graph.size
-    labels, numbered = beside(origin.path, count)
-    processor, feed, said = find(
-        options,
-        "google",
-        size,
-        publisher=published(origin.path.name, count, numbered),
-        recorded=recorded,
-        scaling=found.scaling,
-    )
-    return Checkpoint(
-        kind=f"a {'quantized' if found.quantization else 'float'} TFLite file",
-        tensors=found.tensors,
-        table=table(found.config),
-        config=found.config | {"image_size": options.size(size)},
-        processor=processor,
-        feed=feed,
-        files=[origin.path],
-        oracle=lambda: interpreter(file, found, "LiteRT", options.size(size)),
-        labels=_labels(origin.path, count) or labels,
-        license="apache-2.0" if count in (1000, 1001) else None,
-        quantization=found.quantization,
-        prediction=found.prediction,
-        notes=[_NOTE] if found.quantization else [],
-        warnings=said,
-    )
+    kind = f"a {'quantized' if found.quantization else 'float'} TFLite file"
+    labels = _labels(origin.path, found.config["num_labels"])
+    return to_checkpoint(kind, file, found, options, "google", interpreter, labels=labels, recorded=recorded)
 
 
 def twin(data: bytes, path: Path, name: str, image_size: int) -> Oracle:
@@ -428,7 +373,7 @@ def twin(data: bytes, path: Path, name: str, image_size: int) -> Oracle:
     with field_errors(path):
         file = File(data, path)
         found = match(file.graph, str(path), file.graph.size)
-    return interpreter(file, found, name, image_size)
+    return interpreter(file, found, image_size, name)
 
 
 def _labels(path: Path, count: int) -> list[str] | None:
@@ -445,7 +390,7 @@ def _labels(path: Path, count: int) -> list[str] | None:
     return None
 
 
-def interpreter(file: File, found: Match, name: str, image_size: int) -> Oracle:
+def interpreter(file: File, found: Match, image_size: int, name: str = "LiteRT") -> Oracle:
     """Run a TFLite file on images of a size.
 
     Raises:

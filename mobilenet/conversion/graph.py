@@ -7,10 +7,12 @@ which table the operations follow, what the configuration must say, and which of
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from mobilenet.architectures_mobilenet import ARCHITECTURES
 from mobilenet.configuration_mobilenet import ACTIVATIONS, OUTPUT_STRIDES, MobileNetConfig
 from mobilenet.layers_mobilenet import fold, same_padding
 
+from .checkpoint import Checkpoint, Options, Oracle
+from .labels import beside
+from .preprocessing import find, published
 from .rename import TORCH, ConversionError, Row, Table, candidates
 
 
@@ -42,6 +47,20 @@ class Scale(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """As quantization.json has the scale of a weight."""
         return {"dtype": self.dtype, "scale": list(self.scale), "zero_point": list(self.zero_point)}
+
+    @classmethod
+    def of(cls, dtype: str, scale: Any, zero_point: Any = 0) -> Scale:
+        """From arrays, of which the zero point may stand for all channels."""
+        scale = np.asarray(scale, np.float64).reshape(-1)
+        zero_point = np.broadcast_to(np.asarray(zero_point, int).reshape(-1), scale.shape)
+        return cls(dtype, tuple(scale.tolist()), tuple(zero_point.tolist()))
+
+    def real(self, values: np.ndarray, axis: int) -> np.ndarray:
+        """What bytes stand for, in float32; where there is a scale for each channel, channels are at an axis."""
+        form = [1] * values.ndim
+        form[axis : axis + 1] = [len(self.scale)] * min(values.ndim, 1)
+        zero_point, scale = (np.asarray(value, np.float64).reshape(form) for value in (self.zero_point, self.scale))
+        return ((values.astype(np.float64) - zero_point) * scale).astype(np.float32)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -160,6 +179,33 @@ class Other(Op):
     """An operation that no MobileNet has."""
 
     what: str
+
+
+class Reader:
+    """What the readers of all sources share: the operations so far, and which values are forms of others."""
+
+    graph: Graph
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.ops: list[Op] = []
+        self.aliases: dict[Any, Any] = {}
+
+    def source(self, value: Any) -> Any:
+        """The value that a value is another form of."""
+        for _ in range(len(self.aliases) + 1):  # no chain is longer, though it may be a ring
+            if value not in self.aliases:
+                break
+            value = self.aliases[value]
+        return value
+
+
+def of_two(kind: str, common: dict[str, Any]) -> Op:
+    """Arithmetic of two values, by its kind."""
+    kinds = {"ADD": Add, "MUL": Mul}
+    if kind in kinds:
+        return kinds[kind](**common)
+    return Other(**common, what=f"the operator {kind} of {len(common['inputs'])} values")
 
 
 def affine(kind: str, value: Tensor, is_first: bool, common: dict[str, Any]) -> Op:
@@ -361,11 +407,7 @@ class Step(NamedTuple):
         """What it is, without its channels."""
         if self.kind != "conv":
             return {"add": "a sum", "squeeze": "squeeze-and-excite"}.get(self.kind, self.kind)
-        kind = "a depthwise convolution" if self.groups > 1 else "a convolution"
-        parts = [f"{kind} of {self.kernel_size}x{self.kernel_size}"]
-        parts += [f"stride {self.stride}"] if self.stride > 1 else []
-        parts += [f"dilation {self.dilation}"] if self.dilation > 1 else []
-        return " with ".join([parts[0], " and ".join(parts[1:])] if parts[1:] else parts)
+        return _conv_words(self.groups, (self.kernel_size,) * 2, self.stride, self.dilation)
 
     @property
     def form(self) -> tuple:
@@ -469,6 +511,59 @@ def match(graph: Graph, source: str, image_size: int) -> Match:
         ConversionError: There is none; the message names the first layer that has no place in it.
     """
     return _Matcher(graph, source, graph.size or image_size).match()
+
+
+def to_checkpoint(
+    kind: str,
+    file: Reader,
+    found: Match,
+    options: Options,
+    recipe: str,
+    runtime: Callable[[Any, Match, int], Oracle],
+    *,
+    labels: list[str] | None = None,
+    recorded: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Checkpoint:
+    """What a file gives to a conversion.
+
+    Args:
+        kind: The file in a few words, with its article.
+        file: The file.
+        found: The network.
+        options: What the user says.
+        recipe: Preprocessing to assume where nobody says anything.
+        runtime: Gives the file in its own runtime, for images of a size.
+        labels: What the file itself calls the classes; by default, labels lie beside it.
+        recorded: Mean and deviation that the file records, of values in 0 to 1.
+    """
+    count, size = found.config["num_labels"], file.graph.size
+    near, numbered = beside(file.path, count)
+    publisher = published(file.path.name, count, numbered)
+    processor, feed, said = find(options, recipe, size, publisher=publisher, recorded=recorded, scaling=found.scaling)
+    return Checkpoint(
+        kind=kind,
+        tensors=found.tensors,
+        table=table(found.config),
+        config=found.config | {"image_size": options.size(size)},
+        processor=processor,
+        feed=feed,
+        files=[file.path],
+        oracle=lambda: runtime(file, found, options.size(size)),
+        labels=labels or near,
+        license="apache-2.0" if count in (1000, 1001) else None,
+        quantization=found.quantization,
+        prediction=found.prediction,
+        notes=[_NOTE] if found.quantization else [],
+        warnings=said,
+    )
+
+
+_NOTE = """The weights are those of 8 bits, as real numbers. How the source quantizes is kept in `quantization.json`:
+`activations` has type, scale, zero point and range of each layer's output by the layer's name (`pixel_values` is the
+input, `backbone.pooler_output` what the classifier sees, `backbone.stages.1.1` the sum that ends a block, `classifier`
+the logits; in MobileNet V3, `backbone.pooled` is what `backbone.pre_logits` sees, names that end in `conv` are values
+before their activation, and `pooled`, `reduce` and `expand` those within squeeze-and-excite); `weights` has type, scale and zero point, one or one for each output channel. A real number is
+scale * (byte - zero point)."""
 
 
 class _Matcher:
@@ -886,14 +981,18 @@ def _form(items: list[Any], index: int) -> tuple | None:
     return "conv", height, stride, dilation if height > 1 else 1, depthwise
 
 
+def _conv_words(groups: int, kernel: Sequence[int], stride: int, dilation: int) -> str:
+    """What a convolution is, without its channels."""
+    kind = "a depthwise convolution" if groups > 1 else "a convolution"
+    more = [f"{name} {value}" for name, value in (("stride", stride), ("dilation", dilation)) if value > 1]
+    return f"{kind} of {kernel[0]}x{kernel[1]}" + " with " * bool(more) + " and ".join(more)
+
+
 def _words(item: Any) -> str:
     """What an item is."""
     if isinstance(item, Unit):
-        (height, width), conv = item.conv.weight.shape[2:], item.conv
-        kind = "a depthwise convolution" if conv.groups > 1 else "a convolution"
-        words = f"{kind} of {height}x{width}"
-        words += f" with stride {conv.stride[0]}" if max(conv.stride) > 1 else ""
-        return words + (f" with dilation {conv.dilation[0]}" if max(conv.dilation) > 1 else "")
+        conv = item.conv
+        return _conv_words(conv.groups, conv.weight.shape[2:], max(conv.stride), max(conv.dilation))
     if isinstance(item, Act):
         return f"the activation {item.function}"
     if isinstance(item, Other):

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mobilenet.preprocessing_mobilenet import regular
+
 from .rename import ConversionError
 
 
@@ -78,7 +80,7 @@ def check(labels: Any, count: int, source: str | os.PathLike) -> list[str]:
 
 def _read_file(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(regular(path)).read_text(encoding="utf-8")
         if path.suffix != ".json":
             return [line.strip() for line in text.splitlines() if line.strip()]
         content = json.loads(text)

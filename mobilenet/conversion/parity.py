@@ -146,6 +146,23 @@ def check_parity(
     Raises:
         ConversionError: A difference is beyond its limit.
     """
+    ours, comparisons, caveats = compare_with_source(model, checkpoint, images, classes)
+    loaded = load_back(folder, images)
+    comparisons.append(Comparison.of("the repository, loaded anew", ours, loaded, largest=limit(ours)))
+    return comparisons, caveats
+
+
+def compare_with_source(
+    model: nn.Module, checkpoint: Checkpoint, images: Sequence[str], classes: slice = slice(0, None)
+) -> tuple[Tensor, list[Comparison], list[str]]:
+    """Compare a network with its source's runtime, as `check_parity` does first.
+
+    Returns:
+        The network's logits of shape (B, num_labels), the comparisons, and what could not be compared.
+
+    Raises:
+        ConversionError: A difference is beyond its limit.
+    """
     oracle: Oracle | None = None
     caveats = []
     try:
@@ -186,9 +203,7 @@ def check_parity(
                     **limits,
                 )
             )
-    loaded = load_back(folder, images)
-    comparisons.append(Comparison.of("the repository, loaded anew", ours, loaded, largest=limit(ours)))
-    return comparisons, caveats
+    return ours, comparisons, caveats
 
 
 def _compare(oracle: Oracle, quantization: dict[str, Any] | None, logits: dict[str, Tensor]) -> list[Comparison]:

@@ -14,10 +14,13 @@ import datasets
 import numpy as np
 import psutil
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 from torch import Tensor
 
-from mobilenet.image_processing_mobilenet import MobileNetImageProcessor, UnreadableImageError, open_image
+from mobilenet.image_processing_mobilenet import MobileNetImageProcessor, UnreadableImageError
+from mobilenet.preprocessing_mobilenet import is_url
 from mobilenet.progress import progress_bar
 
 
@@ -91,6 +94,17 @@ def load_splits(
             splits = splits.rename_column(old, new)
     splits = splits.cast_column(IMAGE, datasets.Image(decode=False))
     return _with_class_names(splits)
+
+
+def folders_of(dataset: str) -> list[Path]:
+    """The folders that hold the files of a dataset, as load_splits reads it."""
+    path = Path(dataset)
+    if path.exists():
+        folder = path if path.is_dir() else path.parent
+        own = [Path(os.path.abspath(folder)), folder.resolve()]
+    else:
+        own = [Path(HF_HUB_CACHE, repo_folder_name(repo_id=dataset, repo_type="dataset"))]
+    return [*own, Path(datasets.config.DOWNLOADED_DATASETS_PATH), Path(datasets.config.EXTRACTED_DATASETS_PATH)]
 
 
 def _folders(path: Path) -> dict[str, str]:
@@ -301,6 +315,7 @@ def decode(
     square: int | None = None,
     skip_unreadable: bool = False,
     quiet: bool = False,
+    folders: Sequence[Path] | None = None,
 ) -> Images:
     """Decode every image once, with the processor's own resizing.
 
@@ -312,13 +327,14 @@ def decode(
         square: Side in pixels of the center square to keep; by default what the processor gives.
         skip_unreadable: Whether to leave unreadable images out, and say so, instead of raising an error.
         quiet: Whether to say nothing.
+        folders: Where files may lie that rows name instead of holding them; by default anywhere, at URLs too.
 
     Raises:
         ValueError: Images are unreadable (all are listed), or none is left.
     """
     if found := storage.find(name):
         return found
-    options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
+    options = {"do_rescale": False, "do_normalize": False, "fast_decode": False, "return_tensors": "np"}
     if square is not None:
         options |= {"do_resize": True, "do_center_crop": True, "size": square, "crop_size": square}
 
@@ -326,7 +342,9 @@ def decode(
         if row is None:
             return "a row without an image"
         try:
-            image = open_image(row["path"] if row["bytes"] is None else row["bytes"])
+            image = row["bytes"]
+            if image is None:
+                image = row["path"] if folders is None else _within(folders, row["path"])
             return processor(image, **options)["pixel_values"][0].astype(np.uint8)
         except UnreadableImageError as error:
             reason = str(error).removeprefix("bytes: ")
@@ -362,6 +380,20 @@ def decode(
     images = Images(pixels[: len(labels)], np.asarray(labels, np.int64))
     storage.keep(name, images)
     return images
+
+
+def _within(folders: Sequence[Path], name: str | None) -> str:
+    """The path of a file that a row of a dataset names.
+
+    Raises:
+        UnreadableImageError: It is a URL, or leads out of these folders.
+    """
+    if name is None:
+        raise UnreadableImageError("a row without an image")
+    path = os.path.abspath(name)
+    if is_url(name) or not any(Path(path).is_relative_to(folder) for folder in folders):
+        raise UnreadableImageError(f"{name}: lies outside of the dataset; external_images allows it")
+    return path
 
 
 class Order(torch.utils.data.Sampler[int]):

@@ -16,7 +16,7 @@ from mobilenet.pretrained import load_network
 from mobilenet.progress import progress_bar
 
 from .augment import Normalize
-from .data import LABEL, Images, Storage, decode, listed, load_splits
+from .data import LABEL, Images, Storage, decode, folders_of, listed, load_splits
 from .report import class_accuracies, metrics
 
 
@@ -60,6 +60,7 @@ def evaluate_checkpoint(
     label_column: str | None = None,
     batch_size: int = 128,
     skip_unreadable: bool = False,
+    external_images: bool = False,
 ) -> Evaluation:
     """Measure a checkpoint on labeled images, in float32 and with its own processor.
 
@@ -73,6 +74,7 @@ def evaluate_checkpoint(
         label_column: As Options has it.
         batch_size: Images that the network sees at once.
         skip_unreadable: As Options has it.
+        external_images: As Options has it.
 
     Raises:
         ValueError: The labels of checkpoint and dataset differ, or there is no such split.
@@ -89,7 +91,8 @@ def evaluate_checkpoint(
             f"dataset must have labels that the checkpoint has, {listed(list(known))}; it has {listed(unknown)}."
         )
     with tempfile.TemporaryDirectory() as folder:
-        images = decode(splits[split], processor, Storage(Path(folder)), split, None, skip_unreadable)
+        folders = None if external_images else folders_of(dataset)
+        images = decode(splits[split], processor, Storage(Path(folder)), split, None, skip_unreadable, False, folders)
         logits = predict(network, processor, images, batch_size)
     labels = torch.tensor([known[name] for name in names])[torch.from_numpy(images.labels)]
     accuracies = class_accuracies(logits, labels)

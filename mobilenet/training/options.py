@@ -49,6 +49,9 @@ class Options:
         str | None, _option("Split to measure the finished model on; by default 'test', where there is one.")
     ] = None
     skip_unreadable: Annotated[bool, _option("Leave out images that cannot be read.")] = False
+    external_images: Annotated[
+        bool, _option("Read images that rows of the dataset name by a URL or by a path outside of it.")
+    ] = False
 
     # What to train
     model: Annotated[

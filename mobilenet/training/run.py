@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
-import os
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -23,11 +23,12 @@ from mobilenet.cards import HELD_OUT, Measured, write_card
 from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.modeling_mobilenet import MobileNetForImageClassification
+from mobilenet.preprocessing_mobilenet import regular
 from mobilenet.pretrained import load_network
-from mobilenet.repository import check_output, write_json
+from mobilenet.repository import Claim, claimed, write_json
 
 from .augment import Augment, Normalize
-from .data import LABEL, Images, Storage, check_classes, decode, hold_out, load_splits
+from .data import LABEL, Images, Storage, check_classes, decode, folders_of, hold_out, load_splits
 from .evaluate import predict
 from .options import FREE_TO_CHANGE, RECORD, Options
 from .report import class_accuracies, evaluate_logits, metrics, plot_confusion, plot_curves
@@ -52,26 +53,30 @@ def run(options: Options) -> bool:
     """Train, and write a repository; returns False where the time limit came first.
 
     Raises:
-        FileExistsError: The output folder exists, and options.overwrite is not set.
-        ValueError: An option is not allowed, or the images cannot be trained on.
+        ValueError: An option is not allowed, the images cannot be trained on, another run writes the output, or that
+            exists and is not to be replaced.
     """
     options.check()
-    output = Path(options.output)
-    if output.exists() and not options.overwrite:
-        raise FileExistsError(f"{output} exists: set --overwrite to replace it.")
-
-    for source in (options.dataset, options.model or ""):
-        check_output(output, options.overwrite, source)
     logging.disable_progress_bar()
     if not torch.cuda.is_available():
         keep_memory()
     state = PartialState(cpu=not torch.cuda.is_available())  # or it would not see the other processes on CPUs
+    with contextlib.ExitStack() as stack:
+        claim = None
+        if state.is_main_process:
+            sources = (options.dataset, options.model or "")
+            claim = stack.enter_context(claimed(Path(options.output), options.overwrite, *sources))
+        return _run_claimed(options, state, claim)
+
+
+def _run_claimed(options: Options, state: PartialState, claim: Claim | None) -> bool:
+    """Train, while the main process keeps others from the output."""
     work = options.work
     with state.main_process_first():
         _check_unfinished(options, state)
     set_seed(options.seed)
     try:
-        return _run(options, state)
+        return _run(options, state, claim)
     except BaseException as error:
         if state.is_main_process and not checkpoints(work):  # nothing to go on from: leave nothing behind
             shutil.rmtree(work, ignore_errors=True)
@@ -83,7 +88,7 @@ def run(options: Options) -> bool:
         raise
 
 
-def _run(options: Options, state: PartialState) -> bool:
+def _run(options: Options, state: PartialState, claim: Claim | None) -> bool:
     data = _read(options)
     model, processor = _build(options, data.names)
     if state.is_main_process:
@@ -120,7 +125,7 @@ def _run(options: Options, state: PartialState) -> bool:
         return False
     with trainer.averaged_weights():
         if state.is_main_process:
-            _finish(options, model, processor, trainer.state.log_history, data, validation, test)
+            _finish(claim, options, model, processor, trainer.state.log_history, data, validation, test)
     state.wait_for_everyone()
     return True
 
@@ -261,7 +266,7 @@ def start_classifier(model: MobileNetForImageClassification, source: torch.nn.Li
         ValueError: The file does not name the network's labels, or no classes of the other one.
     """
     try:
-        classes = json.loads(path.read_text(encoding="utf-8"))
+        classes = json.loads(Path(regular(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"start_labels must be a JSON file, got {path}: {error}") from error
     labels = {label: index for index, label in model.config.id2label.items()}
@@ -292,7 +297,8 @@ def _decode(
         return None
     square = processor.size.get("shortest_edge", max(_input_size(processor))) if split == "train" else None
     storage = Storage(options.work, shared=state.num_processes > 1)
-    return decode(rows, processor, storage, split, square, options.skip_unreadable, not state.is_main_process)
+    folders = None if options.external_images else folders_of(options.dataset)
+    return decode(rows, processor, storage, split, square, options.skip_unreadable, not state.is_main_process, folders)
 
 
 def _best_precision() -> str:
@@ -345,6 +351,7 @@ def _reporting(work: Path, is_main: bool) -> dict[str, Any]:
 
 
 def _finish(
+    claim: Claim,
     options: Options,
     model: MobileNetForImageClassification,
     processor: MobileNetImageProcessor,
@@ -354,7 +361,7 @@ def _finish(
     test: Images | None,
 ) -> None:
     """Write the repository beside its place, measure what was written, and move it there."""
-    work, output = options.work, Path(options.output)
+    work = options.work
     repository = work / "repository"
     shutil.rmtree(repository, ignore_errors=True)
     model.save_pretrained(repository)
@@ -374,10 +381,7 @@ def _finish(
             measured[data.splits.get(role, HELD_OUT)] = figures
             plot_confusion(logits, labels, data.names, repository / "confusion_matrix.png")  # of the last one
     write_card(repository, options, written, measured, command)
-    replaced = work / "replaced"
-    if output.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(output, replaced)
-    os.replace(repository, output)
-    shutil.rmtree(replaced if options.keep_checkpoints else work, ignore_errors=True)
-    print(f"wrote {output}")
+    claim.put(repository)
+    if not options.keep_checkpoints:
+        shutil.rmtree(work, ignore_errors=True)
+    print(f"wrote {options.output}")

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mobilenet.conversion.checkpoint import NoOracleError
 from mobilenet.conversion.convert import build, convert
+from mobilenet.conversion.parity import compare_with_source
+from mobilenet.draw import draw_images
 
 
 pytestmark = pytest.mark.any_version
@@ -148,12 +150,13 @@ def test_every_wrong_row_is_noticed(keras: ModuleType, version: int, tmp_path: P
     assert_wrong_tables_are_noticed(checkpoint)
 
 
-def test_it_converts_and_is_compared(keras: ModuleType, tmp_path: Path) -> None:
+def test_it_is_compared_with_the_file_itself(keras: ModuleType, tmp_path: Path) -> None:
     model = network(keras, 2, 0.35, 96)
     classifier = model.layers[-1]
     classifier.set_weights([weights / 3 for weights in classifier.get_weights()])  # random norms exaggerate
-    source = save(model, tmp_path / "model.keras")
-    theirs, _ = convert(str(source), tmp_path / "output")
+    checkpoint = read(save(model, tmp_path / "model.keras"))
+    _, (theirs,), caveats = compare_with_source(build(checkpoint, ""), checkpoint, draw_images(tmp_path))
+    assert caveats == []
     assert theirs.against == f"the file in Keras {keras.__version__}"
     assert theirs.largest < 1e-4
     assert theirs.agreement == 1
@@ -241,7 +244,7 @@ def test_an_archive_of_absurd_size_is_refused(tmp_path: Path, monkeypatch: pytes
 def test_without_h5py_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "h5py", None)
     (tmp_path / "model.h5").touch()
-    with pytest.raises(ImportError, match=r"pip install 'mobilenet\[keras\]'"):
+    with pytest.raises(ImportError, match=r'clone of this project, pip install -c constraints\.txt -e "\.\[keras\]"$'):
         convert(str(tmp_path / "model.h5"), tmp_path / "output")
     assert not (tmp_path / "output").exists()
 
@@ -418,3 +421,36 @@ def test_a_resizing_inside_is_refused_in_words(keras: ModuleType, tmp_path: Path
             assert_fails_without_a_trace(source, tmp_path / "output", words)
         else:
             assert read(source).config["num_labels"] == 3
+
+
+def test_files_that_list_no_weights_are_called_intact(keras: ModuleType, tmp_path: Path) -> None:
+    """Other HDF5 files, networks without weights, and the archives of some versions of TensorFlow."""
+    path, output = tmp_path / "model.h5", tmp_path / "output"
+    with h5py.File(path, "w") as file:
+        file["measurements"] = [1, 2]
+    words = "model.h5: is intact, but lists no weights as Keras does (layer_names): / holds measurements; save the"
+    assert_fails_without_a_trace(path, output, words)
+    save(keras.applications.MobileNet(weights=None, alpha=0.25, input_shape=(32, 32, 3), classes=3), path)
+    with h5py.File(path, "r+") as file:
+        del file["model_weights"]["conv1"].attrs["weight_names"]
+    assert_fails_without_a_trace(path, output, "(weight_names): /model_weights/conv1 holds conv1; save the whole")
+    with h5py.File(tmp_path / "model.weights.h5", "w") as file:
+        file["_layer_checkpoint_dependencies/conv2d/vars/0"] = [1.0]
+    with zipfile.ZipFile(tmp_path / "model.keras", "w") as archive:
+        archive.writestr("config.json", json.dumps({"class_name": "Functional", "config": {"layers": []}}))
+        archive.write(tmp_path / "model.weights.h5", "model.weights.h5")
+    words = "holds _layer_checkpoint_dependencies; load it with the TensorFlow that wrote it, and save it as .h5."
+    assert_fails_without_a_trace(tmp_path / "model.keras", output, words)
+
+
+def test_long_lists_of_names_are_read_in_parts(keras: ModuleType, tmp_path: Path) -> None:
+    """HDF5 bounds an attribute to 64 kB, so that Keras cuts longer ones."""
+    path = save(network(keras, 1, 0.25, 32), tmp_path / "model.h5")
+    whole = read(path).tensors
+    with h5py.File(path, "r+") as file:
+        names = file["model_weights"].attrs["layer_names"]
+        del file["model_weights"].attrs["layer_names"]
+        for index, part in enumerate(np.array_split(names, 12)):
+            file["model_weights"].attrs[f"layer_names{index}"] = part
+    again = read(path).tensors
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())

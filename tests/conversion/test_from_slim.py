@@ -324,5 +324,5 @@ def test_without_tensorflow_the_error_says_what_to_install(tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, "tensorflow.train", None)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     (tmp_path / "model.ckpt.index").touch()
-    with pytest.raises(ImportError, match=r"pip install 'mobilenet\[slim\]'"):
+    with pytest.raises(ImportError, match=r'clone of this project, pip install -c constraints\.txt -e "\.\[slim\]"$'):
         convert(str(tmp_path / "model.ckpt"), tmp_path / "output")

@@ -143,14 +143,6 @@ def test_an_odd_network_converts_whole_and_says_how(tmp_path: Path, images: list
     assert [scores[f"kind {index}"] for index in range(5)] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_without_the_runtime_the_console_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, _ = variants.write(Variant(size=32, suffix=".onnx"), tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    done = CliRunner().invoke(app, ["convert", str(path), str(tmp_path / "output")])
-    assert done.exit_code == 0, done.output
-    assert "Warning: Not compared with the source's own runtime" in done.stderr
-
-
 def test_a_number_that_is_off_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = variants.write(Variant(size=32, scaling="255", head="sigmoid"), tmp_path)
     real = build

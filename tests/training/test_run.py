@@ -4,16 +4,19 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,10 +30,11 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
-from mobilenet.cards import Start
+from mobilenet.cards import Start, write_card
 from mobilenet.cli import app
 from mobilenet.cli.evaluate import evaluate
 from mobilenet.cli.train import train
+from mobilenet.repository import claimed
 from mobilenet.training import run as training
 from mobilenet.training.augment import Augment, Normalize, mix
 from mobilenet.training.data import (
@@ -41,6 +45,7 @@ from mobilenet.training.data import (
     Storage,
     check_classes,
     decode,
+    folders_of,
     hold_out,
     load_splits,
 )
@@ -122,7 +127,7 @@ def test_a_run_leaves_a_complete_repository_that_has_learned(tmp_path: Path) -> 
 
     for name in ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "training.json"):
         assert (output / name).stat().st_size > 0
-    for part in ("architectures", "configuration", "image_processing", "layers", "modeling"):
+    for part in ("architectures", "configuration", "cpu", "image_processing", "layers", "modeling"):
         name = f"{part}_mobilenet.py"
         assert (output / name).read_bytes() == (ROOT / name).read_bytes()
     for name in ("curves.png", "confusion_matrix.png"):
@@ -818,6 +823,45 @@ def test_unreadable_images_are_listed_or_left_out(colors: Path, tmp_path: Path, 
         run(options(colors, tmp_path / "again", validation=0.0, skip_unreadable=True))
 
 
+def test_images_with_values_that_are_no_colors_are_named(colors: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), -5, np.int32)).save(colors / "train" / "red" / "000.png", "TIFF")
+    splits = load_splits(str(colors))
+    processor = MobileNetImageProcessor(size=16, crop_size=16)
+    with pytest.raises(ValueError, match=r"1 of 66 images .*red/000\.png: an image of mode I must have values from 0"):
+        decode(splits["train"], processor, Storage(tmp_path), "train")
+    assert len(decode(splits["train"], processor, Storage(tmp_path), "train", skip_unreadable=True)) == 65
+
+
+@pytest.mark.parametrize("place", ["inside", "outside", "climbing", "relative", "url"])
+def test_rows_name_files_of_their_dataset_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Callable[[Path], str], place: str
+) -> None:
+    (tmp_path / "set").mkdir()
+    for folder in (tmp_path, tmp_path / "set"):
+        (folder / "image.png").write_bytes(png()["bytes"])
+    monkeypatch.chdir(tmp_path)
+    name = {
+        "inside": str(tmp_path / "set" / "image.png"),
+        "outside": str(tmp_path / "image.png"),
+        "climbing": str(tmp_path / "set" / ".." / "image.png"),
+        "relative": "image.png",
+        "url": f"{serve(tmp_path)}/image.png",
+    }[place]
+    path = tmp_path / "set" / "rows.parquet"
+    table = images(png(), {"bytes": None, "path": name}).add_column("label", ["a", "b"]).data.table
+    pyarrow.parquet.write_table(table, path)  # to_parquet would read the file itself
+    rows = load_splits(str(path))["train"]
+    processor = MobileNetImageProcessor(size=16, crop_size=16)
+    if place == "inside":
+        assert len(decode(rows, processor, Storage(tmp_path), "train", folders=folders_of(str(path)))) == 2
+    else:
+        with pytest.raises(
+            ValueError, match=f"{re.escape(name)}: lies outside of the dataset; external_images allows"
+        ):
+            run(options(path, tmp_path / "out", validation=0.0))
+    assert len(decode(rows, processor, Storage(tmp_path), "train")) == 2
+
+
 def test_splits_with_other_labels_are_refused(colors: Path, tmp_path: Path) -> None:
     (colors / "test" / "red").rename(colors / "test" / "scarlet")
     with pytest.raises(ValueError, match="none of scarlet"):
@@ -916,7 +960,7 @@ def test_options_are_checked(colors: Path, tmp_path: Path, name: str, value: obj
 def test_an_existing_folder_stays(colors: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
-    with pytest.raises(FileExistsError, match="set --overwrite to replace it"):
+    with pytest.raises(ValueError, match="exists; --overwrite replaces it"):
         run(options(colors, tmp_path / "out"))
     with pytest.raises(ValueError, match="is no model repository, and is not replaced"):
         run(options(colors, tmp_path / "out", overwrite=True))
@@ -924,6 +968,33 @@ def test_an_existing_folder_stays(colors: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "config.json").write_text('{"model_type": "mobilenet"}')
     assert run(options(colors, tmp_path / "out", epochs=1, overwrite=True))
     assert not (tmp_path / "out" / "precious").exists()
+
+
+def test_a_second_run_to_one_output_is_refused(colors: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with claimed(output, False), pytest.raises(ValueError, match="out is being written by another run"):
+        run(options(colors, output))
+    assert not output.with_name("out.training").exists()
+
+
+def test_a_folder_that_came_meanwhile_stays(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trained network stays too: once the folder is out of the way, the same command goes on to its end."""
+    output = tmp_path / "out"
+    given = options(colors, output, epochs=1)
+
+    def make(*args: object) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "precious").touch()
+        write_card(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mobilenet.training.run.write_card", make)
+        with pytest.raises(ValueError, match="out was made meanwhile, and is not replaced"):
+            run(given)
+    assert [path.name for path in output.iterdir()] == ["precious"]
+    output.rename(tmp_path / "mine")
+    assert run(given)
+    assert (output / "model.safetensors").exists()
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
