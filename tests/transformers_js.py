@@ -11,11 +11,40 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import as_trained, logits, randomize_norms
 from typer.testing import CliRunner
 
-from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.cli import app
 from mobilenet.conversion.convert import convert
+from mobilenet.export.export import export
+
+
+def run_node(exports: Path, image: Path, pixels: Path) -> list[dict]:
+    """What transformers.js makes of an image and of pixels, in float32 and in int8."""
+    # Node looks for packages beside the script.
+    script = shutil.copy(Path(__file__).with_suffix(".mjs"), os.environ["NODE_FOLDER"])
+    command = ["node", script, exports, "mobilenet", image, pixels]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("preset", ["mobilenet_v3_small_1.0_224", "mobilenet_v4_conv_small_224"])
+def test_transformers_js_has_v3_and_v4(preset: str, data: Path, cats: Path, tmp_path: Path) -> None:
+    """No weights are at hand, so these are random, and all that counts is that they compute as torch does."""
+    exports = tmp_path / "exports"
+    processor = MobileNetImageProcessor.from_recipe("google", 224)
+    pixel_values = processor(cats, return_tensors="pt").pixel_values
+    network = randomize_norms(MobileNetForImageClassification(MobileNetConfig.from_preset(preset, num_labels=10)))
+    as_trained(network.eval(), pixel_values)
+    network.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    export(str(tmp_path / "model"), exports / "mobilenet", "transformers.js", images=cats.parent, min_agreement=0)
+    (tmp_path / "pixels").write_bytes(pixel_values.contiguous().numpy().tobytes())
+    single, int8 = run_node(exports, cats, tmp_path / "pixels")
+    torch.testing.assert_close(torch.tensor(single["logits"]), logits(network, pixel_values)[0], rtol=0, atol=1e-3)
+    assert (single["dtype"], int8["dtype"]) == ("fp32", "q8")
+    assert [len(found["answers"]) for found in (single, int8)] == [3, 3]
 
 
 def test_transformers_js_answers_as_torch(data: Path, cats: Path, tmp_path: Path) -> None:
@@ -30,15 +59,7 @@ def test_transformers_js_answers_as_torch(data: Path, cats: Path, tmp_path: Path
     (tmp_path / "pixels").write_bytes(pixel_values.contiguous().numpy().tobytes())
     with torch.no_grad():
         expected = MobileNetForImageClassification.from_pretrained(model)(pixel_values).logits[0]
-    # Node looks for packages beside the script.
-    script = shutil.copy(Path(__file__).with_suffix(".mjs"), os.environ["NODE_FOLDER"])
-    output = subprocess.run(
-        ["node", script, exports, "mobilenet", cats, tmp_path / "pixels"],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    ).stdout
-    single, int8 = map(json.loads, output.splitlines())
+    single, int8 = run_node(exports, cats, tmp_path / "pixels")
     assert (single["dtype"], int8["dtype"]) == ("fp32", "q8")
     for found in (single, int8):
         labels = [answer["label"] for answer in found["answers"]]

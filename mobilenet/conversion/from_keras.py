@@ -26,12 +26,10 @@ from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, fiel
 from .graph import (
     SAME,
     Act,
-    Add,
     Affine,
     Conv,
     Graph,
     Match,
-    Mul,
     Norm,
     Op,
     Other,
@@ -41,6 +39,7 @@ from .graph import (
     Reshape,
     affine,
     match,
+    of_two,
     to_checkpoint,
 )
 from .labels import beside
@@ -582,7 +581,7 @@ def _arithmetic(operation: str, constants: dict[Any, Any], common: dict[str, Any
     """Arithmetic of two values, or of one and a constant."""
     found = {place: _value(given) for place, given in constants.items() if place[0] in (0, 1, "x1", "x2", "x", "y")}
     if len(common["inputs"]) == 2 and operation in ("ADD", "MUL"):
-        return Add(**common) if operation == "ADD" else Mul(**common)
+        return of_two(operation, common)
     if len(common["inputs"]) != 1 or len(found) != 1:
         return Other(**common, what=f"an operation ({operation.lower()}) of {len(common['inputs'])} values")
     (((_, before), value),) = found.items()

@@ -43,6 +43,7 @@ from .graph import (
     Scale,
     affine,
     match,
+    of_two,
     to_checkpoint,
 )
 from .labels import check
@@ -382,7 +383,7 @@ class File(Reader):
         """Translate arithmetic: of two values, or of one and a constant."""
         common = {**common, "inputs": data}
         if len(data) == 2:
-            return self.of_two({"QLinearAdd": "ADD", "QLinearMul": "MUL"}.get(kind) or _ARITHMETIC[kind], common)
+            return of_two({"QLinearAdd": "ADD", "QLinearMul": "MUL"}.get(kind) or _ARITHMETIC[kind], common)
         if kind not in _ARITHMETIC or len(data) != 1:
             return Other(**common, what=f"the operator {kind}")
         value = torch.from_numpy(np.array(next(self.constants[n] for n in names if n in self.constants), np.float64))

@@ -33,6 +33,7 @@ from .graph import (
     Scale,
     affine,
     match,
+    of_two,
     to_checkpoint,
 )
 from .rename import ConversionError
@@ -201,7 +202,7 @@ class File(Reader):
         """Translate arithmetic: a sum of two values, or of a value and a constant, and so on."""
         common |= {"inputs": data}
         if len(data) == 2:
-            op = self.of_two(kind, common)
+            op: Op = of_two(kind, common)
         else:
             value = self.real(next(number for number in inputs if self.is_constant(number)))
             op = affine(kind, value, self.is_constant(inputs[0]), common)

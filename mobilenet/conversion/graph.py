@@ -60,7 +60,7 @@ class Scale(NamedTuple):
         form = [1] * values.ndim
         form[axis : axis + 1] = [len(self.scale)] * min(values.ndim, 1)
         zero_point, scale = (np.asarray(value, np.float64).reshape(form) for value in (self.zero_point, self.scale))
-        return ((values.astype(np.float64) - zero_point) * scale).astype(np.float32)
+        return np.asarray((values.astype(np.float64) - zero_point) * scale, np.float32)  # of no axes, a number
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -199,16 +199,13 @@ class Reader:
             value = self.aliases[value]
         return value
 
-    def of_two(self, kind: str, common: dict[str, Any]) -> Op:
-        """Arithmetic of two values by its kind: a sum, a product, or an activation that is written as one."""
-        data = common["inputs"]
-        gates = {"sigmoid": "silu", "hardswish gate": "hardswish"}
-        gate = next((op for op in self.ops if isinstance(op, Act) and op.output in data), None)
-        if kind == "MUL" and gate and gate.function in gates and set(data) == {gate.output, *gate.inputs}:
-            return Act(**{**common, "inputs": gate.inputs}, function=gates[gate.function])
-        if kind in ("ADD", "MUL"):
-            return {"ADD": Add, "MUL": Mul}[kind](**common)
-        return Other(**common, what=f"the operator {kind} of {len(data)} values")
+
+def of_two(kind: str, common: dict[str, Any]) -> Op:
+    """Arithmetic of two values, by its kind."""
+    kinds = {"ADD": Add, "MUL": Mul}
+    if kind in kinds:
+        return kinds[kind](**common)
+    return Other(**common, what=f"the operator {kind} of {len(common['inputs'])} values")
 
 
 def affine(kind: str, value: Tensor, is_first: bool, common: dict[str, Any]) -> Op:
@@ -302,12 +299,13 @@ def _recognized(op: Op, makers: Mapping[Any, Op]) -> Op:
         while before != x and isinstance(found := makers.get(before), (Conv, Act, Pool, Reshape)) and len(branch) < 4:
             branch += [found] * (not isinstance(found, Reshape))
             before = found.inputs[0]
-        if before == x and [type(each) for each in branch] == [Conv, Act, Conv, Pool]:
-            expand, act, reduce, pool = branch
+        if before == x and [type(each) for each in branch] in ([Conv, Act, Conv, Pool], [Conv, Act, Conv]):
+            # TensorFlow's converter leaves out the pooling of a single pixel.
+            expand, act, reduce, pool = (*branch, Pool(**common, inputs=(x,), kind="avg", window=(1, 1)))[:4]
             # TensorFlow's converter adds the 3 of the hard sigmoid to the bias.
             expand = replace(expand, bias=_bias(expand) + (shift - 3))
             pointwise = all(conv.weight.shape[2:] == (1, 1) and conv.groups == 1 for conv in (reduce, expand))
-            values = pool.output, act.output, gate.inputs[0] if isinstance(gate, Affine) else None
+            values = reduce.inputs[0], act.output, gate.inputs[0] if isinstance(gate, Affine) else None
             if pointwise and act.function == "relu" and pool.kind == "avg":
                 return Squeeze(**common, inputs=(x,), reduce=reduce, expand=expand, values=values, window=pool.window)
     return op
@@ -564,8 +562,9 @@ def to_checkpoint(
 _NOTE = """The weights are those of 8 bits, as real numbers. How the source quantizes is kept in `quantization.json`:
 `activations` has type, scale, zero point and range of each layer's output by the layer's name (`pixel_values` is the
 input, `backbone.pooler_output` what the classifier sees, `backbone.stages.1.1` the sum that ends a block, `classifier`
-the logits); `weights` has type, scale and zero point, one or one for each output channel. A real number is
-scale * (byte - zero point)."""
+the logits; in MobileNet V3, `backbone.pooled` is what `backbone.pre_logits` sees, names that end in `conv` are values
+before their activation, and `pooled`, `reduce` and `expand` those within squeeze-and-excite); `weights` has type,
+scale and zero point, one or one for each output channel. A real number is scale * (byte - zero_point)."""
 
 
 class _Matcher:

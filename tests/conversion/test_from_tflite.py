@@ -1,5 +1,6 @@
 """Conversions of TFLite files, against LiteRT's interpreter."""
 
+import csv
 import json
 import os
 import shutil
@@ -26,10 +27,11 @@ pytestmark = pytest.mark.any_version
 litert = pytest.importorskip("ai_edge_litert.interpreter", reason="ai-edge-litert is not installed")
 
 FLOAT = "mobilenet_v1_0.25_224_1_default_1.tflite"
-V1, V2, V2_PER_CHANNEL = (
+V1, V2, V2_PER_CHANNEL, EDGETPU = (
     "mobilenet_v1_0.25_128_quant.tflite",
     "mobilenet_v2_1.0_224_quant.tflite",
     "tf2_mobilenet_v2_1.0_224_ptq.tflite",
+    "mobilenet_edgetpu_224_1.0_uint8.tflite",
 )
 
 
@@ -67,7 +69,8 @@ def test_probabilities_of_a_float_file_are_within_1e4(data: Path, photographs: l
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "size", "agreement"), [(V1, 128, 0.92), (V2, 224, 0.98), (V2_PER_CHANNEL, 224, 0.95)]
+    ("name", "size", "agreement"),
+    [(V1, 128, 0.92), (V2, 224, 0.98), (V2_PER_CHANNEL, 224, 0.95), (EDGETPU, 224, 0.97)],
 )
 def test_the_float_network_agrees_with_the_quantized_one(
     name: str, size: int, agreement: float, data: Path, photographs: list[Path]
@@ -75,6 +78,18 @@ def test_the_float_network_agrees_with_the_quantized_one(
     path = data / "tflite" / name
     same = ours(path, photographs).argmax(-1) == probabilities(path, photographs, size).argmax(-1)
     assert same.float().mean().item() >= agreement
+
+
+def test_edgetpu_is_right_on_photographs(data: Path, photographs: list[Path]) -> None:
+    """Fused inverted bottlenecks, from a file that leaves the shapes of activations to the runtime."""
+    checkpoint = read(data / "tflite" / EDGETPU)
+    assert checkpoint.config["architecture"] == "mobilenet_edgetpu"
+    assert checkpoint.warnings == []
+    chosen = photographs[::38]
+    predictions = ours(data / "tflite" / EDGETPU, chosen).argmax(-1)
+    rows = csv.DictReader((data / "imagenet_sample" / "labels.csv").read_text().splitlines())
+    labels = {row["file"]: int(row["index_1001"]) for row in rows}
+    assert (predictions == torch.tensor([labels[photograph.name] for photograph in chosen])).sum() >= 7
 
 
 @pytest.mark.parametrize("name", [V1, V2, V2_PER_CHANNEL])
@@ -251,7 +266,23 @@ class Gray(KerasBuilder):
         self.values.append((layer, [self.weights(3, 3, 1, after, fan=9)]))
         return x
 
+def v3(**fields):
+    model = keras.applications.MobileNetV3Small(weights=None, input_shape=(32, 32, 3), classes=5, **fields)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            shape = layer.get_weights()[0].shape
+            draws = random.uniform(0.7, 1.3, shape), random.normal(0, 0.2, shape), random.normal(0, 0.05, shape)
+            layer.set_weights([*draws, random.uniform(0.5, 1.5, shape)])
+        elif isinstance(layer, keras.layers.DepthwiseConv2D):
+            layer.set_weights([random.normal(0, 0.4, weights.shape) for weights in layer.get_weights()])
+        elif isinstance(layer, keras.layers.Conv2D) and not layer.use_bias:
+            layer.set_weights([random.normal(0, w[..., 0].size ** -0.5, w.shape) for w in layer.get_weights()])
+    return model
+
 plain = KerasBuilder(Variant(size=32), 0).build()
+write("v3", v3())
+write("v3_whole", v3(include_preprocessing=False), whole)
+write("v3_minimalistic", v3(minimalistic=True, include_preprocessing=False))
 write("float", plain)
 write("half", plain, half)
 write("weights", plain, weights)
@@ -292,14 +323,14 @@ def run_file(path: Path, pixels: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["float", "half", "gray", "model_unquant", "transposed"])
+@pytest.mark.parametrize("name", ["float", "half", "gray", "model_unquant", "transposed", "v3", "v3_minimalistic"])
 def test_files_of_the_converter_are_exact(name: str, made: Path, tmp_path: Path) -> None:
     source = made / f"{name}.tflite"
     checkpoint = read(source)
     model = build(checkpoint, "")
     channels = model.config.num_channels
     bytes_ = torch.randint(0, 256, (3, 32, 32, channels), generator=torch.Generator().manual_seed(0)).float()
-    given = bytes_ if name == "gray" else bytes_ / 127.5 - 1  # with its own scaling, a file takes bytes
+    given = bytes_ if name in ("gray", "v3") else bytes_ / 127.5 - 1  # with its own scaling, a file takes bytes
     expected = run_file(source, given.permute(0, 3, 1, 2).contiguous() if name == "transposed" else given)
     ours = logits(model, (bytes_ / 127.5 - 1).permute(0, 3, 1, 2))
     ours = ours.sigmoid() if name == "gray" else ours.softmax(-1)
@@ -325,6 +356,21 @@ def test_quantized_files_of_the_converter_convert(name: str, made: Path, tmp_pat
         pixels = processor(np.full((32, 32, 3), 77, np.uint8), return_tensors="pt").pixel_values
         scale = quantization["activations"]["pixel_values"]
         assert (pixels / scale["scale"] + scale["zero_point"]).round().unique().tolist() == [77]
+
+
+@pytest.mark.slow
+def test_v3_of_8_bits_rounds_in_every_branch(made: Path) -> None:
+    """Within squeeze-and-excite and before activations too, as quantization.json says: level by level."""
+    checkpoint = read(made / "v3_whole.tflite")
+    model, activations = build(checkpoint, ""), checkpoint.quantization["activations"]
+    images = torch.rand(8, 3, 32, 32)
+    expected, step = checkpoint.oracle().logits(images), activations["classifier"]["scale"]
+    with rounded(model, activations):
+        alike = (logits(model, images) - expected).abs().mean()
+    with rounded(model, {name: scale for name, scale in activations.items() if ".squeeze." not in name}):
+        coarse = (logits(model, images) - expected).abs().mean()
+    assert alike < 0.5 * coarse
+    assert alike < 2 * step
 
 
 @pytest.mark.slow
