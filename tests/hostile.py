@@ -338,6 +338,16 @@ def keras_graph() -> dict[str, Any]:
     return {"class_name": "Sequential", "config": {"name": "network", "layers": layers}}
 
 
+def onnx_files() -> Iterator[bytes]:
+    """Graphs of narrow networks, as PyTorch exports them."""
+    import variants
+
+    with tempfile.TemporaryDirectory() as folder:
+        for version in (1, 2):
+            path, _ = variants.write(variants.Variant(version, 0.1, 32, suffix=".onnx"), Path(folder))
+            yield path.read_bytes()
+
+
 def tflite_files(folder: Path | None = None) -> Iterator[bytes]:
     """Google's TFLite files with as few channels as can be; none where they are not at hand."""
     from ai_edge_litert import schema_py_generated as schema
@@ -466,5 +476,6 @@ TARGETS = {
     "bin": Target(source("model.bin"), _CONVERSION, pickles),
     "h5": Target(source("model.h5"), _CONVERSION, keras_files),
     "tflite": Target(source("model.tflite"), _CONVERSION, tflite_files),
+    "onnx": Target(source("model.onnx"), _CONVERSION, onnx_files),
     "tgz": Target(source("mobilenet_v1_0.25_128.tgz"), (*_CONVERSION, ImportError), archives),
 }
