@@ -8,6 +8,7 @@ import pytest
 import torch
 import variants
 from conversions import assert_fails_without_a_trace, read
+from mobilenet.layers_mobilenet import SqueezeExcite
 from typer.testing import CliRunner
 from variants import Variant
 
@@ -15,7 +16,7 @@ from mobilenet import MobileNetConfig
 from mobilenet.cli import app
 from mobilenet.conversion import Options
 from mobilenet.conversion.convert import build
-from mobilenet.conversion.graph import Act, Add, Affine, Conv, Graph, Pool, match, table
+from mobilenet.conversion.graph import Act, Add, Affine, Conv, Graph, Mul, Pool, match, table
 from mobilenet.conversion.preprocessing import find
 from mobilenet.draw import draw_images
 
@@ -212,6 +213,72 @@ def test_two_linear_layers_are_one() -> None:
     assert merged.config["num_labels"] == 2
     expected = last.weight.flatten(1) @ found.tensors["classifier.weight"]
     torch.testing.assert_close(merged.tensors["classifier.weight"], expected)
+
+
+def act(function: str, before: int, after: int) -> Act:
+    return Act(name="", inputs=(before,), output=after, function=function)
+
+
+def times(factor: float, offset: float, before: int, after: int) -> Affine:
+    constants = torch.tensor(factor), torch.tensor(offset)
+    return Affine(name="", inputs=(before,), output=after, factor=constants[0], offset=constants[1])
+
+
+SHIFTED = [times(1, 3, 0, 1), act("relu6", 1, 2)]  # relu6(x + 3)
+
+
+@pytest.mark.parametrize(
+    ("ops", "function"),
+    [
+        ([*SHIFTED, times(1 / 6, 0, 2, 3), Mul(name="", inputs=(0, 3), output=4)], "hardswish"),
+        ([*SHIFTED, times(0.16667, 0, 2, 3), Mul(name="", inputs=(3, 0), output=4)], "hardswish"),
+        ([*SHIFTED, Mul(name="", inputs=(0, 2), output=3), times(1 / 6, 0, 3, 4)], "hardswish"),
+        ([act("hardsigmoid", 0, 1), Mul(name="", inputs=(0, 1), output=4)], "hardswish"),
+        ([act("sigmoid", 0, 1), Mul(name="", inputs=(1, 0), output=4)], "silu"),
+        ([times(1, 2, 0, 1), act("relu6", 1, 2), times(1 / 6, 0, 2, 3), Mul(name="", inputs=(0, 3), output=4)], None),
+        ([*SHIFTED, times(0.2, 0, 2, 3), Mul(name="", inputs=(0, 3), output=4)], None),
+        ([act("sigmoid", 5, 1), Mul(name="", inputs=(1, 0), output=4)], None),
+    ],
+)
+def test_activations_that_are_written_as_products_are_recognized(ops: list, function: str | None) -> None:
+    """As Keras 2, slim, ONNX and PyTorch write them; with another number, or of two values, they are none."""
+    last = Graph(ops=ops, input=0, output=4, channels=3).chain()[-1]
+    assert (last.function if isinstance(last, Act) else None) == function
+    if function:
+        assert last.inputs == (0,)
+
+
+def squeeze(function: str = "relu", window: tuple[int, int] | None = None, shift: float = 3) -> list:
+    """Squeeze-and-excite of 16 channels, whose hard sigmoid adds its 3 before or in the bias."""
+    torch.manual_seed(0)
+    reduce = Conv(name="", inputs=(1,), output=2, weight=torch.randn(8, 16, 1, 1), bias=torch.randn(8))
+    expand = Conv(name="", inputs=(3,), output=4, weight=torch.randn(16, 8, 1, 1), bias=torch.ones(16) + 3 - shift)
+    gate = [times(1, shift, 4, 5)] if shift else []
+    return [
+        *(Pool(name="", inputs=(0,), output=1, kind="avg", window=window), reduce, act(function, 2, 3), expand),
+        *(*gate, act("relu6", 5 if shift else 4, 6), times(1 / 6, 0, 6, 7), Mul(name="", inputs=(0, 7), output=8)),
+    ]
+
+
+@pytest.mark.parametrize("shift", [3, 0])
+def test_squeeze_and_excite_is_one_operation(shift: float) -> None:
+    (found,) = Graph(ops=squeeze(shift=shift), input=0, output=8, channels=16).chain()
+    assert (found.in_channels, found.out_channels, found.inputs) == (16, 8, (0,))
+    x = torch.randn(2, 16, 3, 5)
+    ours = SqueezeExcite(16, 8)
+    ours.load_state_dict({name.removeprefix("at."): tensor for name, tensor in found.tensors("at").items()})
+    torch.testing.assert_close(found.expand.bias, torch.ones(16))
+    pooled = x.mean((2, 3), keepdim=True)
+    gate = (
+        found.expand.weight.flatten(1)
+        @ (found.reduce.weight.flatten(1) @ pooled.flatten(1).T + found.reduce.bias[:, None]).relu()
+    )
+    expected = x * ((gate.T + 1 + 3).clamp(0, 6) / 6)[:, :, None, None]
+    torch.testing.assert_close(ours(x), expected)
+
+
+def test_another_branch_is_none() -> None:
+    assert isinstance(Graph(ops=squeeze("hardswish"), input=0, output=8, channels=16).chain()[-1], Mul)
 
 
 def test_a_ring_or_a_second_input_is_refused() -> None:
