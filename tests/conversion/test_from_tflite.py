@@ -361,6 +361,7 @@ def test_quantized_files_of_the_converter_convert(name: str, made: Path, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*experimental_preserve_all_tensors")  # it takes memory
 def test_squeeze_and_excite_of_8_bits_rounds_within(made: Path) -> None:
     """With what quantization.json says of its branch, the bytes of the first are the interpreter's, but for a few."""
     path = made / "v3_whole.tflite"
