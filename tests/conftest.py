@@ -16,12 +16,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from oracles import DATA
 
 
 # What a shell starts in the background ignores Ctrl-C, and so would the commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-DATA = Path(os.environ.get("MOBILENET_TEST_DATA", Path(__file__).parents[2] / "shared")).resolve()
 
 
 @pytest.fixture(scope="session")

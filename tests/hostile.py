@@ -351,8 +351,8 @@ def onnx_files() -> Iterator[bytes]:
 def tflite_files(folder: Path | None = None) -> Iterator[bytes]:
     """Google's TFLite files with as few channels as can be; none where they are not at hand."""
     from ai_edge_litert import schema_py_generated as schema
-    from conftest import DATA
     from flatbuffers import Builder
+    from oracles import DATA
 
     for path in sorted((folder or DATA / "tflite").glob("mobilenet_v1_0.25*.tflite")):
         model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)

@@ -1,5 +1,7 @@
 """Peers that the tests compare with, and the ground on which networks can be compared."""
 
+import os
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,6 +17,9 @@ from transformers import (
 from benchmarks import peers
 from mobilenet import MobileNetConfig, MobileNetForImageClassification
 
+
+# Real weights and photographs, which are no part of the project.
+DATA = Path(os.environ.get("MOBILENET_TEST_DATA", Path(__file__).parents[2] / "shared")).resolve()
 
 # Every kind of block, of head and of stages.
 FAMILY = ("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v4_hybrid_medium")

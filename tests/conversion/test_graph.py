@@ -33,7 +33,7 @@ SMALL = {"size": 32}
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    from conftest import DATA
+    from oracles import DATA
 
     photographs = sorted(map(str, (DATA / "imagenet_sample").glob("*.JPEG")))[::50]
     return photographs or draw_images(tmp_path_factory.mktemp("images"))
