@@ -34,6 +34,7 @@ from mobilenet.conversion.convert import build, convert
 from mobilenet.conversion.labels import known
 
 
+pytestmark = pytest.mark.any_version
 SCRIPT = Path(convert_checkpoint.__file__)
 
 

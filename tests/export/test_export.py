@@ -176,6 +176,7 @@ def sample(photographs: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+@pytest.mark.slow
 @needs_exporters
 def test_int8_is_calibrated_by_channel(real_model, sample, tmp_path):
     import onnx

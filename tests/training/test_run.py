@@ -83,6 +83,8 @@ def test_a_run_leaves_a_complete_repository_that_has_learned(tmp_path: Path) -> 
     assert {(r.dataset_split, r.metric_name) for r in results} >= {("test", "accuracy"), ("held out", "accuracy")}
 
 
+@pytest.mark.slow
+@pytest.mark.any_version
 @pytest.mark.parametrize("architecture", ["mobilenet_v2", "mobilenet_v3_small", "mobilenet_v4_conv_small"])
 def test_every_generation_learns_from_scratch_and_goes_on(architecture: str, tmp_path: Path) -> None:
     colors = paint(tmp_path / "colors" / "train", 40).parent
