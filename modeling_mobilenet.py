@@ -245,7 +245,9 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
 
     has_attentions = False
     # The head's weights come with a classifier's checkpoint, and a backbone has no use for them.
-    _keys_to_ignore_on_load_unexpected = (r"^((backbone\.)?(head|pre_logits)|hidden|classifier)\.",)
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+        r"^((backbone\.)?(head|pre_logits)|hidden|classifier)\."
+    ]
 
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__(config)
