@@ -358,5 +358,3 @@ AUTO_MAP = {
 }
 
 MobileNetConfig.register_for_auto_class()
-
-__all__ = ["PRESETS", "MobileNetConfig"]
