@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from .architectures_mobilenet import ARCHITECTURES, Architecture, Block, Width
+from .architectures_mobilenet import ARCHITECTURES, DETECTORS, Architecture, Block, Width
 
 
 try:
@@ -41,6 +41,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "classifier_dropout": 0.0,
         "num_labels": 1000,
     },
+}
+PRESETS |= {
+    name: {
+        "architecture": detector.architecture,
+        "image_size": detector.image_size,
+        "detector": name,
+        "num_labels": 90,  # of COCO, of which ten have no name
+        **dict(detector.config),
+    }
+    for name, detector in DETECTORS.items()
 }
 
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
@@ -94,6 +104,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "scale_stem": _FLAG,
     "shrink_head": _FLAG,
     "grow_head": _FLAG,
+    "detector": (f"{_one_of(*DETECTORS)[0]}, or None", lambda v: v is None or (isinstance(v, str) and v in DETECTORS)),
     "num_labels": (f"an integer from 0 to {MAX_LABELS}", lambda v: _is_integer(v) and 0 <= v <= MAX_LABELS),
     "out_features": ("a list of stages", lambda v: v is None or _is_list_of(v, lambda name: isinstance(name, str))),
     "out_indices": ("a list of integers", lambda v: v is None or _is_list_of(v, _is_integer)),
@@ -158,6 +169,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
             less, and in mobilenetv2_120d, it does not.
         shrink_head: Whether a width below 1 shrinks the last 1x1 convolution too; in no published checkpoint it does.
         grow_head: Whether a width above 1 widens the last 1x1 convolution; in timm's mobilenetv2_110d it does not.
+        detector: What makes the network a detector: a key of DETECTORS; None where it is none.
         out_features: Stages whose feature maps MobileNetBackbone returns, of `stage_names`.
         out_indices: The same, as indices into `stage_names`; where both are given, they must agree.
         **kwargs: Common fields of a transformers configuration, such as num_labels and id2label.
@@ -215,6 +227,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         anti_aliasing: str = "none",
         scale_stem: bool = True,
         grow_head: bool = True,
+        detector: str | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("num_labels") is not None:
@@ -246,6 +259,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.pooling = pooling
         self.classifier_hidden_sizes = classifier_hidden_sizes
         self.classifier_hidden_act = classifier_hidden_act
+        self.detector = detector
         self.out_features = out_features
         if out_indices is not None:
             self.out_indices = out_indices
@@ -354,6 +368,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_mobilenet.MobileNetConfig",
     "AutoModel": "modeling_mobilenet.MobileNetModel",
     "AutoModelForImageClassification": "modeling_mobilenet.MobileNetForImageClassification",
+    "AutoModelForObjectDetection": "modeling_mobilenet.MobileNetForObjectDetection",
     "AutoBackbone": "modeling_mobilenet.MobileNetBackbone",
 }
 

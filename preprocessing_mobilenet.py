@@ -65,6 +65,9 @@ RECIPES = {
     "teachable_machine": Recipe(Resampling.LANCZOS, 1.0, _HALF, _HALF),
     # tensorflow/lite-support: ImageClassifier of the TFLite Task Library
     "task_library": Recipe(Resampling.BILINEAR, 1.0, _HALF, _HALF, "stretch"),
+    # research/object_detection of tensorflow/models: fixed_shape_resizer, and preprocess of its MobileNets; likewise
+    # torchvision/models/detection/ssdlite.py
+    "ssd": Recipe(Resampling.BILINEAR, 1.0, _HALF, _HALF, "stretch"),
     # timm/models/mobilenetv3.py: most mobilenetv4_*; some, evaluated at a larger size than they were trained at;
     # mobilenetv4_conv_small.e3600_r256_in1k; mobilenetv3_large_100.miil_in21k
     "timm_95": Recipe(Resampling.BICUBIC, 0.95, _IMAGENET_MEAN, _IMAGENET_STD),
@@ -526,10 +529,13 @@ def _is_finite(value: Any) -> bool:
     )
 
 
-def _read_detail_size(name: str, value: Any) -> int | None:
-    if value is not None:
-        _positive(name, value)
-    return None if value is None else int(value)
+def _read_count(name: str, value: Any) -> int:
+    _positive(name, value)
+    return int(value)
+
+
+def _read_optional_count(name: str, value: Any) -> int | None:
+    return None if value is None else _read_count(name, value)
 
 
 def _read_channel_values(name: str, values: Any) -> list[float]:
@@ -555,6 +561,12 @@ def _read_resample(name: str, value: Any) -> int:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}.") from None
 
 
+def _read_share(name: str, value: Any) -> float:
+    if not _is_finite(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}.")
+    return float(value)
+
+
 def _read_factor(name: str, value: Any) -> float:
     if not _is_finite(value) or value <= 0:
         raise ValueError(f"{name} must be a number above 0, got {value!r}.")
@@ -566,7 +578,7 @@ OPTIONS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "fast_decode": (False, _read_flag),
     "do_convert_rgb": (True, _read_flag),
     "do_grayscale": (False, _read_flag),
-    "detail_size": (None, _read_detail_size),
+    "detail_size": (None, _read_optional_count),
     "do_resize": (True, _read_flag),
     "size": (256, lambda name, value: _read_size(name, value, square=False)),
     "resample": (Resampling.BILINEAR, _read_resample),
@@ -577,7 +589,28 @@ OPTIONS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "do_normalize": (True, _read_flag),
     "image_mean": (_HALF, _read_channel_values),
     "image_std": (_HALF, _read_channel_values),
+    # Of detections, after the network.
+    "score_threshold": (0.0, _read_share),
+    "clip_boxes": (True, _read_flag),
+    "max_candidates_per_class": (None, _read_optional_count),
+    "max_classes_per_box": (None, _read_optional_count),
+    "nms_iou_threshold": (0.6, _read_share),
+    "max_detections_per_class": (100, _read_count),
+    "max_detections": (100, _read_count),
 }
+
+# What suppress of detection_mobilenet.py takes.
+SUPPRESSION = (
+    "score_threshold",
+    "clip_boxes",
+    "max_candidates_per_class",
+    "max_classes_per_box",
+    "nms_iou_threshold",
+    "max_detections_per_class",
+    "max_detections",
+)
+# What older configurations lack, and is saved where it says something.
+LATER_OPTIONS = frozenset(SUPPRESSION)
 
 
 def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -759,9 +792,11 @@ def _look_up(table: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 __all__ = [
     "FITS",
+    "LATER_OPTIONS",
     "OPTIONS",
     "RANGES",
     "RECIPES",
+    "SUPPRESSION",
     "Recipe",
     "UnreadableImageError",
     "flatten",

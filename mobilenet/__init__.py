@@ -17,6 +17,7 @@ __all__ = [
     "MobileNetBackbone",
     "MobileNetConfig",
     "MobileNetForImageClassification",
+    "MobileNetForObjectDetection",
     "MobileNetImageProcessor",
     "MobileNetModel",
     "MobileNetPreTrainedModel",

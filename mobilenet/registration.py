@@ -2,7 +2,13 @@
 
 from typing import Any, NoReturn
 
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForObjectDetection,
+)
 from transformers.models.auto import modeling_auto
 
 # What transformers offers by these names at its top needs torchvision, the first in 5.10, the second everywhere.
@@ -15,6 +21,7 @@ from .image_processing_mobilenet import RECIPES, MobileNetImageProcessor
 from .modeling_mobilenet import (
     MobileNetBackbone,
     MobileNetForImageClassification,
+    MobileNetForObjectDetection,
     MobileNetModel,
     MobileNetPreTrainedModel,
 )
@@ -45,6 +52,11 @@ for auto_class, model_class, names in (
         MobileNetForImageClassification,
         modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     ),
+    (
+        AutoModelForObjectDetection,
+        MobileNetForObjectDetection,
+        modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+    ),
     (AutoBackbone, MobileNetBackbone, modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES),
 ):
     auto_class.register(MobileNetConfig, model_class, exist_ok=True)
@@ -60,6 +72,7 @@ __all__ = [
     "MobileNetBackbone",
     "MobileNetConfig",
     "MobileNetForImageClassification",
+    "MobileNetForObjectDetection",
     "MobileNetImageProcessor",
     "MobileNetModel",
     "MobileNetPreTrainedModel",
