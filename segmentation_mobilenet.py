@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -71,19 +73,14 @@ class LiteAtrousPyramidHead(nn.Module):
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__()
         table, channels = config.segmentation, taken_channels(config)
-        strides = [config.table.stem.stride]
-        low_channels = [config.stem_block.out_channels]
-        for stage in config.stages:
-            for block in stage:
-                strides.append(strides[-1] * block.stride)
-                low_channels.append(block.out_channels)
-        # Where a network never gets so far, the finest map is the last.
-        self.low = next((i for i, stride in enumerate(strides) if stride >= table.low_stride), len(strides) - 1)
+        blocks = [config.stem_block, *(block for stage in config.stages for block in stage)]
+        strides = accumulate((block.stride for block in blocks), mul)
+        self.low = next(index for index, stride in enumerate(strides) if stride >= table.low_stride)
         self.align_corners = table.align_corners
         self.project = ConvNormAct(config, channels, table.channels, act="relu", eps=table.norm_eps)
         self.gate = Conv2d(channels, table.channels, 1, bias=False)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.low_classifier = Conv2d(low_channels[self.low], config.num_labels, 1)
+        self.low_classifier = Conv2d(blocks[self.low].out_channels, config.num_labels, 1)
         self.classifier = Conv2d(table.channels, config.num_labels, 1)
 
     def forward(self, x: Tensor, maps: Sequence[Tensor]) -> Tensor:
