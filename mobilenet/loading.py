@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import cache
@@ -246,11 +246,8 @@ def _labels(config: Mapping[str, Any]) -> dict[int, str]:
 
 def _check_sees_whole_images(options: Mapping[str, Any]) -> None:
     """Raise ValueError where an image processor crops: what is outside would have no box and no class."""
-    is_cut = options["do_center_crop"] and not (options["do_resize"] and options["size"] == options["crop_size"])
-    if is_cut:
-        raise ValueError(
-            "do_center_crop must be false in preprocessor_config.json, for whole images to be seen, got true."
-        )
+    if options["do_center_crop"] and not (options["do_resize"] and options["size"] == options["crop_size"]):
+        raise ValueError("do_center_crop must be false, for whole images to be seen, got true.")
 
 
 def _check_answer(labels: Mapping[int, str], count: int, *outputs: np.ndarray) -> None:
@@ -266,6 +263,8 @@ def _scores(config: Mapping[str, Any], labels: Mapping[int, str]) -> Callable[..
     score = _score_function(config)
 
     def answer(logits: np.ndarray) -> np.ndarray:
+        if logits.ndim != 2:
+            raise ValueError(f"scores of shape (B, labels), got {logits.shape}.")
         scores = score(logits)
         _check_answer(labels, scores.shape[1], scores)
         return scores
@@ -390,17 +389,18 @@ def _bound_onnx() -> None:
     create_and_register_allocator(memory, OrtArenaCfg({"max_mem": MAX_ONNX_BYTES}))
 
 
-def _outputs(wanted: Sequence[str], found: list[str]) -> list[str]:
-    """The names of a graph's outputs that a task uses; one alone may have any name.
+def _places(wanted: Sequence[str], found: Sequence[Collection[str]]) -> list[int]:
+    """Where among a graph's outputs those are that a task uses; one alone is the first, whatever its name.
 
     Raises:
         ValueError: One is missing.
     """
     if len(wanted) == 1:
-        return found[:1]
-    if missing := [name for name in wanted if name not in found]:
-        raise ValueError(f"it has no output {missing[0]}, but {', '.join(found)}")
-    return list(wanted)
+        return [0]
+    places = [next((place for place, names in enumerate(found) if name in names), None) for name in wanted]
+    if None in places:
+        raise ValueError(f"it has no output {wanted[places.index(None)]}")
+    return places
 
 
 def _onnx(path: Path, outputs: Sequence[str]) -> tuple[str, Network]:
@@ -417,7 +417,7 @@ def _onnx(path: Path, outputs: Sequence[str]) -> tuple[str, Network]:
     )
     (pixels,) = session.get_inputs()
     found = [output.name for output in session.get_outputs()]
-    names = _outputs(outputs, found)
+    names = [found[place] for place in _places(outputs, [{name} for name in found])]
 
     def infer(batch: np.ndarray) -> list[np.ndarray]:
         try:
@@ -444,8 +444,7 @@ def _openvino(path: Path, outputs: Sequence[str]) -> tuple[str, Network]:
                 raise ValueError(f"{node.get_friendly_name()} has more than {MAX_VALUE} bytes")
     network = core.compile_model(graph, "CPU")
     lock = Lock()  # it has one request to run, which spreads over all processors
-    found = [output.get_any_name() for output in network.outputs]
-    places = [found.index(name) for name in _outputs(outputs, found)]
+    places = _places(outputs, [output.get_names() for output in network.outputs])
 
     def infer(batch: np.ndarray) -> list[np.ndarray]:
         with lock:
