@@ -135,6 +135,7 @@ class ConvNormAct(nn.Module):
         act: str | None = None,
         has_norm: bool = True,
         anti_aliasing: str = "none",
+        eps: float | None = None,
     ) -> None:
         super().__init__()
         self.normalizes = has_norm  # unless it is fused, or the network has no batch norm
@@ -150,7 +151,7 @@ class ConvNormAct(nn.Module):
             bias=not has_norm,
             activated=act is not None,
         )
-        norm = config.batch_norm_eps, config.batch_norm_momentum
+        norm = config.batch_norm_eps if eps is None else eps, config.batch_norm_momentum
         self.norm = nn.BatchNorm2d(out_channels, *norm) if has_norm else nn.Identity()
         self.act = nn.Identity() if act is None else ACTIVATION_LAYERS[act]()
         if anti_aliasing in ANTI_ALIASING_LAYERS:
@@ -377,7 +378,13 @@ class Features:
     layers = LAYERS
 
     def add_layers(self, config: MobileNetConfig, with_head: bool = True, with_pre_logits: bool = True) -> None:
-        """Add the layers of a configured network to this module."""
+        """Add the layers of a configured network to this module.
+
+        Args:
+            config: Of the network.
+            with_head: Whether to add the 1x1 convolution before the pooling.
+            with_pre_logits: Whether to add the one after it too.
+        """
 
         def build(block: Block) -> nn.Module:
             return self.layers[block.kind](config, block)

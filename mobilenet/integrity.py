@@ -25,10 +25,12 @@ CODE = (
     "architectures_mobilenet.py",
     "configuration_mobilenet.py",
     "cpu_mobilenet.py",
+    "detection_mobilenet.py",
     "image_processing_mobilenet.py",
     "layers_mobilenet.py",
     "modeling_mobilenet.py",
     "preprocessing_mobilenet.py",
+    "segmentation_mobilenet.py",
 )
 CLASSES = AUTO_MAP | {"AutoImageProcessor": "image_processing_mobilenet.MobileNetImageProcessor"}
 WEIGHTS = (".gguf", ".h5", ".onnx", ".pte", ".safetensors", ".tflite", ".xml")

@@ -8,6 +8,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForObjectDetection,
+    AutoModelForSemanticSegmentation,
 )
 from transformers.models.auto import modeling_auto
 
@@ -15,13 +16,14 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
-from .architectures_mobilenet import ARCHITECTURES
+from .architectures_mobilenet import ARCHITECTURES, SEGMENTATION_HEADS
 from .configuration_mobilenet import PRESETS, MobileNetConfig
 from .image_processing_mobilenet import RECIPES, MobileNetImageProcessor
 from .modeling_mobilenet import (
     MobileNetBackbone,
     MobileNetForImageClassification,
     MobileNetForObjectDetection,
+    MobileNetForSemanticSegmentation,
     MobileNetModel,
     MobileNetPreTrainedModel,
 )
@@ -57,6 +59,11 @@ for auto_class, model_class, names in (
         MobileNetForObjectDetection,
         modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
     ),
+    (
+        AutoModelForSemanticSegmentation,
+        MobileNetForSemanticSegmentation,
+        modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+    ),
     (AutoBackbone, MobileNetBackbone, modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES),
 ):
     auto_class.register(MobileNetConfig, model_class, exist_ok=True)
@@ -69,10 +76,12 @@ __all__ = [
     "ARCHITECTURES",
     "PRESETS",
     "RECIPES",
+    "SEGMENTATION_HEADS",
     "MobileNetBackbone",
     "MobileNetConfig",
     "MobileNetForImageClassification",
     "MobileNetForObjectDetection",
+    "MobileNetForSemanticSegmentation",
     "MobileNetImageProcessor",
     "MobileNetModel",
     "MobileNetPreTrainedModel",

@@ -23,10 +23,12 @@ PACKAGE = (
     "configuration_mobilenet",
     "cpu_mobilenet",
     "convert_checkpoint",
+    "detection_mobilenet",
     "image_processing_mobilenet",
     "layers_mobilenet",
     "modeling_mobilenet",
     "preprocessing_mobilenet",
+    "segmentation_mobilenet",
 )
 
 

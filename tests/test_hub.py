@@ -32,10 +32,12 @@ CODE = (
     "architectures_mobilenet.py",
     "configuration_mobilenet.py",
     "cpu_mobilenet.py",
+    "detection_mobilenet.py",
     "image_processing_mobilenet.py",
     "layers_mobilenet.py",
     "modeling_mobilenet.py",
     "preprocessing_mobilenet.py",
+    "segmentation_mobilenet.py",
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_mobilenet.MobileNetConfig",

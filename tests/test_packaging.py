@@ -27,10 +27,12 @@ CODE = (
     "configuration_mobilenet",
     "convert_checkpoint",
     "cpu_mobilenet",
+    "detection_mobilenet",
     "image_processing_mobilenet",
     "layers_mobilenet",
     "modeling_mobilenet",
     "preprocessing_mobilenet",
+    "segmentation_mobilenet",
 )
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.onnx", "mobilenet/model.safetensors", "tests/model.bin")
 

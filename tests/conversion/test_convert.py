@@ -76,12 +76,14 @@ def test_repository_is_complete(converted: Path) -> None:
         "config.json",
         "configuration_mobilenet.py",
         "cpu_mobilenet.py",
+        "detection_mobilenet.py",
         "image_processing_mobilenet.py",
         "layers_mobilenet.py",
         "model.safetensors",
         "modeling_mobilenet.py",
         "preprocessing_mobilenet.py",
         "preprocessor_config.json",
+        "segmentation_mobilenet.py",
     }
     for name in ("architectures", "configuration", "image_processing", "layers", "modeling"):
         source = SCRIPT.with_name(f"{name}_mobilenet.py")
