@@ -1,4 +1,4 @@
-"""A folder that images are drawn into: names that follow those of the sources, and files that are whole or not there."""
+"""A folder that images are drawn into: names follow those of the sources, and files are whole or not there."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ class Drawings:
         self.parts = folder / f".mobilenet-{secrets.token_hex(4)}"
         for name in names:
             if os.path.exists(name) and self._is_inside(name):
-                raise ValueError(
-                    f"draw must be a folder that holds none of the images, got {folder}, which holds {name}."
-                )
+                raise ValueError(f"draw must be a folder that holds no images, got {folder}, which holds {name}.")
 
     def __enter__(self) -> Drawings:
         self.parts.mkdir(parents=True)
@@ -103,9 +101,9 @@ class Drawings:
             parts = urlsplit(name)
             words = [parts.hostname or "", *PurePosixPath(unquote(parts.path)).parts]
             words = [re.sub(r"[^\w.-]", "_", word)[:100] for word in words]
-            return os.path.splitext(os.path.join(*(word for word in words if word.strip("._")) or ("image",)))[0]
+            return os.path.splitext(os.path.join("", *(word for word in words if word.strip("._"))))[0]
         path = os.path.abspath(name)
-        if os.path.commonprefix([path, os.path.join(self.base, "")]) == os.path.join(self.base, ""):
+        if path.startswith(os.path.join(self.base, "")):
             path = os.path.relpath(path, self.base)
         else:  # from stdin
             path = os.path.splitdrive(path)[1].lstrip(os.sep)

@@ -80,7 +80,7 @@ class _Canvas:
 
     def measure(self, text: str) -> tuple[float, float, float]:
         """Width and height of a label, and how far its text lies below its top."""
-        left, top, right, bottom = self.draw.textbbox((0, 0), text, font=self.font)
+        left, _, right, bottom = self.draw.textbbox((0, 0), text, font=self.font)
         ascent, descent = self.font.getmetrics() if hasattr(self.font, "getmetrics") else (bottom, 0)
         return right - left + 2 * self.pad, ascent + descent + self.pad, -left
 
