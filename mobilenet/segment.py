@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, TextIO
 
@@ -100,6 +100,20 @@ def segment(
 
     read = partial(read_with_size, model=segmenter, keeps=drawings is not None)
     return infer(images, read, predict, fail, batch_size)
+
+
+def _upsampling(segmenter: Model) -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
+    """From a network's logits, and an image's width and height, to the class of each pixel."""
+    torch = import_module("torch")
+    functional = import_module("torch.nn.functional")
+
+    @torch.inference_mode()
+    def to_label_map(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        width, height = size
+        whole = functional.interpolate(torch.from_numpy(logits)[None], (height, width), mode="bilinear")
+        return whole[0].argmax(0).to(torch.uint8 if len(logits) <= 256 else torch.int32).numpy()
+
+    return to_label_map
 
 
 def draws_to(path: str, suffix: str) -> list[str]:
