@@ -16,7 +16,7 @@ from .find_images import FoundImage, find
 from .inference import ReadImage, check_positive, choose_model, infer, read_with_size, reason, report
 from .loading import Model, load
 from .output import DETECTED, Detection, DetectionResult, Layout, writer
-from .preprocessing_mobilenet import SUPPRESSION
+from .preprocessing_mobilenet import SUPPRESSION, place
 from .tasks import DETECTION
 from .visualize import draw_boxes
 
@@ -111,8 +111,10 @@ def _suppression(detector: Model, threshold: float) -> Suppress:
     @torch.inference_mode()
     def find_objects(scores: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> list[Detection]:
         found = suppress(torch.from_numpy(scores), torch.from_numpy(boxes), threshold, **options)
-        width, height = size
-        corners = found[2].clamp(0, 1) * torch.tensor([width, height, width, height])
+        down, across = place(*size, detector.options)
+        corners = found[2].double()
+        for axis, edges in ((across, corners[:, 0::2]), (down, corners[:, 1::2])):
+            edges.mul_(axis.network).sub_(axis.offset).mul_(axis.image / axis.resized).clamp_(0, axis.image)
         return [
             Detection(index, detector.label(index), score, tuple(box))
             for score, index, box in zip(found[0].tolist(), found[1].tolist(), corners.tolist(), strict=True)

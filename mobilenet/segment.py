@@ -106,13 +106,12 @@ def segment(
 def _upsampling(segmenter: Model) -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
     """From a network's logits, and an image's width and height, to the class of each pixel."""
     torch = import_module("torch")
-    functional = import_module("torch.nn.functional")
+    label_map = import_module(".segmentation_mobilenet", __package__).label_map
 
     @torch.inference_mode()
     def to_label_map(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        width, height = size
-        whole = functional.interpolate(torch.from_numpy(logits)[None], (height, width), mode="bilinear")
-        return whole[0].argmax(0).to(torch.uint8 if len(logits) <= 256 else torch.int32).numpy()
+        kind = torch.uint8 if len(logits) <= 256 else torch.int32
+        return label_map(torch.from_numpy(logits), size[::-1], segmenter.options, kind).numpy()
 
     return to_label_map
 

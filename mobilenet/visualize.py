@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .output import Detection, Segment
 from .preprocessing_mobilenet import to_rgb
+from .segmentation_labels import color, palette
 from .text import clean
 
 
@@ -33,22 +34,9 @@ def label_color(index: int) -> Color:
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
 
 
-def voc_color(index: int) -> Color:
-    """A color for pixels of a class: its number's bits, by threes, are the channels' from the highest on.
-
-    Source: VOClabelcolormap of the development kit of PASCAL VOC 2012.
-    """
-    return tuple(sum((index >> 3 * bit + channel & 1) << 7 - bit for bit in range(8)) for channel in range(3))
-
-
-@lru_cache(maxsize=1)
-def _voc_palette() -> bytes:
-    return bytes(channel for index in range(256) for channel in voc_color(index))
-
-
-def _on(color: Color) -> Color:
-    """Black or white, whichever is legible on a color: the luma of ITU-R BT.601 tells."""
-    red, green, blue = color
+def _on(ground: Color) -> Color:
+    """Black or white, whichever is legible on it: the luma of ITU-R BT.601 tells."""
+    red, green, blue = ground
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
 
 
@@ -84,11 +72,11 @@ class _Canvas:
         ascent, descent = self.font.getmetrics() if hasattr(self.font, "getmetrics") else (bottom, 0)
         return right - left + 2 * self.pad, ascent + descent + self.pad, -left
 
-    def label(self, text: str, x: float, y: float, color: Color) -> None:
-        """Write a text on a ground of a color, whose upper left corner is given."""
+    def label(self, text: str, x: float, y: float, ground: Color) -> None:
+        """Write a text on a ground, whose upper left corner is given."""
         width, height, shift = self.measure(text)
-        self.draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
-        self.draw.text((x + self.pad + shift, y + self.pad / 2), text, font=self.font, fill=_on(color))
+        self.draw.rectangle((x, y, x + width - 1, y + height - 1), fill=ground)
+        self.draw.text((x + self.pad + shift, y + self.pad / 2), text, font=self.font, fill=_on(ground))
 
     def inside(self, width: float, height: float, x: float, y: float) -> _Box:
         """A rectangle, moved into the image as far as it fits."""
@@ -144,7 +132,7 @@ def to_mask(label_map: np.ndarray) -> Image.Image:
     if label_map.dtype != np.uint8:
         return Image.fromarray(label_map.astype(np.uint16))
     mask = Image.fromarray(label_map).convert("L")
-    mask.putpalette(_voc_palette())
+    mask.putpalette(palette())
     return mask
 
 
@@ -196,14 +184,14 @@ def draw_segments(
         width, height, _ = canvas.measure(text)
         x, y = (place[0] + 0.5) * scale_x - width / 2, (place[1] + 0.5) * scale_y - height / 2
         where = canvas.inside(width, height, x, y)
-        canvas.label(text, where.x0, where.y0, voc_color(segment.index))
+        canvas.label(text, where.x0, where.y0, color(segment.index))
     return shown
 
 
 def _colored(label_map: np.ndarray) -> Image.Image:
     if label_map.dtype == np.uint8:
         return to_mask(label_map).convert("RGB")
-    colors = np.array([voc_color(index) for index in range(int(label_map.max()) + 1)], np.uint8)
+    colors = np.array([color(index) for index in range(int(label_map.max()) + 1)], np.uint8)
     return Image.fromarray(colors[label_map])
 
 
