@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 
-from .architectures_mobilenet import ARCHITECTURES
+from .architectures_mobilenet import ARCHITECTURES, DETECTORS
 from .preprocessing_mobilenet import regular
 from .repository import sha256
 from .tasks import CLASSIFICATION, Task
@@ -275,6 +275,8 @@ await classify("photo.jpg");
 
 # Of conversions
 
+SSD = "1512.02325"  # on arXiv
+
 
 def conversion_card(
     config: Any,
@@ -294,23 +296,25 @@ def conversion_card(
         comparisons: Its rows, which have cells.
         caveats: What was not compared.
     """
-    architecture = ARCHITECTURES[config.architecture]
+    architecture, detector = ARCHITECTURES[config.architecture], DETECTORS.get(config.detector)
+    task = checkpoint.task
+    papers = [*([SSD] if detector else []), architecture.paper]
     data = ModelCardData(
         license=checkpoint.license,
         library_name="transformers",
-        pipeline_tag="image-classification" if config.num_labels else "image-feature-extraction",
-        tags=["vision", "mobilenet", f"arxiv:{architecture.paper}"],
+        pipeline_tag=task.name if config.num_labels else "image-feature-extraction",
+        tags=["vision", "mobilenet", *(f"arxiv:{paper}" for paper in papers)],
         datasets=["imagenet-1k"] if config.num_labels in (1000, 1001) else None,
-        metrics=["accuracy"],
+        metrics=None if detector else ["accuracy"],
         base_model=origin.given if origin.revision else None,
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {architecture.title}, width {config.width_multiplier:g}, {config.image_size} pixels",
+        f"# {(detector or architecture).title}, width {config.width_multiplier:g}, {config.image_size} pixels",
         f"Converted from {checkpoint.kind}. "
         + (f"{config.num_labels} classes. " if config.num_labels else "Features, without a classifier. ")
-        + f"Paper: [arXiv:{architecture.paper}](https://arxiv.org/abs/{architecture.paper}).",
-        _USE_CONVERTED,
+        + f"Paper: {', '.join(f'[arXiv:{paper}](https://arxiv.org/abs/{paper})' for paper in papers)}.",
+        _USE_CONVERTED.format(task=task.name, verb=task.command),
         *([_FINE_TUNE] if config.has_batch_norm else []),
         "## Source",
         _source(origin, checkpoint),
@@ -328,8 +332,8 @@ _USE_CONVERTED = """## Use
 ```python
 from transformers import pipeline
 
-classify = pipeline("image-classification", model="path/to/this/repository", trust_remote_code=True)
-classify("photo.jpg")
+{verb} = pipeline("{task}", model="path/to/this/repository", trust_remote_code=True)
+{verb}("photo.jpg")
 ```
 
 `trust_remote_code` runs the Python files of this repository: `architectures_mobilenet.py`,

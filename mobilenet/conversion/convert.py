@@ -28,7 +28,7 @@ from mobilenet.tasks import CLASSIFICATION
 from . import Checkpoint, ConversionError, Options, read_source
 from .accuracy import Measured, advise, find_labeled, measure_recipes
 from .labels import USUAL, known, read_labels
-from .parity import BATCH, Comparison, check_parity, find_images
+from .parity import BATCH, Comparison, check_parity, columns, find_images
 from .rename import rename
 from .tasks import network_class
 from .unfuse import unfuse_batch_norm
@@ -136,7 +136,7 @@ def convert(
         for warning in checkpoint.warnings:
             warn(warning)
         with writing(folder):
-            card = conversion_card(model.config, origin, checkpoint, Comparison.COLUMNS, comparisons, caveats)
+            card = conversion_card(model.config, origin, checkpoint, columns(comparisons), comparisons, caveats)
             card.save(folder / "README.md")
     return comparisons
 

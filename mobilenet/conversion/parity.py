@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from mobilenet.find_images import EXTENSIONS
 from mobilenet.progress import status, track
+from mobilenet.tasks import DETECTION, Task
 
-from .checkpoint import Checkpoint, NoOracleError, Oracle
+from .checkpoint import Checkpoint, DetectionOracle, NoOracleError, Oracle
 from .graph import BYTES, PREDICTIONS
+from .parity_detection import Detections, agreement, detect, joined, run
 from .rename import ConversionError
 
 
@@ -33,12 +35,13 @@ class Comparison(NamedTuple):
 
     against: str
     images: int
-    largest: float  # difference of two logits, or probabilities
+    largest: float  # difference of two logits, or probabilities, or coordinates of boxes
     mean: float
     agreement: float  # share of images with the same top-1; of several labels each, share of the same yes and no
     limits: dict[str, float]  # on `largest` or `mean`
+    agrees_in: str = "same top-1"  # what `agreement` is the share of
 
-    COLUMNS = ("compared with", "images", "largest difference", "mean difference", "limit", "same top-1")
+    COLUMNS = ("compared with", "images", "largest difference", "mean difference", "limit")
 
     @classmethod
     def of(
@@ -65,15 +68,24 @@ class Comparison(NamedTuple):
             same = (ours.argmax(-1) == theirs.argmax(-1)).float()
         else:
             same = ((ours > threshold) == (theirs > threshold)).float()
-        result = cls(against, len(ours), difference.max().item(), difference.mean().item(), same.mean().item(), limits)
-        for name, limit in limits.items():
-            value = getattr(result, name)
+        return cls(
+            against, len(ours), difference.max().item(), difference.mean().item(), same.mean().item(), limits
+        ).checked()
+
+    def checked(self) -> Comparison:
+        """The comparison itself, if its differences are within their limits.
+
+        Raises:
+            ConversionError: They are not.
+        """
+        for name, limit in self.limits.items():
+            value = getattr(self, name)
             if not value <= limit:  # true for NaN too
                 raise ConversionError(
-                    f"the converted network is another than {against}: the {name} difference is "
+                    f"the converted network is another than {self.against}: the {name} difference is "
                     f"{value:.3g}, {limit:.3g} is allowed; nothing was written."
                 )
-        return result
+        return self
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -87,6 +99,11 @@ class Comparison(NamedTuple):
             limits or "none",
             f"{100 * self.agreement:.4g} %",
         )
+
+
+def columns(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+    """The header of a table of comparisons."""
+    return (*Comparison.COLUMNS, comparisons[0].agrees_in if comparisons else "")
 
 
 def limit(logits: Tensor) -> float:
@@ -104,8 +121,8 @@ def rounded(model: nn.Module, activations: dict[str, dict[str, Any]]) -> Iterato
         return lambda _, inputs, output: ((output / scale + zero_point).round().clamp(low, high) - zero_point) * scale
 
     # What a hidden layer gives is rounded after its activation, which is a module of its own.
-    after = {f"hidden.{index}": f"hidden.{index + 1}" for index in range(0, len(model.hidden), 2)}
     modules = dict(model.named_modules())
+    after = {f"hidden.{index}": f"hidden.{index + 1}" for index in range(0, len(getattr(model, "hidden", ())), 2)}
     hooks = [
         modules[after.get(name, name)].register_forward_hook(rounding(name))
         for name in activations
@@ -114,11 +131,11 @@ def rounded(model: nn.Module, activations: dict[str, dict[str, Any]]) -> Iterato
     # What no module gives is rounded before the module that sees it next.
     seen = {
         "pixel_values": model,
-        "backbone.pooled": modules["backbone"].pre_logits,
-        "backbone.pooler_output": model.hidden,
+        "backbone.pooled": modules.get("backbone.pre_logits"),
+        "backbone.pooler_output": modules.get("hidden"),
     }
     seen |= {name.replace(".reduce", ".pooled"): modules[name] for name in modules if name.endswith(".squeeze.reduce")}
-    for name in seen.keys() & activations.keys():
+    for name in {name for name, module in seen.items() if module is not None} & activations.keys():
         hook = partial(lambda rounds, module, inputs: rounds(module, inputs, *inputs), rounding(name))
         hooks.append(seen[name].register_forward_pre_hook(hook))
     try:
@@ -146,10 +163,83 @@ def check_parity(
     Raises:
         ConversionError: A difference is beyond its limit.
     """
+    anew, task = "the repository, loaded anew", checkpoint.task
+    if task is DETECTION:
+        scores, boxes, comparisons, caveats = compare_detections(model, checkpoint, images)
+        loaded = load_back(folder, images, task)
+        ours, theirs = ((s, b, detect(checkpoint.processor, s, b)) for s, b in ((scores, boxes), loaded.values()))
+        comparisons += _compare_detections(anew, ours, theirs, {"largest": SCORE_LIMIT}, {"largest": BOX_LIMIT})
+        return comparisons, caveats
     ours, comparisons, caveats = compare_with_source(model, checkpoint, images, classes)
-    loaded = load_back(folder, images)
-    comparisons.append(Comparison.of("the repository, loaded anew", ours, loaded, largest=limit(ours)))
+    loaded = load_back(folder, images, task)["logits"]
+    comparisons.append(Comparison.of(anew, ours, loaded, largest=limit(ours)))
     return comparisons, caveats
+
+
+# How much scores and coordinates of boxes may differ: between floats, and on average from those of a quantized file.
+SCORE_LIMIT, BOX_LIMIT = 1e-4, 1e-3
+QUANTIZED_LIMIT = 0.01
+
+
+def compare_detections(
+    model: nn.Module, checkpoint: Checkpoint, images: Sequence[str]
+) -> tuple[Tensor, Tensor, list[Comparison], list[str]]:
+    """Compare a detector with its source's runtime, as `check_parity` does first.
+
+    Returns:
+        The network's scores and boxes of every anchor, the comparisons, and what could not be compared.
+
+    Raises:
+        ConversionError: A difference is beyond its limit.
+    """
+    oracle: DetectionOracle | None = None
+    comparisons, caveats = [], []
+    try:
+        oracle = checkpoint.oracle()
+    except (ImportError, NoOracleError) as error:
+        caveats.append(f"Not compared with the source's own runtime: {error}.")
+    activations = (checkpoint.quantization or {}).get("activations", {})
+    ours, alike, theirs = [], [], []
+    for start in track(range(0, len(images), BATCH), "comparing"):
+        batch = checkpoint.processor(images[start : start + BATCH], return_tensors="pt").pixel_values
+        with torch.no_grad():
+            ours.append(run(model, batch))
+            if oracle:
+                theirs.append(oracle.results(batch))
+            if oracle and activations:
+                with rounded(model, activations):
+                    alike.append(run(model, batch))
+    scores, boxes = (torch.cat(parts) for parts in zip(*ours, strict=True))
+    if oracle:
+        name = f"{oracle.name} {oracle.version}"
+        found = joined(checkpoint.processor, theirs)
+        if alike:
+            rows = [torch.cat(parts) for parts in zip(*alike, strict=True)]
+            rounding = (*rows, detect(checkpoint.processor, *rows))
+            comparisons += _compare_detections(f"{name}, rounding alike", rounding, found)
+        limits = [{"largest": SCORE_LIMIT}, {"largest": BOX_LIMIT}]
+        if checkpoint.quantization is not None:
+            name, limits = f"{name}, not rounding", [{"mean": QUANTIZED_LIMIT}] * 2
+        comparisons += _compare_detections(
+            name, (scores, boxes, detect(checkpoint.processor, scores, boxes)), found, *limits
+        )
+    return scores, boxes, comparisons, caveats
+
+
+def _compare_detections(
+    against: str,
+    ours: tuple[Tensor, Tensor, Detections],
+    theirs: tuple[Tensor, Tensor, Detections],
+    of_scores: dict[str, float] | None = None,
+    of_boxes: dict[str, float] | None = None,
+) -> list[Comparison]:
+    """Compare scores, boxes and detections: a row for the scores, and one for the boxes."""
+    share, rows = agreement(ours[2], theirs[2]), []
+    for what, index, limits in (("scores", 0, of_scores), ("boxes", 1, of_boxes)):
+        difference = (ours[index] - theirs[index]).abs()
+        numbers = len(ours[index]), difference.max().item(), difference.mean().item(), share
+        rows.append(Comparison(f"{against}: {what}", *numbers, limits or {}, "same detections").checked())
+    return rows
 
 
 def compare_with_source(
@@ -226,27 +316,26 @@ def _compare(oracle: Oracle, quantization: dict[str, Any] | None, logits: dict[s
 # What a user would type. This package is not imported, so the code that runs is the repository's own.
 LOAD_BACK = """
 import json, sys
-import torch
+import torch, transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-repo, images, result, batch = *sys.argv[1:4], int(sys.argv[4])
+repo, images, result, batch, auto_class, names = *sys.argv[1:4], int(sys.argv[4]), sys.argv[5], sys.argv[6:]
 with open(images, encoding="utf-8") as file:
     images = json.load(file)
 processor = AutoImageProcessor.from_pretrained(repo, trust_remote_code=True)
-model = AutoModelForImageClassification.from_pretrained(repo, trust_remote_code=True).eval()
+model = getattr(transformers, auto_class).from_pretrained(repo, trust_remote_code=True).eval()
 with torch.no_grad():
-    logits = [
-        model(**processor(images=images[i : i + batch], return_tensors="pt")).logits
+    outputs = [
+        model(**processor(images=images[i : i + batch], return_tensors="pt"))
         for i in range(0, len(images), batch)
     ]
-save_file({"logits": torch.cat(logits)}, result)
+save_file({name: torch.cat([output[name] for output in outputs]).contiguous() for name in names}, result)
 """
 
 
-def load_back(folder: Path, images: Sequence[str]) -> Tensor:
-    """Logits of a repository, loaded through the Auto classes by a process of its own.
+def load_back(folder: Path, images: Sequence[str], task: Task) -> dict[str, Tensor]:
+    """Outputs of a repository by name, loaded through the Auto classes by a process of its own.
 
     Raises:
         ConversionError: It does not load; the message holds the last line of the process.
@@ -256,6 +345,7 @@ def load_back(folder: Path, images: Sequence[str]) -> Tensor:
         listing.write_text(json.dumps(list(images)), encoding="utf-8")
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", LOAD_BACK, str(folder), str(listing), str(result), str(BATCH)]
+        command += [task.auto_class, *task.outputs]
         with status("loading the result back"):
             run = subprocess.run(  # noqa: S603
                 command, cwd=scratch, env=environment, capture_output=True, text=True, check=False
@@ -263,7 +353,8 @@ def load_back(folder: Path, images: Sequence[str]) -> Tensor:
         if run.returncode:
             last = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
             raise ConversionError(f"the converted repository does not load: {last}")
-        return load_file(result)["logits"]
+        tensors = load_file(result)
+        return {name: tensors[name] for name in task.outputs}
 
 
 def find_images(folder: Path) -> list[str]:
