@@ -30,8 +30,9 @@ from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.integrity import is_as_announced
 from mobilenet.pickles import TooLargeError, check_pickle
 from mobilenet.preprocessing_mobilenet import FITS, RANGES, RECIPES
+from mobilenet.tasks import Task
 
-from .rename import ConversionError, Table
+from .rename import ConversionError, Table, task_of
 
 
 class Origin(NamedTuple):
@@ -56,8 +57,9 @@ class Oracle(NamedTuple):
 
     name: str
     version: str
-    logits: Callable[[Tensor], Tensor]  # of pixel values of shape (B, C, H, W)
-    predictions: Callable[[Tensor], Tensor] | None = None  # what the source makes of them by itself; None: logits
+    logits: Callable[[Tensor], Tensor]  # of pixel values of shape (B, C, H, W), as our network gives them
+    # What the source makes of them by itself: a segmenter's is a label map of shape (B, H, W). None: logits.
+    predictions: Callable[[Tensor], Tensor] | None = None
     is_half: bool = False  # whether it computes in 16 bits
 
 
@@ -141,6 +143,11 @@ class Checkpoint:
     prediction: str | None = None  # a key of graph.PREDICTIONS: what the source makes of its logits
     feed: MobileNetImageProcessor | None = None  # what the source itself takes, where it scales pixels in part
     quantization: dict[str, Any] | None = None  # scales of a quantized source
+
+    @property
+    def task(self) -> Task:
+        """What the network is for."""
+        return task_of(self.config)
 
 
 def first_line(error: BaseException) -> str:

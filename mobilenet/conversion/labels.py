@@ -1,4 +1,4 @@
-"""Names of classes: from a file, or of ImageNet."""
+"""Names of classes: from a file, of ImageNet or of PASCAL VOC."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mobilenet.preprocessing_mobilenet import regular
+from mobilenet.segmentation_labels import VOC
+from mobilenet.tasks import CLASSIFICATION, SEGMENTATION, Task
 
 from .rename import ConversionError
 
@@ -15,6 +17,8 @@ from .rename import ConversionError
 # Classes of ImageNet (ILSVRC 2012), and the one that Google's checkpoints put before them.
 IMAGENET, GOOGLE = "imagenet", "imagenet-background"
 _SETS = {1000: IMAGENET, 1001: GOOGLE}
+# Whose labels the networks of a task usually have, where their number is that of its classes.
+DATASETS = {CLASSIFICATION.name: "ImageNet", SEGMENTATION.name: "PASCAL VOC"}
 
 
 def imagenet() -> list[str]:
@@ -26,8 +30,10 @@ def imagenet() -> list[str]:
     return Path(__file__).with_name("imagenet_labels.txt").read_text(encoding="utf-8").splitlines()
 
 
-def known(count: int) -> list[str] | None:
-    """The labels that a network of so many classes usually has: ImageNet's, with or without background."""
+def known(count: int, task: Task = CLASSIFICATION) -> list[str] | None:
+    """The labels that a network of so many classes usually has: ImageNet's, with or without background; VOC's."""
+    if task is SEGMENTATION:
+        return list(VOC) if count == len(VOC) else None
     return ["background"] * (count - 1000) + imagenet() if count in _SETS else None
 
 
