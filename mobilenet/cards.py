@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from .architectures_mobilenet import ARCHITECTURES
 from .preprocessing_mobilenet import regular
 from .repository import sha256
+from .tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task
 from .text import clean, markdown, percent
 
 
@@ -210,7 +211,13 @@ def _evaluate_command(model: str, options: Any, split: str) -> str:
 
 
 def export_card(
-    source: str, target: str, config: Any, size: tuple[int, int], columns: Sequence[str], comparisons: Sequence[Any]
+    source: str,
+    target: str,
+    config: Any,
+    size: tuple[int, int],
+    columns: Sequence[str],
+    comparisons: Sequence[Any],
+    task: Task = CLASSIFICATION,
 ) -> ModelCard:
     """The card of an exported network.
 
@@ -221,11 +228,12 @@ def export_card(
         size: Height and width of the images.
         columns: Of the table of comparisons.
         comparisons: Its rows, which have cells.
+        task: What it is for.
     """
     is_js = target == "transformers.js"
     data = ModelCardData(
         library_name="transformers.js" if is_js else "transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=task.name,
         tags=["vision", "mobilenet", *([] if is_js else [target])],
         base_model=None if os.path.isdir(source) else source,
     )
@@ -236,10 +244,9 @@ def export_card(
         f"# {ARCHITECTURES[config.architecture].title} for {target}\n\n"
         f"Width {config.width_multiplier:g}, {config.num_labels} classes, batch norm folded, exported at "
         f"{height}x{width} pixels from {markdown(Path(source).name if os.path.isdir(source) else source)}.\n\n"
-        + (_USE_JS if is_js else _USE)
-        + "\n\n## Beside torch\n\nThe largest difference of logits, and the median time of one image.\n\n"
-        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        + "\n"
+        + (_USE_JS if is_js else _USE.replace("TASK", task.name).replace("COMMAND", task.command))
+        + f"\n\n## Beside torch\n\nThe largest difference of {' and '.join(task.outputs)}, and the median time of one "
+        "image.\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
     )
 
 
@@ -250,10 +257,10 @@ from transformers.exporters import ExportedModel
 
 folder = "path/to/this/repository"
 model = ExportedModel.from_pretrained(folder)
-classify = pipeline(
-    "image-classification", model=model, image_processor=mobilenet.MobileNetImageProcessor.from_pretrained(folder)
+COMMAND = pipeline(
+    "TASK", model=model, image_processor=mobilenet.MobileNetImageProcessor.from_pretrained(folder)
 )
-classify("photo.jpg")
+COMMAND("photo.jpg")
 ```"""
 
 _USE_JS = """```js
@@ -287,24 +294,29 @@ def conversion_card(
         comparisons: Its rows, which have cells.
         caveats: What was not compared.
     """
-    architecture = ARCHITECTURES[config.architecture]
+    architecture, task = ARCHITECTURES[config.architecture], checkpoint.task
+    classifies = task is CLASSIFICATION
+    papers, title = [architecture.paper], architecture.title
+    if task is SEGMENTATION:
+        papers.append(config.segmentation.paper)
+        title = f"{config.segmentation.title} on {title}"
     data = ModelCardData(
         license=checkpoint.license,
         library_name="transformers",
-        pipeline_tag="image-classification" if config.num_labels else "image-feature-extraction",
-        tags=["vision", "mobilenet", f"arxiv:{architecture.paper}"],
-        datasets=["imagenet-1k"] if config.num_labels in (1000, 1001) else None,
-        metrics=["accuracy"],
+        pipeline_tag=task.name if config.num_labels else "image-feature-extraction",
+        tags=["vision", "mobilenet", *(f"arxiv:{paper}" for paper in dict.fromkeys(papers))],
+        datasets=["imagenet-1k"] if classifies and config.num_labels in (1000, 1001) else None,
+        metrics=["accuracy"] if classifies else ["mean_iou"] if task is SEGMENTATION else None,
         base_model=origin.given if origin.revision else None,
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {architecture.title}, width {config.width_multiplier:g}, {config.image_size} pixels",
+        f"# {title}, width {config.width_multiplier:g}, {config.image_size} pixels",
         f"Converted from {checkpoint.kind}. "
         + (f"{config.num_labels} classes. " if config.num_labels else "Features, without a classifier. ")
-        + f"Paper: [arXiv:{architecture.paper}](https://arxiv.org/abs/{architecture.paper}).",
-        _USE_CONVERTED,
-        *([_FINE_TUNE] if config.has_batch_norm else []),
+        + _papers(papers),
+        _USE_CONVERTED.replace("TASK", task.name).replace("COMMAND", task.command),
+        *([_FINE_TUNE.replace("OPTIONS", _TRAINED_BY[task.name])] if config.has_batch_norm else []),
         "## Source",
         _source(origin, checkpoint),
         "## Parity",
@@ -321,18 +333,28 @@ _USE_CONVERTED = """## Use
 ```python
 from transformers import pipeline
 
-classify = pipeline("image-classification", model="path/to/this/repository", trust_remote_code=True)
-classify("photo.jpg")
+COMMAND = pipeline("TASK", model="path/to/this/repository", trust_remote_code=True)
+COMMAND("photo.jpg")
 ```
 
 `trust_remote_code` runs the Python files of this repository: `architectures_mobilenet.py`,
-`configuration_mobilenet.py`, `cpu_mobilenet.py`, `image_processing_mobilenet.py`, `layers_mobilenet.py`,
-`modeling_mobilenet.py`, `preprocessing_mobilenet.py` and `segmentation_mobilenet.py`. After `import mobilenet`, the
-installed package, it is not needed."""
+`configuration_mobilenet.py`, `cpu_mobilenet.py`, `detection_mobilenet.py`, `image_processing_mobilenet.py`,
+`layers_mobilenet.py`, `modeling_mobilenet.py`, `preprocessing_mobilenet.py` and `segmentation_mobilenet.py`. After
+`import mobilenet`, the installed package, it is not needed."""
 
 _FINE_TUNE = """## Fine-tune
 
-`mobilenet train images --model path/to/this/repository --output fine-tuned`, or any training loop for PyTorch."""
+`mobilenet train OPTIONS --model path/to/this/repository --output fine-tuned`, or any training loop for PyTorch."""
+_TRAINED_BY = {
+    CLASSIFICATION.name: "images",
+    DETECTION.name: "images --task detection",
+    SEGMENTATION.name: "images --task segmentation",
+}
+
+
+def _papers(papers: Sequence[str]) -> str:
+    links = [f"[arXiv:{paper}](https://arxiv.org/abs/{paper})" for paper in dict.fromkeys(papers)]
+    return f"Paper{'s' * (len(links) > 1)}: {', '.join(links)}."
 
 
 def _source(origin: Any, checkpoint: Any) -> str:

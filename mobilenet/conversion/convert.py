@@ -27,9 +27,10 @@ from mobilenet.tasks import CLASSIFICATION, SEGMENTATION
 
 from . import Checkpoint, ConversionError, Options, read_source
 from .accuracy import Measured, advise, find_labeled, measure_recipes
-from .labels import DATASETS, known, read_labels
+from .labels import USUAL, known, read_labels
 from .parity import BATCH, Comparison, check_parity, find_images
-from .rename import network_class, rename
+from .rename import rename
+from .tasks import network_class
 from .unfuse import unfuse_batch_norm
 
 
@@ -179,7 +180,7 @@ def choose_labels(checkpoint: Checkpoint, labels: str | None, drop_background: b
     elif not checkpoint.labels:
         checkpoint.labels = known(count, checkpoint.task)
         guess = (
-            f"the labels are those of {DATASETS[checkpoint.task.name]}, since there are {count}"
+            f"the labels are those of {USUAL[checkpoint.task]}, since there are {count}"
             if checkpoint.labels
             else "labels are numbers (--labels names them)"
         )

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,8 @@ from mobilenet.layers_mobilenet import fold, same_padding
 from .checkpoint import Checkpoint, Options, Oracle
 from .labels import beside
 from .preprocessing import find, published
-from .rename import TORCH, ConversionError, Row, Table, candidates, task_of
+from .rename import TORCH, ConversionError, Row, Table, candidates
+from .tasks import task_of
 
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # rows before and after, columns before and after
@@ -36,7 +36,7 @@ PREDICTIONS = {
     "log_softmax": lambda logits: logits.log_softmax(-1),
     "sigmoid": torch.sigmoid,
 }
-LABEL_MAP = "label map"  # what a segmenter ends in
+LABEL_MAP = "label map"  # what a segmenter may end in
 
 
 class Scale(NamedTuple):
@@ -192,17 +192,14 @@ class Resize(Other):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Concat(Other):
-    """The channels of several maps together, as segmenters have them."""
-
-    what: str = "a concatenation"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class ArgMax(Other):
     """The class of each pixel, which segmenters may end in."""
 
     what: str = "the largest of the channels"
+
+
+class Join(Other):
+    """Values one after another, as detectors join what they predict from several maps, and segmenters branches."""
 
 
 class Reader:
@@ -492,32 +489,38 @@ def expected(config: MobileNetConfig) -> list[Step]:
     return list(steps())
 
 
-def table(config: Mapping[str, Any]) -> Table:
-    """The names that `match` gives to tensors: our own."""
-    model = MobileNetConfig(**config)
+def feature_rows(steps: Sequence[Step], has_batch_norm: bool) -> dict[str, Row]:
+    """Our own names of the layers that take steps."""
     rows = {}
-    for step in expected(model):
+    for step in steps:
         name = re.sub(r"stages\.\d+\.\d+", "stages.{stage}.{block}", step.name)
         # A convolution that is a block has no role in it.
         key = name.removeprefix("backbone.").replace("stages.{stage}.{block}.", "block.")
         key = key.replace("stages.{stage}.{block}", "conv")
         if step.kind == "conv":
-            rows[key] = Row(f"{name}.conv", f"{name}.norm" if model.has_batch_norm else None)
+            rows[key] = Row(f"{name}.conv", f"{name}.norm" if has_batch_norm else None)
         elif step.kind == "squeeze":
             rows |= {f"{key}.{part}": Row(f"{name}.{part}") for part in ("reduce", "expand")}
+    return rows
+
+
+def table(config: Mapping[str, Any]) -> Table:
+    """The names that `match` gives to tensors: our own."""
+    model = MobileNetConfig(**config)
+    rows = feature_rows(expected(model), model.has_batch_norm)
     last = model.pre_logits_block
     if last:
         norm = "backbone.pre_logits.norm" if last.has_norm and model.has_batch_norm else None
         rows["pre_logits"] = Row("backbone.pre_logits.conv", norm)
     if model.segmentation_head:
-        names = [f"segmentation_head.{name}" for name in _segmenter_units(model)]
+        names = [f"segmentation_head.{name}" for name in segmenter_units(model)]
         rows |= {name: Row(f"{name}.conv", f"{name}.norm" if model.has_batch_norm else None) for name in names}
         return Table(dict(config), rows | {name: Row(name) for name in ["segmentation_head.classifier"]}, TORCH)
     hidden = [f"hidden.{2 * index}" for index in range(len(model.classifier_hidden_sizes))]
     return Table(dict(config), rows | {name: Row(name) for name in (*hidden, "classifier")}, TORCH)
 
 
-def _segmenter_units(model: MobileNetConfig) -> list[str]:
+def segmenter_units(model: MobileNetConfig) -> list[str]:
     """What a segmenter's head calls its convolutions that batch norms follow, in the order in which they run."""
     return [*(f"branches.{index}" for index in range(len(model.segmentation.rates))), "project"]
 
@@ -544,8 +547,7 @@ def match(graph: Graph, source: str, image_size: int) -> Match:
     Raises:
         ConversionError: There is none; the message names the first layer that has no place in it.
     """
-    matcher = _SegmenterMatcher if any(isinstance(op, Resize) for op in graph.ops) else _Matcher
-    return matcher(graph, source, graph.size or image_size).match()
+    return Matcher(graph, source, graph.size or image_size).match()
 
 
 def to_checkpoint(
@@ -588,12 +590,12 @@ def to_checkpoint(
         license="apache-2.0" if publisher or count in (1000, 1001) else None,
         quantization=found.quantization,
         prediction=found.prediction,
-        notes=[_NOTE] if found.quantization else [],
+        notes=[NOTE] if found.quantization else [],
         warnings=said,
     )
 
 
-_NOTE = """The weights are those of 8 bits, as real numbers. How the source quantizes is kept in `quantization.json`:
+NOTE = """The weights are those of 8 bits, as real numbers. How the source quantizes is kept in `quantization.json`:
 `activations` has type, scale, zero point and range of each layer's output by the layer's name (`pixel_values` is the
 input, `backbone.pooler_output` what the classifier sees, `backbone.stages.1.1` the sum that ends a block, `classifier`
 the logits; in MobileNet V3, `backbone.pooled` is what `backbone.pre_logits` sees, names that end in `conv` are values
@@ -601,11 +603,21 @@ before their activation, and `pooled`, `reduce` and `expand` those within squeez
 scale and zero point, one or one for each output channel. A real number is scale * (byte - zero_point)."""
 
 
-class _Matcher:
-    fixed: Mapping[str, Any] = MappingProxyType({})  # fields that every network has that is looked for
+class Matcher:
+    """Finds the network of ours that computes what a graph computes."""
 
     def __init__(self, graph: Graph, source: str, size: int) -> None:
         self.graph, self.source, self.size = graph, source, size
+
+    def steps(self, fields: Mapping[str, Any]) -> list[Step]:
+        """What a network does of which a graph must do the same."""
+        return expected(MobileNetConfig(**fields))
+
+    def candidates(self) -> Iterator[dict[str, Any]]:
+        """Fields of the networks that a graph may be of, at width 1."""
+        for architecture in ARCHITECTURES:
+            for output_stride in OUTPUT_STRIDES[::-1]:
+                yield {"architecture": architecture, "output_stride": output_stride}
 
     def refuse(self, layer: str, rule: str) -> ConversionError:
         """The error for a layer that has no place in our network."""
@@ -620,17 +632,8 @@ class _Matcher:
         scaling = self.scaling(items)
         config, steps = self.closest(items)
         body, rest = items[: len(steps)], items[len(steps) :]
-        pairs = list(zip(steps, body, strict=True))
+        fields, tensors, pairs, eps = self.features(config, steps, body)
         units = [(step, item) for step, item in pairs if step.kind == "conv"]
-        self.check_sums(steps, body)
-        fields = config | self.activations(units, config["architecture"]) | {"padding": self.padding(pairs)}
-        has_norm = all(unit.norm is not None for _, unit in units)
-        eps = units[0][1].norm.eps if has_norm else None
-        fields |= {"batch_norm_eps": eps} if has_norm else {"use_batch_norm": False}
-        tensors: dict[str, Tensor] = {}
-        for step, item in pairs:
-            if isinstance(item, (Unit, Squeeze)):
-                tensors |= item.tensors(step.name, eps) if isinstance(item, Unit) else item.tensors(step.name)
         self.pre_logits = MobileNetConfig(**fields).pre_logits_block
         head, head_tensors, prediction, logits, layers = self.head(rest, units[-1][1], eps)
         fields |= head
@@ -643,6 +646,23 @@ class _Matcher:
             scaling,
             self.quantization(named),
         )
+
+    def features(
+        self, config: dict[str, Any], steps: list[Step], body: list[Any]
+    ) -> tuple[dict[str, Any], dict[str, Tensor], list[tuple[Step, Any]], float | None]:
+        """What the layers say that take steps: fields, tensors, what takes each step, and the epsilon of the norms."""
+        pairs = list(zip(steps, body, strict=True))
+        units = [(step, item) for step, item in pairs if step.kind == "conv"]
+        self.check_sums(steps, body)
+        fields = config | self.activations(units, config["architecture"]) | {"padding": self.padding(pairs)}
+        has_norm = all(unit.norm is not None for _, unit in units)
+        eps = units[0][1].norm.eps if has_norm else None
+        fields |= {"batch_norm_eps": eps} if has_norm else {"use_batch_norm": False}
+        tensors: dict[str, Tensor] = {}
+        for step, item in pairs:
+            if isinstance(item, (Unit, Squeeze)):
+                tensors |= item.tensors(step.name, eps) if isinstance(item, Unit) else item.tensors(step.name)
+        return fields, tensors, pairs, eps
 
     def parse(self, ops: list[Op]) -> list[Any]:
         """Operations as units and what lies between them; each must follow the one before it."""
@@ -713,18 +733,15 @@ class _Matcher:
         # Which blocks end in a sum depends on the width.
         convs = [item for item in items if not isinstance(item, Add)]
         best: tuple[int, dict[str, Any], list[Step]] = (-1, {}, [])
-        for architecture in ARCHITECTURES:
-            for output_stride in OUTPUT_STRIDES[::-1]:
-                fields = {"architecture": architecture, "output_stride": output_stride, **self.fixed}
-                steps = [step for step in expected(MobileNetConfig(**fields)) if step.kind != "add"]
-                same = _agreement(convs, steps)
-                if same > best[0]:
-                    best = same, fields, steps
+        for fields in self.candidates():
+            steps = [step for step in self.steps(fields) if step.kind != "add"]
+            same = _agreement(convs, steps)
+            if same > best[0]:
+                best = same, fields, steps
         same, fields, steps = best
         title = ARCHITECTURES[fields["architecture"]].title
         if same < len(steps):  # dilation, which is rare, would only confuse
-            plain = MobileNetConfig(fields["architecture"], **self.fixed)
-            steps = [step for step in expected(plain) if step.kind != "add"]
+            steps = [step for step in self.steps(fields | {"output_stride": 32}) if step.kind != "add"]
             self.require(convs, steps, _agreement(convs, steps), title)
         fields, steps = self.width(fields | {"num_channels": self.graph.channels}, convs, title)
         self.require(items, steps, _agreement(items, steps), title)
@@ -738,7 +755,7 @@ class _Matcher:
         if same >= len(items):
             raise self.refuse("the end of the network", f"comes where {title} has {step.words}")
         name = step.name.removeprefix("backbone.")
-        raise self.refuse(items[same].name, f"is {_words(items[same])}: {title} has {step.words} there ({name})")
+        raise self.refuse(items[same].name, f"is {words(items[same])}: {title} has {step.words} there ({name})")
 
     def width(self, fields: dict[str, Any], convs: list[Any], title: str) -> tuple[dict[str, Any], list[Step]]:
         """Add the width multiplier that gives a network its channels.
@@ -746,14 +763,14 @@ class _Matcher:
         Raises:
             ConversionError: No multiplier does.
         """
-        steps = [step for step in expected(MobileNetConfig(**fields)) if step.kind != "add"]
+        steps = [step for step in self.steps(fields) if step.kind != "add"]
         last = max(index for index, step in enumerate(steps) if ".stages." in step.name)
         ratio = convs[last].out_channels / steps[last].out_channels
         nearest: tuple[int, Any] = (-1, None)
         for multiplier in candidates(ratio):
             for extra in ({}, {"shrink_head": True}, {"channel_divisor": 1}, {"channel_divisor": 8}):
                 chosen = fields | {"width_multiplier": multiplier} | extra
-                steps = expected(MobileNetConfig(**chosen))
+                steps = self.steps(chosen)
                 pairs = list(zip(convs, (step for step in steps if step.kind != "add"), strict=False))
                 fits = [(i.in_channels, i.out_channels) == (step.in_channels, step.out_channels) for i, step in pairs]
                 if all(fits):
@@ -893,7 +910,7 @@ class _Matcher:
                 last[2] = item.function
                 logits = item.inputs[0] if item.function in PREDICTIONS else item.output
             else:
-                raise self.refuse(item.name, f"is {_words(item)}, and must be the classifier or its softmax")
+                raise self.refuse(item.name, f"is {words(item)}, and must be the classifier or its softmax")
         if pending:
             raise self.refuse(pending_at, "scales features that no classifier takes")
         tensors = self.take_pre_logits(layers, named, eps) if self.pre_logits else {}
@@ -957,7 +974,7 @@ class _Matcher:
                 outputs |= zip((f"{name}.{part}" for part in ("pooled", "reduce", "expand")), item.values, strict=True)
             elif isinstance(item, Unit) and item.act in PREDICTIONS:
                 outputs[name] = item.linear
-            elif isinstance(item, Unit) and _has_norm(name):
+            elif isinstance(item, Unit) and not _is_linear(name):
                 outputs[f"{name}.conv"] = item.linear if item.linear != item.output else None
         activations, weights = {}, {}
         for name, value in outputs.items():
@@ -974,120 +991,16 @@ class _Matcher:
                     "max": high,
                 }
         for name, item in named:
-            convs = {f"{name}.conv" if _has_norm(name) else name: getattr(item, "conv", None)}
+            convs = {name if _is_linear(name) else f"{name}.conv": getattr(item, "conv", None)}
             if isinstance(item, Squeeze):
                 convs = {f"{name}.reduce": item.reduce, f"{name}.expand": item.expand}
             weights |= {f"{key}.weight": conv.scale.to_dict() for key, conv in convs.items() if conv and conv.scale}
         return {"activations": activations, "weights": weights} if weights else None
 
 
-class _SegmenterMatcher(_Matcher):
-    """What matches a segmenter's graph: DeepLab V3 in its light form, behind a network without its head.
-
-    Its branches start from one value, where the graph is cut in two.
-    """
-
-    fixed = MappingProxyType({"segmentation_head": "deeplab_v3_light"})
-
-    def match(self) -> Match:
-        self.makers = {op.output: op for op in self.graph.ops}
-        self.cut()
-        self.graph = replace(self.graph, output=self.features)
-        return super().match()
-
-    def cut(self) -> None:
-        """Find where the head starts, where branches are joined, and what comes out: from the end to the start."""
-        value, steps = self.graph.output, []
-        while isinstance(op := self.makers.get(value), (ArgMax, Resize)):
-            steps.append(op)
-            value = op.inputs[0]
-        self.check_resized(steps)
-        self.logits, self.ends_in_labels = value, bool(steps)
-        if any(isinstance(op, ArgMax) for op in steps[1:]):
-            raise self.refuse(steps[-1].name, "must not come before another step")
-        self.joined = self.before(value, Concat, "a concatenation of its branches").output
-        branches = self.makers[self.joined].inputs
-        if len(branches) != 2:
-            raise self.refuse(
-                self.makers[self.joined].name,
-                f"must join an image pooling and a 1x1 branch, got {len(branches)} branches",
-            )
-        pooled = self.makers.get(branches[0])
-        if not isinstance(pooled, Resize):
-            name = pooled.name if pooled else "the end of the network"
-            raise self.refuse(name, "must be what resizes the pooled features, which come first")
-        self.check_resized([pooled])
-        self.branches = pooled.inputs[0], branches[1]
-        self.features = self.before(branches[1], Conv, "a 1x1 convolution").inputs[0]
-
-    def before(self, value: Any, kind: type, words: str) -> Any:
-        """The first operation of a kind, from a value back to the start."""
-        op = self.makers.get(value)
-        for _ in self.makers:
-            if op is None or isinstance(op, kind):
-                break
-            op = self.makers.get(op.inputs[0]) if op.inputs else None
-        if not isinstance(op, kind):
-            raise self.refuse("the end of the network", f"must come after {words}")
-        return op
-
-    def check_resized(self, ops: list[Op]) -> None:
-        for op in ops:
-            if isinstance(op, Resize) and not op.align_corners:
-                raise self.refuse(op.name, "must leave the centers of corner pixels in place (align_corners)")
-
-    def between(self, start: Any, end: Any) -> list[Any]:
-        """Units, and what lies between them, from one value to another."""
-        part = _Matcher(replace(self.graph, input=start, output=end), self.source, self.size)
-        return part.parse(part.graph.chain())
-
-    def head(
-        self, items: list[Any], before: Unit, eps: float | None
-    ) -> tuple[dict[str, Any], dict[str, Tensor], str | None, Any, list[tuple[str, Any]]]:
-        """Image pooling, a 1x1 branch, what joins them, and the classifier."""
-        if items:
-            raise self.refuse(items[0].name, f"is {_words(items[0])}, and must be the last feature map")
-        pooled, pointwise = (self.between(self.features, end) for end in self.branches)
-        rest = self.between(self.joined, self.logits)
-        kinds = [[type(item) for item in part] for part in (pooled, pointwise, rest)]
-        if kinds != [[Pool, Unit], [Unit], [Unit, Unit]] or pooled[0].kind != "avg":
-            found = "; ".join(", ".join(map(_words, part)) for part in (pooled, pointwise, rest))
-            raise self.refuse(
-                self.makers[self.joined].name, f"must join an average pooling and a 1x1 branch, got {found}"
-            )
-        if pooled[0].window not in (None, (self.size_of_map,) * 2):
-            raise self.refuse(
-                pooled[0].name, f"pools over {pooled[0].window}, and must over {self.size_of_map} pixels"
-            )
-        config = MobileNetConfig(**self.fixed)
-        named = dict(zip(_segmenter_units(config), (pooled[1], pointwise[0], rest[0]), strict=True))
-        row, tensors = config.segmentation, {}
-        for name, unit in named.items():
-            if unit.activation != "relu" or unit.out_channels != row.channels:
-                raise self.refuse(
-                    unit.name,
-                    f"must have {row.channels} channels and relu, got {unit.out_channels} and {unit.activation}",
-                )
-            if eps is not None and unit.norm is None:
-                raise self.refuse(unit.name, "has no batch norm")
-            tensors |= unit.tensors(f"segmentation_head.{name}", None if eps is None else row.norm_eps)
-        classifier = rest[1]
-        for unit in (*named.values(), classifier):
-            if unit.conv.weight.shape[2:] != (1, 1) or unit.conv.groups != 1 or unit.conv.stride != (1, 1):
-                raise self.refuse(unit.name, f"is {_words(unit)}, and must be one of 1x1")
-        if classifier.act is not None:
-            raise self.refuse(classifier.name, f"has the activation {classifier.act}, and must be linear")
-        weight, bias = classifier.folded()
-        tensors |= {"segmentation_head.classifier.weight": weight, "segmentation_head.classifier.bias": bias}
-        layers = [(f"segmentation_head.{name}", unit) for name, unit in (*named.items(), ("classifier", classifier))]
-        layers += [("segmentation_head.pooled", pooled[0]), ("segmentation_head.joined", self.makers[self.joined])]
-        fields = {"num_labels": classifier.out_channels}
-        return fields, tensors, LABEL_MAP if self.ends_in_labels else None, self.logits, layers
-
-
-def _has_norm(name: str) -> bool:
-    """Whether a layer is one that a batch norm may follow, by our name."""
-    return name.startswith(("backbone.", "segmentation_head.")) and not name.endswith(".classifier")
+def _is_linear(name: str) -> bool:
+    """Whether a layer of ours is a classifier or fully connected: no batch norm follows it."""
+    return name.split(".")[-1] == "classifier" or name.startswith("hidden.")
 
 
 def _sum(first: Pads | None, second: Pads) -> Pads:
@@ -1135,7 +1048,7 @@ def _conv_words(groups: int, kernel: Sequence[int], stride: int, dilation: int) 
     return f"{kind} of {kernel[0]}x{kernel[1]}" + " with " * bool(more) + " and ".join(more)
 
 
-def _words(item: Any) -> str:
+def words(item: Any) -> str:
     """What an item is."""
     if isinstance(item, Unit):
         conv = item.conv

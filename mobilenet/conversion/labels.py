@@ -1,4 +1,4 @@
-"""Names of classes: from a file, of ImageNet or of PASCAL VOC."""
+"""Names of classes: from a file, of ImageNet, of COCO, or of PASCAL VOC."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from mobilenet.preprocessing_mobilenet import regular
 from mobilenet.segmentation_labels import VOC
-from mobilenet.tasks import CLASSIFICATION, SEGMENTATION, Task
+from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task
 
 from .rename import ConversionError
 
@@ -17,8 +17,6 @@ from .rename import ConversionError
 # Classes of ImageNet (ILSVRC 2012), and the one that Google's checkpoints put before them.
 IMAGENET, GOOGLE = "imagenet", "imagenet-background"
 _SETS = {1000: IMAGENET, 1001: GOOGLE}
-# Whose labels the networks of a task usually have, where their number is that of its classes.
-DATASETS = {CLASSIFICATION.name: "ImageNet", SEGMENTATION.name: "PASCAL VOC"}
 
 
 def imagenet() -> list[str]:
@@ -30,11 +28,25 @@ def imagenet() -> list[str]:
     return Path(__file__).with_name("imagenet_labels.txt").read_text(encoding="utf-8").splitlines()
 
 
+def coco() -> list[str]:
+    """COCO's 90 labels in the order of its category ids from 1 on; "N/A" for the ten ids that its boxes do not have.
+
+    Source: the categories of instances_train2017.json (cocodataset.org); object_detection/data/mscoco_label_map.pbtxt
+    """
+    return Path(__file__).with_name("coco_labels.txt").read_text(encoding="utf-8").splitlines()
+
+
+# Whose labels those are that networks usually have.
+USUAL = {CLASSIFICATION: "ImageNet", DETECTION: "COCO", SEGMENTATION: "PASCAL VOC"}
+
+
 def known(count: int, task: Task = CLASSIFICATION) -> list[str] | None:
-    """The labels that a network of so many classes usually has: ImageNet's, with or without background; VOC's."""
+    """The labels that a network of so many classes usually has: ImageNet's, maybe with background, COCO's or VOC's."""
+    if task is DETECTION:
+        return coco() if count == len(coco()) else None
     if task is SEGMENTATION:
         return list(VOC) if count == len(VOC) else None
-    return ["background"] * (count - 1000) + imagenet() if count in _SETS else None
+    return ["background"] * (count - 1000) + imagenet() if task is CLASSIFICATION and count in _SETS else None
 
 
 def beside(path: Path, count: int) -> tuple[list[str] | None, bool]:
