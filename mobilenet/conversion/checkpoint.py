@@ -32,8 +32,7 @@ from mobilenet.pickles import TooLargeError, check_pickle
 from mobilenet.preprocessing_mobilenet import FITS, RANGES, RECIPES
 from mobilenet.tasks import Task
 
-from .rename import ConversionError, Table
-from .tasks import task_of
+from .rename import ConversionError, Table, task_of
 
 
 class Origin(NamedTuple):

@@ -27,10 +27,9 @@ from mobilenet.tasks import CLASSIFICATION, SEGMENTATION
 
 from . import Checkpoint, ConversionError, Options, read_source
 from .accuracy import Measured, advise, find_labeled, measure_recipes
-from .labels import USUAL, known, read_labels
-from .parity import BATCH, Comparison, check_parity, find_images
-from .rename import rename
-from .tasks import network_class
+from .labels import DATASETS, known, read_labels
+from .parity import BATCH, Comparison, check_parity, columns, find_images
+from .rename import network_class, rename
 from .unfuse import unfuse_batch_norm
 
 
@@ -138,7 +137,7 @@ def convert(
         for warning in checkpoint.warnings:
             warn(warning)
         with writing(folder):
-            card = conversion_card(model.config, origin, checkpoint, Comparison.COLUMNS, comparisons, caveats)
+            card = conversion_card(model.config, origin, checkpoint, columns(comparisons), comparisons, caveats)
             card.save(folder / "README.md")
     return comparisons
 
@@ -180,7 +179,7 @@ def choose_labels(checkpoint: Checkpoint, labels: str | None, drop_background: b
     elif not checkpoint.labels:
         checkpoint.labels = known(count, checkpoint.task)
         guess = (
-            f"the labels are those of {USUAL[checkpoint.task]}, since there are {count}"
+            f"the labels are those of {DATASETS[checkpoint.task.name]}, since there are {count}"
             if checkpoint.labels
             else "labels are numbers (--labels names them)"
         )

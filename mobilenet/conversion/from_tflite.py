@@ -35,6 +35,7 @@ from .graph import (
     SAME,
     Act,
     ArgMax,
+    Concat,
     Conv,
     Graph,
     Join,
@@ -53,9 +54,8 @@ from .graph import (
     to_checkpoint,
 )
 from .labels import beside
-from .rename import ConversionError
+from .rename import ConversionError, task_of
 from .segmenters import is_segmenter, match_segmenter
-from .tasks import task_of
 
 
 # Operators that change neither values nor form, as far as real numbers go.
@@ -194,12 +194,14 @@ class File(Reader):
             self.ops.append(Act(**common, function=_ACTIVATIONS[kind]))
         elif kind == "SOFTMAX":
             self.ops.append(Act(**common, function="softmax" if options.beta == 1 else f"softmax of {options.beta}"))
-        elif kind == "CONCATENATION":
-            self.ops.append(Join(**(common | {"inputs": data}), what=f"the operator {kind}"))
         elif kind == "GELU":
             self.ops.append(Act(**common, function="approximate gelu" if options.approximate else "gelu"))
         elif kind == "RESIZE_BILINEAR":
             self.ops.append(Resize(**common, align_corners=options.alignCorners and not options.halfPixelCenters))
+        elif kind == "CONCATENATION" and options.axis in (3, -1) and not constants:
+            self.ops.append(Concat(**(common | {"inputs": data})))
+        elif kind == "CONCATENATION" and options.axis in (1, -2) and not constants:
+            self.ops.append(Join(**(common | {"inputs": data})))
         elif kind == "ARG_MAX" and self.constant(inputs[1]).reshape(-1).tolist() in ([3], [-1]):
             self.ops.append(ArgMax(**common))
         else:

@@ -23,8 +23,7 @@ from mobilenet.layers_mobilenet import fold, same_padding
 from .checkpoint import Checkpoint, Options, Oracle
 from .labels import beside
 from .preprocessing import find, published
-from .rename import TORCH, ConversionError, Row, Table, candidates
-from .tasks import task_of
+from .rename import TORCH, ConversionError, Row, Table, candidates, task_of
 
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # rows before and after, columns before and after
@@ -192,14 +191,24 @@ class Resize(Other):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Concat(Other):
+    """The channels of several maps together, as segmenters have them."""
+
+    what: str = "a concatenation"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Join(Other):
+    """What detectors predict from several maps, one after another."""
+
+    what: str = "a concatenation"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ArgMax(Other):
     """The class of each pixel, which segmenters may end in."""
 
     what: str = "the largest of the channels"
-
-
-class Join(Other):
-    """Values one after another, as detectors join what they predict from several maps, and segmenters branches."""
 
 
 class Reader:
@@ -617,7 +626,7 @@ class Matcher:
         """Fields of the networks that a graph may be of, at width 1."""
         for architecture in ARCHITECTURES:
             for output_stride in OUTPUT_STRIDES[::-1]:
-                yield {"architecture": architecture, "output_stride": output_stride}
+                yield {"architecture": architecture, "output_stride": output_stride, **self.fixed}
 
     def refuse(self, layer: str, rule: str) -> ConversionError:
         """The error for a layer that has no place in our network."""

@@ -21,10 +21,11 @@ from mobilenet.find_images import EXTENSIONS
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.progress import status, track
 from mobilenet.segmentation_mobilenet import resize
-from mobilenet.tasks import SEGMENTATION, Task
+from mobilenet.tasks import DETECTION, SEGMENTATION, Task
 
-from .checkpoint import Checkpoint, NoOracleError, Oracle
+from .checkpoint import Checkpoint, DetectionOracle, NoOracleError, Oracle
 from .graph import BYTES, PREDICTIONS
+from .parity_detection import Detections, agreement, detect, joined, run
 from .rename import ConversionError
 
 
@@ -38,13 +39,14 @@ class Comparison(NamedTuple):
 
     against: str
     images: int
-    largest: float | None  # difference of two logits, or probabilities; None where labels alone are compared
+    largest: float | None  # difference of two logits, probabilities or boxes; None where labels alone are compared
     mean: float | None
     # Share of images with the same top-1, of a segmenter's, of pixels; of several labels each, of the same yes and no.
     agreement: float
     limits: dict[str, float]  # on `largest` or `mean`, or the least `agreement`
+    agrees_in: str = "same top-1"  # what `agreement` is the share of
 
-    COLUMNS = ("compared with", "images", "largest difference", "mean difference", "limit", "same top-1")
+    COLUMNS = ("compared with", "images", "largest difference", "mean difference", "limit")
 
     @classmethod
     def of(
@@ -79,15 +81,23 @@ class Comparison(NamedTuple):
         else:
             same = ((ours > threshold) == (theirs > threshold)).float()
         count = len(ours) if images is None else images
-        result = cls(against, count, difference.max().item(), difference.mean().item(), same.mean().item(), limits)
-        for name, limit in limits.items():
-            value = getattr(result, name)
+        numbers = difference.max().item(), difference.mean().item(), same.mean().item()
+        return cls(against, count, *numbers, limits).checked()
+
+    def checked(self) -> Comparison:
+        """The comparison itself, if it is within its limits.
+
+        Raises:
+            ConversionError: It is not.
+        """
+        for name, limit in self.limits.items():
+            value = getattr(self, name)
             if not value <= limit:  # true for NaN too
                 raise ConversionError(
-                    f"the converted network is another than {against}: the {name} difference is "
+                    f"the converted network is another than {self.against}: the {name} difference is "
                     f"{value:.3g}, {limit:.3g} is allowed; nothing was written."
                 )
-        return result
+        return self
 
     @classmethod
     def of_labels(cls, against: str, ours: Tensor, theirs: Tensor, images: int, **limits: float) -> Comparison:
@@ -121,6 +131,11 @@ class Comparison(NamedTuple):
         )
 
 
+def columns(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+    """The header of a table of comparisons."""
+    return (*Comparison.COLUMNS, comparisons[0].agrees_in if comparisons else "")
+
+
 def by_class(logits: Tensor) -> Tensor:
     """Logits of shape (B, num_labels), or (B, num_labels, h, w), with a row for each image or for each pixel."""
     return logits.movedim(1, -1).flatten(0, -2)
@@ -144,6 +159,7 @@ def rounded(model: nn.Module, activations: dict[str, dict[str, Any]]) -> Iterato
     hidden = getattr(model, "hidden", ())
     after = {f"hidden.{index}": f"hidden.{index + 1}" for index in range(0, len(hidden), 2)}
     modules = dict(model.named_modules())
+    after = {f"hidden.{index}": f"hidden.{index + 1}" for index in range(0, len(getattr(model, "hidden", ())), 2)}
     hooks = [
         modules[after.get(name, name)].register_forward_hook(rounding(name))
         for name in activations
@@ -187,11 +203,83 @@ def check_parity(
     Raises:
         ConversionError: A difference is beyond its limit.
     """
+    anew, task = "the repository, loaded anew", checkpoint.task
+    if task is DETECTION:
+        scores, boxes, comparisons, caveats = compare_detections(model, checkpoint, images)
+        loaded = load_back(folder, images, task)
+        ours, theirs = ((s, b, detect(checkpoint.processor, s, b)) for s, b in ((scores, boxes), loaded.values()))
+        comparisons += _compare_detections(anew, ours, theirs, {"largest": SCORE_LIMIT}, {"largest": BOX_LIMIT})
+        return comparisons, caveats
     ours, comparisons, caveats = compare_with_source(model, checkpoint, images, classes)
-    loaded = load_back(folder, images, checkpoint.task, batch_size(checkpoint.processor))
-    anew = "the repository, loaded anew"
+    loaded = load_back(folder, images, task, batch_size(checkpoint.processor))["logits"]
     comparisons.append(Comparison.of(anew, ours, loaded, images=len(images), largest=limit(ours)))
     return comparisons, caveats
+
+
+# How much scores and coordinates of boxes may differ: between floats, and on average from those of a quantized file.
+SCORE_LIMIT, BOX_LIMIT = 1e-4, 1e-3
+QUANTIZED_LIMIT = 0.01
+
+
+def compare_detections(
+    model: nn.Module, checkpoint: Checkpoint, images: Sequence[str]
+) -> tuple[Tensor, Tensor, list[Comparison], list[str]]:
+    """Compare a detector with its source's runtime, as `check_parity` does first.
+
+    Returns:
+        The network's scores and boxes of every anchor, the comparisons, and what could not be compared.
+
+    Raises:
+        ConversionError: A difference is beyond its limit.
+    """
+    oracle: DetectionOracle | None = None
+    comparisons, caveats = [], []
+    try:
+        oracle = checkpoint.oracle()
+    except (ImportError, NoOracleError) as error:
+        caveats.append(f"Not compared with the source's own runtime: {error}.")
+    activations = (checkpoint.quantization or {}).get("activations", {})
+    ours, alike, theirs = [], [], []
+    for start in track(range(0, len(images), BATCH), "comparing"):
+        batch = checkpoint.processor(images[start : start + BATCH], return_tensors="pt").pixel_values
+        with torch.no_grad():
+            ours.append(run(model, batch))
+            if oracle:
+                theirs.append(oracle.results(batch))
+            if oracle and activations:
+                with rounded(model, activations):
+                    alike.append(run(model, batch))
+    scores, boxes = (torch.cat(parts) for parts in zip(*ours, strict=True))
+    if oracle:
+        name = f"{oracle.name} {oracle.version}"
+        found = joined(checkpoint.processor, theirs)
+        if alike:
+            rows = [torch.cat(parts) for parts in zip(*alike, strict=True)]
+            rounding = (*rows, detect(checkpoint.processor, *rows))
+            comparisons += _compare_detections(f"{name}, rounding alike", rounding, found)
+        limits = [{"largest": SCORE_LIMIT}, {"largest": BOX_LIMIT}]
+        if checkpoint.quantization is not None:
+            name, limits = f"{name}, not rounding", [{"mean": QUANTIZED_LIMIT}] * 2
+        comparisons += _compare_detections(
+            name, (scores, boxes, detect(checkpoint.processor, scores, boxes)), found, *limits
+        )
+    return scores, boxes, comparisons, caveats
+
+
+def _compare_detections(
+    against: str,
+    ours: tuple[Tensor, Tensor, Detections],
+    theirs: tuple[Tensor, Tensor, Detections],
+    of_scores: dict[str, float] | None = None,
+    of_boxes: dict[str, float] | None = None,
+) -> list[Comparison]:
+    """Compare scores, boxes and detections: a row for the scores, and one for the boxes."""
+    share, rows = agreement(ours[2], theirs[2]), []
+    for what, index, limits in (("scores", 0, of_scores), ("boxes", 1, of_boxes)):
+        difference = (ours[index] - theirs[index]).abs()
+        numbers = len(ours[index]), difference.max().item(), difference.mean().item(), share
+        rows.append(Comparison(f"{against}: {what}", *numbers, limits or {}, "same detections").checked())
+    return rows
 
 
 def compare_with_source(
@@ -329,22 +417,27 @@ import torch, transformers
 from safetensors.torch import save_file
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-repo, images, result, batch, auto_class = *sys.argv[1:4], int(sys.argv[4]), sys.argv[5]
+repo, images, result, batch, auto_class, names = *sys.argv[1:4], int(sys.argv[4]), sys.argv[5], sys.argv[6:]
 with open(images, encoding="utf-8") as file:
     images = json.load(file)
 processor = AutoImageProcessor.from_pretrained(repo, trust_remote_code=True)
 model = getattr(transformers, auto_class).from_pretrained(repo, trust_remote_code=True).eval()
 with torch.no_grad():
-    logits = [
-        model(**processor(images=images[i : i + batch], return_tensors="pt")).logits.movedim(1, -1).flatten(0, -2)
+    outputs = [
+        model(**processor(images=images[i : i + batch], return_tensors="pt"))
         for i in range(0, len(images), batch)
     ]
-save_file({"logits": torch.cat(logits)}, result)
+tensors = {name: [output[name] for output in outputs] for name in names}
+if "logits" in tensors:  # by class, for images of any size
+    tensors["logits"] = [logits.movedim(1, -1).flatten(0, -2) for logits in tensors["logits"]]
+save_file({name: torch.cat(parts).contiguous() for name, parts in tensors.items()}, result)
 """
 
 
-def load_back(folder: Path, images: Sequence[str], task: Task, batch: int = BATCH) -> Tensor:
-    """Logits of a repository, as `by_class` gives them, loaded through the Auto classes by a process of its own.
+def load_back(folder: Path, images: Sequence[str], task: Task, batch: int = BATCH) -> dict[str, Tensor]:
+    """Outputs of a repository by name, loaded through the Auto classes by a process of its own.
+
+    Logits are as `by_class` gives them.
 
     Args:
         folder: The repository.
@@ -359,7 +452,7 @@ def load_back(folder: Path, images: Sequence[str], task: Task, batch: int = BATC
         listing, result = Path(scratch, "images.json"), Path(scratch, "logits.safetensors")
         listing.write_text(json.dumps(list(images)), encoding="utf-8")
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
-        arguments = [str(folder), str(listing), str(result), str(batch), task.auto_class]
+        arguments = [str(folder), str(listing), str(result), str(batch), task.auto_class, *task.outputs]
         command = [sys.executable, "-c", LOAD_BACK, *arguments]
         with status("loading the result back"):
             run = subprocess.run(  # noqa: S603
@@ -368,7 +461,8 @@ def load_back(folder: Path, images: Sequence[str], task: Task, batch: int = BATC
         if run.returncode:
             last = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
             raise ConversionError(f"the converted repository does not load: {last}")
-        return load_file(result)["logits"]
+        tensors = load_file(result)
+        return {name: tensors[name] for name in task.outputs}
 
 
 def find_images(folder: Path) -> list[str]:

@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from mobilenet.architectures_mobilenet import ARCHITECTURES, Block, Width
 from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.layers_mobilenet import LayerScale
-from mobilenet.modeling_mobilenet import MobileNetPreTrainedModel
+from mobilenet.modeling_mobilenet import (
+    MobileNetForImageClassification,
+    MobileNetForObjectDetection,
+    MobileNetForSemanticSegmentation,
+    MobileNetPreTrainedModel,
+)
 from mobilenet.repository import RepositoryError
-
-from .tasks import network_class
+from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task
 
 
 class ConversionError(RepositoryError):
@@ -183,6 +187,25 @@ def places(model: nn.Module, table: Table) -> dict[str, Place]:
             optional = name == _COUNT
             result[source + suffix] = Place(f"{path}.{name}", source_layout, shape, layout, optional)
     return result
+
+
+# Of fields of MobileNetConfig, what a network is for that has them.
+_TASKS = {"detector": DETECTION, "segmentation_head": SEGMENTATION}
+_CLASSES = {
+    CLASSIFICATION.name: MobileNetForImageClassification,
+    DETECTION.name: MobileNetForObjectDetection,
+    SEGMENTATION.name: MobileNetForSemanticSegmentation,
+}
+
+
+def task_of(config: Mapping[str, Any]) -> Task:
+    """What a network is for, by the fields of its configuration."""
+    return next((task for field, task in _TASKS.items() if config.get(field)), CLASSIFICATION)
+
+
+def network_class(config: Mapping[str, Any]) -> type[MobileNetPreTrainedModel]:
+    """The class of a network, by the fields of its configuration."""
+    return _CLASSES[task_of(config).name]
 
 
 @cache

@@ -10,7 +10,21 @@ from torch import Tensor
 
 from mobilenet.configuration_mobilenet import MobileNetConfig
 
-from .graph import LABEL_MAP, ArgMax, Conv, Graph, Join, Match, Matcher, Op, Pool, Resize, Unit, segmenter_units, words
+from .graph import (
+    LABEL_MAP,
+    ArgMax,
+    Concat,
+    Conv,
+    Graph,
+    Match,
+    Matcher,
+    Op,
+    Pool,
+    Resize,
+    Unit,
+    segmenter_units,
+    words,
+)
 
 
 HEAD = "deeplab_v3_light"  # a key of SEGMENTATION_HEADS
@@ -53,7 +67,7 @@ class SegmenterMatcher(Matcher):
         self.logits, self.ends_in_labels = value, bool(steps)
         if any(isinstance(op, ArgMax) for op in steps[1:]):
             raise self.refuse(steps[-1].name, "must not come before another step")
-        self.joined = self.before(value, Join, "the joined channels of its branches").output
+        self.joined = self.before(value, Concat, "the joined channels of its branches").output
         branches = self.makers[self.joined].inputs
         if len(branches) != 2:
             raise self.refuse(
