@@ -626,7 +626,7 @@ class Matcher:
         """Fields of the networks that a graph may be of, at width 1."""
         for architecture in ARCHITECTURES:
             for output_stride in OUTPUT_STRIDES[::-1]:
-                yield {"architecture": architecture, "output_stride": output_stride, **self.fixed}
+                yield {"architecture": architecture, "output_stride": output_stride}
 
     def refuse(self, layer: str, rule: str) -> ConversionError:
         """The error for a layer that has no place in our network."""
