@@ -57,10 +57,11 @@ PRESETS: dict[str, dict[str, Any]] = {
             "width_multiplier": width,
             "image_size": 513,
             "output_stride": stride,
+            "channel_divisor": divisor,
             "segmentation_head": "deeplab_v3_light",
             "num_labels": 21,
         }
-        for width, stride in ((1.0, 8), (0.5, 16))
+        for width, stride, divisor in ((1.0, 8, 8), (0.5, 16, 1))
     },
     **{
         f"{head}_mobilenet_v3_large_520": {

@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from .architectures_mobilenet import ARCHITECTURES, DETECTORS
 from .preprocessing_mobilenet import regular
 from .repository import sha256
-from .tasks import CLASSIFICATION, Task
+from .tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task
 from .text import clean, markdown, percent
 
 
@@ -296,26 +296,32 @@ def conversion_card(
         comparisons: Its rows, which have cells.
         caveats: What was not compared.
     """
-    architecture, detector = ARCHITECTURES[config.architecture], DETECTORS.get(config.detector)
-    task = checkpoint.task
-    papers = [*([SSD] if detector else []), architecture.paper]
+    architecture, task = ARCHITECTURES[config.architecture], checkpoint.task
+    papers, title, metrics = [architecture.paper], architecture.title, ["accuracy"]
+    if task is DETECTION:
+        papers, title, metrics = [SSD, *papers], DETECTORS[config.detector].title, None
+    elif task is SEGMENTATION:
+        papers.append(config.segmentation.paper)
+        title, metrics = f"{config.segmentation.title} on {title}", ["mean_iou"]
+    papers = list(dict.fromkeys(papers))
     data = ModelCardData(
         license=checkpoint.license,
         library_name="transformers",
         pipeline_tag=task.name if config.num_labels else "image-feature-extraction",
         tags=["vision", "mobilenet", *(f"arxiv:{paper}" for paper in papers)],
-        datasets=["imagenet-1k"] if config.num_labels in (1000, 1001) else None,
-        metrics=None if detector else ["accuracy"],
+        datasets=["imagenet-1k"] if task is CLASSIFICATION and config.num_labels in (1000, 1001) else None,
+        metrics=metrics,
         base_model=origin.given if origin.revision else None,
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {(detector or architecture).title}, width {config.width_multiplier:g}, {config.image_size} pixels",
+        f"# {title}, width {config.width_multiplier:g}, {config.image_size} pixels",
         f"Converted from {checkpoint.kind}. "
         + (f"{config.num_labels} classes. " if config.num_labels else "Features, without a classifier. ")
-        + f"Paper: {', '.join(f'[arXiv:{paper}](https://arxiv.org/abs/{paper})' for paper in papers)}.",
+        + f"Paper{'s' * (len(papers) > 1)}: "
+        + f"{', '.join(f'[arXiv:{paper}](https://arxiv.org/abs/{paper})' for paper in papers)}.",
         _USE_CONVERTED.format(task=task.name, verb=task.command),
-        *([_FINE_TUNE] if config.has_batch_norm else []),
+        *([_FINE_TUNE.format(source=_TRAINED_BY[task.name])] if config.has_batch_norm else []),
         "## Source",
         _source(origin, checkpoint),
         "## Parity",
@@ -343,7 +349,12 @@ from transformers import pipeline
 
 _FINE_TUNE = """## Fine-tune
 
-`mobilenet train images --model path/to/this/repository --output fine-tuned`, or any training loop for PyTorch."""
+`mobilenet train {source} --model path/to/this/repository --output fine-tuned`, or any training loop for PyTorch."""
+_TRAINED_BY = {
+    CLASSIFICATION.name: "images",
+    DETECTION.name: "images --task detection",
+    SEGMENTATION.name: "images --task segmentation",
+}
 
 
 def _source(origin: Any, checkpoint: Any) -> str:

@@ -55,6 +55,7 @@ from .graph import (
 )
 from .labels import beside
 from .rename import ConversionError, task_of
+from .segmenters import is_segmenter, match_segmenter
 
 
 # Operators that change neither values nor form, as far as real numbers go.
@@ -405,7 +406,10 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         file = File(origin.path.read_bytes(), origin.path)
         if file.post_process is not None:
             return read_detector(file, options)
-        found = match(file.graph, str(origin.path), file.graph.size)
+        if is_segmenter(file.graph):
+            found = match_segmenter(file.graph, str(origin.path))
+        else:
+            found = match(file.graph, str(origin.path), file.graph.size)
         recorded = file.normalization()
     kind = f"a {'quantized' if found.quantization else 'float'} TFLite file"
     labels = _labels(origin.path, found.config["num_labels"])

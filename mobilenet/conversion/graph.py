@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +35,7 @@ PREDICTIONS = {
     "log_softmax": lambda logits: logits.log_softmax(-1),
     "sigmoid": torch.sigmoid,
 }
-LABEL_MAP = "label map"  # what a segmenter ends in
+LABEL_MAP = "label map"  # what a segmenter may end in
 
 
 class Scale(NamedTuple):
@@ -523,14 +522,14 @@ def table(config: Mapping[str, Any]) -> Table:
         norm = "backbone.pre_logits.norm" if last.has_norm and model.has_batch_norm else None
         rows["pre_logits"] = Row("backbone.pre_logits.conv", norm)
     if model.segmentation_head:
-        names = [f"segmentation_head.{name}" for name in _segmenter_units(model)]
+        names = [f"segmentation_head.{name}" for name in segmenter_units(model)]
         rows |= {name: Row(f"{name}.conv", f"{name}.norm" if model.has_batch_norm else None) for name in names}
         return Table(dict(config), rows | {name: Row(name) for name in ["segmentation_head.classifier"]}, TORCH)
     hidden = [f"hidden.{2 * index}" for index in range(len(model.classifier_hidden_sizes))]
     return Table(dict(config), rows | {name: Row(name) for name in (*hidden, "classifier")}, TORCH)
 
 
-def _segmenter_units(model: MobileNetConfig) -> list[str]:
+def segmenter_units(model: MobileNetConfig) -> list[str]:
     """What a segmenter's head calls its convolutions that batch norms follow, in the order in which they run."""
     return [*(f"branches.{index}" for index in range(len(model.segmentation.rates))), "project"]
 
@@ -557,8 +556,7 @@ def match(graph: Graph, source: str, image_size: int) -> Match:
     Raises:
         ConversionError: There is none; the message names the first layer that has no place in it.
     """
-    matcher = _SegmenterMatcher if any(isinstance(op, Resize) for op in graph.ops) else Matcher
-    return matcher(graph, source, graph.size or image_size).match()
+    return Matcher(graph, source, graph.size or image_size).match()
 
 
 def to_checkpoint(
@@ -617,8 +615,6 @@ scale and zero point, one or one for each output channel. A real number is scale
 class Matcher:
     """Finds the network of ours that computes what a graph computes."""
 
-    fixed: Mapping[str, Any] = MappingProxyType({})  # fields that every network has that is looked for
-
     def __init__(self, graph: Graph, source: str, size: int) -> None:
         self.graph, self.source, self.size = graph, source, size
 
@@ -630,7 +626,7 @@ class Matcher:
         """Fields of the networks that a graph may be of, at width 1."""
         for architecture in ARCHITECTURES:
             for output_stride in OUTPUT_STRIDES[::-1]:
-                yield {"architecture": architecture, "output_stride": output_stride, **self.fixed}
+                yield {"architecture": architecture, "output_stride": output_stride}
 
     def refuse(self, layer: str, rule: str) -> ConversionError:
         """The error for a layer that has no place in our network."""
@@ -768,7 +764,7 @@ class Matcher:
         if same >= len(items):
             raise self.refuse("the end of the network", f"comes where {title} has {step.words}")
         name = step.name.removeprefix("backbone.")
-        raise self.refuse(items[same].name, f"is {_words(items[same])}: {title} has {step.words} there ({name})")
+        raise self.refuse(items[same].name, f"is {words(items[same])}: {title} has {step.words} there ({name})")
 
     def width(self, fields: dict[str, Any], convs: list[Any], title: str) -> tuple[dict[str, Any], list[Step]]:
         """Add the width multiplier that gives a network its channels.
@@ -923,7 +919,7 @@ class Matcher:
                 last[2] = item.function
                 logits = item.inputs[0] if item.function in PREDICTIONS else item.output
             else:
-                raise self.refuse(item.name, f"is {_words(item)}, and must be the classifier or its softmax")
+                raise self.refuse(item.name, f"is {words(item)}, and must be the classifier or its softmax")
         if pending:
             raise self.refuse(pending_at, "scales features that no classifier takes")
         tensors = self.take_pre_logits(layers, named, eps) if self.pre_logits else {}
@@ -987,7 +983,7 @@ class Matcher:
                 outputs |= zip((f"{name}.{part}" for part in ("pooled", "reduce", "expand")), item.values, strict=True)
             elif isinstance(item, Unit) and item.act in PREDICTIONS:
                 outputs[name] = item.linear
-            elif isinstance(item, Unit) and _has_norm(name):
+            elif isinstance(item, Unit) and not _is_linear(name):
                 outputs[f"{name}.conv"] = item.linear if item.linear != item.output else None
         activations, weights = {}, {}
         for name, value in outputs.items():
@@ -1004,120 +1000,16 @@ class Matcher:
                     "max": high,
                 }
         for name, item in named:
-            convs = {f"{name}.conv" if _has_norm(name) else name: getattr(item, "conv", None)}
+            convs = {name if _is_linear(name) else f"{name}.conv": getattr(item, "conv", None)}
             if isinstance(item, Squeeze):
                 convs = {f"{name}.reduce": item.reduce, f"{name}.expand": item.expand}
             weights |= {f"{key}.weight": conv.scale.to_dict() for key, conv in convs.items() if conv and conv.scale}
         return {"activations": activations, "weights": weights} if weights else None
 
 
-class _SegmenterMatcher(Matcher):
-    """What matches a segmenter's graph: DeepLab V3 in its light form, behind a network without its head.
-
-    Its branches start from one value, where the graph is cut in two.
-    """
-
-    fixed = MappingProxyType({"segmentation_head": "deeplab_v3_light"})
-
-    def match(self) -> Match:
-        self.makers = {op.output: op for op in self.graph.ops}
-        self.cut()
-        self.graph = replace(self.graph, output=self.features)
-        return super().match()
-
-    def cut(self) -> None:
-        """Find where the head starts, where branches are joined, and what comes out: from the end to the start."""
-        value, steps = self.graph.output, []
-        while isinstance(op := self.makers.get(value), (ArgMax, Resize)):
-            steps.append(op)
-            value = op.inputs[0]
-        self.check_resized(steps)
-        self.logits, self.ends_in_labels = value, bool(steps)
-        if any(isinstance(op, ArgMax) for op in steps[1:]):
-            raise self.refuse(steps[-1].name, "must not come before another step")
-        self.joined = self.before(value, Concat, "a concatenation of its branches").output
-        branches = self.makers[self.joined].inputs
-        if len(branches) != 2:
-            raise self.refuse(
-                self.makers[self.joined].name,
-                f"must join an image pooling and a 1x1 branch, got {len(branches)} branches",
-            )
-        pooled = self.makers.get(branches[0])
-        if not isinstance(pooled, Resize):
-            name = pooled.name if pooled else "the end of the network"
-            raise self.refuse(name, "must be what resizes the pooled features, which come first")
-        self.check_resized([pooled])
-        self.branches = pooled.inputs[0], branches[1]
-        self.features = self.before(branches[1], Conv, "a 1x1 convolution").inputs[0]
-
-    def before(self, value: Any, kind: type, words: str) -> Any:
-        """The first operation of a kind, from a value back to the start."""
-        op = self.makers.get(value)
-        for _ in self.makers:
-            if op is None or isinstance(op, kind):
-                break
-            op = self.makers.get(op.inputs[0]) if op.inputs else None
-        if not isinstance(op, kind):
-            raise self.refuse("the end of the network", f"must come after {words}")
-        return op
-
-    def check_resized(self, ops: list[Op]) -> None:
-        for op in ops:
-            if isinstance(op, Resize) and not op.align_corners:
-                raise self.refuse(op.name, "must leave the centers of corner pixels in place (align_corners)")
-
-    def between(self, start: Any, end: Any) -> list[Any]:
-        """Units, and what lies between them, from one value to another."""
-        part = Matcher(replace(self.graph, input=start, output=end), self.source, self.size)
-        return part.parse(part.graph.chain())
-
-    def head(
-        self, items: list[Any], before: Unit, eps: float | None
-    ) -> tuple[dict[str, Any], dict[str, Tensor], str | None, Any, list[tuple[str, Any]]]:
-        """Image pooling, a 1x1 branch, what joins them, and the classifier."""
-        if items:
-            raise self.refuse(items[0].name, f"is {_words(items[0])}, and must be the last feature map")
-        pooled, pointwise = (self.between(self.features, end) for end in self.branches)
-        rest = self.between(self.joined, self.logits)
-        kinds = [[type(item) for item in part] for part in (pooled, pointwise, rest)]
-        if kinds != [[Pool, Unit], [Unit], [Unit, Unit]] or pooled[0].kind != "avg":
-            found = "; ".join(", ".join(map(_words, part)) for part in (pooled, pointwise, rest))
-            raise self.refuse(
-                self.makers[self.joined].name, f"must join an average pooling and a 1x1 branch, got {found}"
-            )
-        if pooled[0].window not in (None, (self.size_of_map,) * 2):
-            raise self.refuse(
-                pooled[0].name, f"pools over {pooled[0].window}, and must over {self.size_of_map} pixels"
-            )
-        config = MobileNetConfig(**self.fixed)
-        named = dict(zip(_segmenter_units(config), (pooled[1], pointwise[0], rest[0]), strict=True))
-        row, tensors = config.segmentation, {}
-        for name, unit in named.items():
-            if unit.activation != "relu" or unit.out_channels != row.channels:
-                raise self.refuse(
-                    unit.name,
-                    f"must have {row.channels} channels and relu, got {unit.out_channels} and {unit.activation}",
-                )
-            if eps is not None and unit.norm is None:
-                raise self.refuse(unit.name, "has no batch norm")
-            tensors |= unit.tensors(f"segmentation_head.{name}", None if eps is None else row.norm_eps)
-        classifier = rest[1]
-        for unit in (*named.values(), classifier):
-            if unit.conv.weight.shape[2:] != (1, 1) or unit.conv.groups != 1 or unit.conv.stride != (1, 1):
-                raise self.refuse(unit.name, f"is {_words(unit)}, and must be one of 1x1")
-        if classifier.act is not None:
-            raise self.refuse(classifier.name, f"has the activation {classifier.act}, and must be linear")
-        weight, bias = classifier.folded()
-        tensors |= {"segmentation_head.classifier.weight": weight, "segmentation_head.classifier.bias": bias}
-        layers = [(f"segmentation_head.{name}", unit) for name, unit in (*named.items(), ("classifier", classifier))]
-        layers += [("segmentation_head.pooled", pooled[0]), ("segmentation_head.joined", self.makers[self.joined])]
-        fields = {"num_labels": classifier.out_channels}
-        return fields, tensors, LABEL_MAP if self.ends_in_labels else None, self.logits, layers
-
-
-def _has_norm(name: str) -> bool:
-    """Whether a layer is one that a batch norm may follow, by our name."""
-    return not (name.startswith("hidden.") or name.split(".")[-1] == "classifier")
+def _is_linear(name: str) -> bool:
+    """Whether a layer of ours is a classifier or fully connected: no batch norm follows it."""
+    return name.split(".")[-1] == "classifier" or name.startswith("hidden.")
 
 
 def _sum(first: Pads | None, second: Pads) -> Pads:
@@ -1165,7 +1057,7 @@ def _conv_words(groups: int, kernel: Sequence[int], stride: int, dilation: int) 
     return f"{kind} of {kernel[0]}x{kernel[1]}" + " with " * bool(more) + " and ".join(more)
 
 
-def _words(item: Any) -> str:
+def words(item: Any) -> str:
     """What an item is."""
     if isinstance(item, Unit):
         conv = item.conv

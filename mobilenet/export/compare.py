@@ -92,7 +92,7 @@ _MIN_SCORE, _MIN_IOU = 0.3, 0.7
 
 
 def _same_objects(found: Outputs, expected: Outputs, options: Mapping[str, Any]) -> tuple[float, float]:
-    """Of scores and boxes, or of rows that were suppressed already: those that the other has too, counted both ways."""
+    """Of scores and boxes, or of rows that are suppressed already: those that the other has too, counted both ways."""
     ours, theirs = (objects(outputs, options) for outputs in (found, expected))
     same = 0
     left = list(range(len(theirs)))

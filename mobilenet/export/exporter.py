@@ -136,15 +136,21 @@ def _pad_in_convolutions(graph_model: Any) -> None:
 
     Those of a graph that takes images of any size compute their padding; this leaves nothing to compute.
     """
-    from onnx_ir import AttrString
+    from onnx_ir import AttrString, Shape
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
-    for node in graph_model.graph:
+    graph = graph_model.graph
+    for node in graph:
         pad = node.inputs[0].producer() if node.op_type == "Conv" else None
         if pad is not None and pad.op_type == "Pad":
             node.replace_input_with(0, pad.inputs[0])
             node.attributes.pop("pads", None)
             node.attributes["auto_pad"] = AttrString("auto_pad", "SAME_UPPER")
+        for value in node.outputs:
+            value.shape = None
+    (pixels,), (logits,) = graph.inputs, graph.outputs
+    pixels.shape = Shape(["batch", pixels.shape[1], "height", "width"])
+    logits.shape = Shape(["batch", "labels", "rows", "columns"])
     RemoveUnusedNodesPass()(graph_model)
     ClearMetadataAndDocStringPass()(graph_model)
 
