@@ -149,10 +149,11 @@ def run(
         drawings: Where images with boxes go.
     """
     check_threshold(threshold)
+    categories = categories_of(detector.labels) if layout is Layout.COCO else None
     return report(
         partial(find, names) if drawings is None else drawings.find,
         lambda images: detect(images, detector, threshold, batch_size, drawings),
-        lambda out: writer(layout, out, form=DETECTED, categories=categories_of(detector.labels)),
+        lambda out: writer(layout, out, form=DETECTED, categories=categories),
         file,
         batch_size,
         "-" not in names,
