@@ -10,7 +10,7 @@ import numpy as np
 from .compare import ExportError
 
 
-# Objects of a lower score are not among what such a graph gives, unless its input `threshold` says otherwise.
+# Objects of a lower score are not among what such a graph gives.
 THRESHOLD = 0.05
 OUTPUT = "detections"
 
@@ -19,7 +19,7 @@ def suppress_in_graph(exported: Any, options: Mapping[str, Any]) -> None:
     """Let a detector's graph give objects in place of scores and boxes, as `suppress` of detection_mobilenet.py does.
 
     The graph's output `detections` has shape (objects, 7): for each object the image's place in the batch, the class,
-    the score, and x0, y0, x1, y1 relative to the image, by falling score. Its input `threshold` may be left out.
+    the score, and x0, y0, x1, y1 relative to the image, by falling score.
 
     Args:
         exported: An ExportedModel whose graph has the outputs `scores` and `pred_boxes`.
@@ -34,9 +34,8 @@ def suppress_in_graph(exported: Any, options: Mapping[str, Any]) -> None:
 
     by_class = options["max_classes_per_box"] is None
     if not by_class and options["max_classes_per_box"] != 1:
-        raise ExportError(
-            f"nms must be left out for max_classes_per_box above 1, got {options['max_classes_per_box']}."
-        )
+        allowed = "None or 1 for a graph that suppresses boxes"
+        raise ExportError(f"max_classes_per_box must be {allowed}, got {options['max_classes_per_box']}.")
     graph = exported.program.graph
     named = {value.name: value for value in graph.outputs}
 
@@ -60,18 +59,8 @@ def suppress_in_graph(exported: Any, options: Mapping[str, Any]) -> None:
     if by_class:
         ranked, most = scores, options["max_detections_per_class"]
     else:
-        ranked, most = (
-            add("ReduceMax", scores, constant("classes", [1], np.int64), keepdims=1),
-            options["max_detections"],
-        )
-    threshold = onnx_ir.Value(
-        name="threshold",
-        const_value=onnx_ir.tensor(np.array([max(THRESHOLD, options["score_threshold"])], np.float32)),
-        shape=onnx_ir.Shape([1]),
-        type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT),
-    )
-    graph.register_initializer(threshold)
-    graph.inputs.append(threshold)
+        ranked = add("ReduceMax", scores, constant("classes", [1], np.int64), keepdims=1)
+        most = options["max_detections"]
     # Rows of image, class and anchor.
     chosen = add(
         "NonMaxSuppression",
@@ -79,7 +68,7 @@ def suppress_in_graph(exported: Any, options: Mapping[str, Any]) -> None:
         ranked,
         constant("most", [most], np.int64),
         constant("iou", [options["nms_iou_threshold"]], np.float32),
-        threshold,
+        constant("threshold", [max(THRESHOLD, options["score_threshold"])], np.float32),
     )
     image_and_anchor = add("Gather", chosen, constant("image_and_anchor", [0, 2], np.int64), axis=1)
     image, label = (add("Gather", chosen, constant(f"column{n}", [n], np.int64), axis=1) for n in (0, 1))
