@@ -57,10 +57,11 @@ PRESETS: dict[str, dict[str, Any]] = {
             "width_multiplier": width,
             "image_size": 513,
             "output_stride": stride,
+            "channel_divisor": divisor,
             "segmentation_head": "deeplab_v3_light",
             "num_labels": 21,
         }
-        for width, stride in ((1.0, 8), (0.5, 16))
+        for width, stride, divisor in ((1.0, 8, 8), (0.5, 16, 1))
     },
     **{
         f"{head}_mobilenet_v3_large_520": {
@@ -143,6 +144,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "scale_stem": _FLAG,
     "shrink_head": _FLAG,
     "grow_head": _FLAG,
+    "anchor_step": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "detector": (f"{_one_of(*DETECTORS)[0]}, or None", lambda v: v is None or (isinstance(v, str) and v in DETECTORS)),
     "num_labels": (f"an integer from 0 to {MAX_LABELS}", lambda v: _is_integer(v) and 0 <= v <= MAX_LABELS),
     "out_features": ("a list of stages", lambda v: v is None or _is_list_of(v, lambda name: isinstance(name, str))),
@@ -211,6 +213,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         shrink_head: Whether a width below 1 shrinks the last 1x1 convolution too; in no published checkpoint it does.
         grow_head: Whether a width above 1 widens the last 1x1 convolution; in timm's mobilenetv2_110d it does not.
         detector: What makes the network a detector: a key of DETECTORS; None where it is none.
+        anchor_step: What the anchors of a detector are multiples of, as in a file that is quantized; 0 for exact ones.
         segmentation_head: What makes a segmenter of the network, for MobileNetForSemanticSegmentation: a key of
             SEGMENTATION_HEADS.
         semantic_loss_ignore_index: Label of the pixels that do not count in a segmenter's loss.
@@ -272,6 +275,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         scale_stem: bool = True,
         grow_head: bool = True,
         detector: str | None = None,
+        anchor_step: float = 0.0,
         dilates_strided: bool = False,
         segmentation_head: str | None = None,
         semantic_loss_ignore_index: int = 255,
@@ -312,6 +316,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.classifier_hidden_sizes = classifier_hidden_sizes
         self.classifier_hidden_act = classifier_hidden_act
         self.detector = detector
+        self.anchor_step = anchor_step
         self.out_features = out_features
         if out_indices is not None:
             self.out_indices = out_indices

@@ -51,8 +51,8 @@ FITS = {
     },
     "whole": lambda side, edge: {"size": {"shortest_edge": side}, "crop_size": side, "do_center_crop": False},
 }
-# Those of which a label map lies over all of the image.
-WHOLE_FITS = ("stretch", "pad", "corner", "whole")
+SQUARE_FITS = ("crop", "stretch", "pad")  # of classifiers
+WHOLE_FITS = ("stretch", "pad", "corner", "whole")  # that show all of an image, as segmenters shall see it
 
 
 _HALF = (0.5, 0.5, 0.5)
@@ -858,6 +858,7 @@ __all__ = [
     "OPTIONS",
     "RANGES",
     "RECIPES",
+    "SQUARE_FITS",
     "SUPPRESSION",
     "WHOLE_FITS",
     "Axis",
