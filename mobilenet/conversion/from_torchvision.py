@@ -1,4 +1,4 @@
-"""torchvision's MobileNet V2 and V3: its published weights by name, and state dicts."""
+"""torchvision's MobileNet V2 and V3, and its segmenters on V3: published weights by name, and state dicts."""
 
 from __future__ import annotations
 
@@ -71,6 +71,52 @@ TABLES = (
     ),
 )
 
+_SEGMENTER = {"output_stride": 16, "dilates_strided": True, "padding": "symmetric", "batch_norm_eps": 1e-3}
+
+
+def _segmenter(head: str, rows: dict[str, Row]) -> Table:
+    """What lies behind features[16] of a V3 large, whose last stage is dilated; without the auxiliary classifier."""
+    large = next(table for table in TABLES if table.config["architecture"] == "mobilenet_v3_large")
+    features = {
+        ours: row._replace(
+            conv=row.conv.replace("features.", "backbone."),
+            norm=row.norm and row.norm.replace("features.", "backbone."),
+        )
+        for ours, row in large.rows.items()
+        if ours not in ("pre_logits", "classifier")
+    }
+    rows = features | {f"segmentation_head.{ours}": row for ours, row in rows.items()}
+    config = {"architecture": "mobilenet_v3_large", **_SEGMENTER, "segmentation_head": head}
+    return Table(config, rows, TORCH, dropped=(r"aux_classifier\..+",))
+
+
+SEGMENTERS = (
+    _segmenter(
+        "deeplab_v3",
+        {
+            **{
+                f"branches.{index}": Row(f"classifier.0.convs.{index}.0", f"classifier.0.convs.{index}.1")
+                for index in range(4)
+            },
+            "branches.4": Row("classifier.0.convs.4.1", "classifier.0.convs.4.2"),
+            "project": Row("classifier.0.project.0", "classifier.0.project.1"),
+            "refine": Row("classifier.1", "classifier.2"),
+            "classifier": Row("classifier.4"),
+        },
+    ),
+    _segmenter(
+        "lraspp",
+        {
+            "project": Row("classifier.cbr.0", "classifier.cbr.1"),
+            "gate": Row("classifier.scale.1"),
+            "low_classifier": Row("classifier.low_classifier"),
+            "classifier": Row("classifier.high_classifier"),
+        },
+    ),
+)
+# Its function of each head.
+_FUNCTIONS = {"deeplab_v3": "deeplabv3_mobilenet_v3_large", "lraspp": "lraspp_mobilenet_v3_large"}
+
 # Names as torchvision.models.get_weight takes them. The end of a file's name begins its SHA-256.
 PUBLISHED = {
     "MobileNet_V2_Weights.IMAGENET1K_V1": "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
@@ -78,6 +124,17 @@ PUBLISHED = {
     "MobileNet_V3_Large_Weights.IMAGENET1K_V1": "https://download.pytorch.org/models/mobilenet_v3_large-8738ca79.pth",
     "MobileNet_V3_Large_Weights.IMAGENET1K_V2": "https://download.pytorch.org/models/mobilenet_v3_large-5c1a4163.pth",
     "MobileNet_V3_Small_Weights.IMAGENET1K_V1": "https://download.pytorch.org/models/mobilenet_v3_small-047dcff4.pth",
+    **{
+        f"{name}_Weights.COCO_WITH_VOC_LABELS_V1": f"https://download.pytorch.org/models/{file}.pth"
+        for name, file in (
+            ("LRASPP_MobileNet_V3_Large", "lraspp_mobilenet_v3_large-d234d4ea"),
+            ("DeepLabV3_MobileNet_V3_Large", "deeplabv3_mobilenet_v3_large-fc3c493d"),
+        )
+    },
+}
+# What its functions are called, for the weights that each has.
+PUBLISHED |= {
+    function: next(url for url in PUBLISHED.values() if f"/{function}-" in url) for function in _FUNCTIONS.values()
 }
 # The second weights of a network were trained, and are evaluated, by another recipe than the first.
 _SECOND = ("7ebf99e0", "5c1a4163")
@@ -114,6 +171,43 @@ def from_tensors(tensors: Mapping[str, Tensor], table: Table, options: Options, 
         oracle=lambda: _oracle(config, tensors),
         license="bsd-3-clause",
     )
+
+
+def from_segmenter(tensors: Mapping[str, Tensor], table: Table, options: Options, path: Path) -> Checkpoint:
+    """Describe a state dict of torchvision's segmenters."""
+    config = infer_config(tensors, table)
+    return Checkpoint(
+        kind=f"torchvision's {_FUNCTIONS[config['segmentation_head']]}",
+        tensors=dict(tensors),
+        table=table,
+        config=config | {"image_size": options.size(520)},
+        processor=options.processor("torchvision_segmentation", 520),
+        files=[path],
+        oracle=lambda: _segmenter_oracle(config, tensors),
+        license="bsd-3-clause",
+    )
+
+
+def _segmenter_oracle(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Oracle:
+    import torchvision
+
+    name = _FUNCTIONS[config["segmentation_head"]]
+    function = getattr(torchvision.models.segmentation, name)
+    has_auxiliary = any(tensor.startswith("aux_classifier.") for tensor in tensors)
+    model = function(
+        weights_backbone=None, num_classes=config["num_labels"], **{"aux_loss": True} if has_auxiliary else {}
+    )
+    model.load_state_dict(tensors)
+    model.eval()
+
+    def logits(pixel_values: Tensor) -> Tensor:
+        features = model.backbone(pixel_values)
+        return model.classifier(features if config["segmentation_head"] == "lraspp" else features["out"])
+
+    def predictions(pixel_values: Tensor) -> Tensor:
+        return model(pixel_values)["out"].argmax(1)
+
+    return Oracle(f"torchvision's {name}", torchvision.__version__, logits, predictions)
 
 
 def _oracle(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Oracle:
