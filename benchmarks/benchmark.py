@@ -68,6 +68,19 @@ COMMANDS = (
 )
 
 
+DETECTION = (
+    "LiteRT, detector",
+    "ours, detector",
+    "ours, detector, fused",
+    "mobilenet detect, torch",
+    "mobilenet detect, onnx",
+    "mobilenet detect, openvino",
+    "torchvision, SSDLite",
+    "ours, torchvision's SSDLite",
+    "ours, torchvision's SSDLite, fused",
+)
+
+
 def sections(quick: bool) -> list[Section]:
     """What is measured."""
     few = 8 if quick else 64
@@ -90,6 +103,11 @@ def sections(quick: bool) -> list[Section]:
             ("transformers, pipeline", "ours, pipeline", *COMMANDS),
             {f"batches of {batch}": {"batch": batch, "count": many} for batch in (1, 8, 32)},
             compares_answers=True,
+        ),
+        Section(
+            "Detection: files to boxes",
+            DETECTION,
+            {f"batches of {batch}": {"batch": batch, "count": many} for batch in (1, 8)},
         ),
         Section(
             "Training steps",
@@ -253,6 +271,10 @@ CLAIMS = (
     ("mobilenet classify, onnx", "transformers, pipeline", "files to labels", None),
     ("mobilenet classify, onnx, int8", "transformers, pipeline", "files to labels", None),
     ("mobilenet classify, openvino", "transformers, pipeline", "files to labels", None),
+    ("ours, detector, fused", "LiteRT, detector", "files to boxes", None),
+    ("mobilenet detect, onnx", "LiteRT, detector", "files to boxes", None),
+    ("mobilenet detect, openvino", "LiteRT, detector", "files to boxes", None),
+    ("ours, torchvision's SSDLite, fused", "torchvision, SSDLite", "files to boxes", None),
     ("ours, training", "transformers, training", "Training", "96 pixels, batch 64"),
     *(
         (f"ours, training{way}{precision}", f"timm, channels last, training{precision}", "Training", column)
@@ -425,9 +447,16 @@ def draw(measured: dict[str, dict[str, Result]], path: Path) -> None:
 
 @contextlib.contextmanager
 def prepared(
-    model: str, native: str, images: Path, tflite: Path | None, threads: int, exports_too: bool
+    model: str,
+    native: str,
+    images: Path,
+    tflite: Path | None,
+    threads: int,
+    exports_too: bool,
+    detector: str | None,
+    detector_tflite: Path | None,
 ) -> Iterator[Setup]:
-    """Export the network where that is measured, and enlarge some photographs to 12 megapixels."""
+    """Export the networks where that is measured, and enlarge some photographs to 12 megapixels."""
     from mobilenet.export.export import export
 
     with tempfile.TemporaryDirectory() as folder:
@@ -439,9 +468,14 @@ def prepared(
                 with contextlib.suppress(ImportError):
                     name = f"{target}_int8" if int8 else target
                     export(model, exports / name, target, int8=int8, images=images, min_agreement=0)
+        for target in ("onnx", "openvino") if detector else ():
+            with contextlib.suppress(ImportError):
+                export(detector, exports / f"detector_{target}", target, images=images)
         for path in sorted(images.glob("*.JPEG"))[:12]:
             enlarge(path, large / path.name)
-        yield Setup(model, native, str(exports), str(images), str(large), tflite and str(tflite), threads)
+        tflite, detector_tflite = (path and str(path) for path in (tflite, detector_tflite))
+        folders = model, native, str(exports), str(images), str(large)
+        yield Setup(*folders, tflite, threads, detector, detector_tflite)
 
 
 def main(
@@ -450,6 +484,8 @@ def main(
     images: Annotated[Path, typer.Option(help="Folder of JPEG photographs.")],
     output: Annotated[Path, typer.Option(help="Folder for report and chart.")] = Path("benchmarks"),
     tflite: Annotated[Path | None, typer.Option(help="A quantized V2 1.0_224 for LiteRT.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Folder of a converted detector.")] = None,
+    detector_tflite: Annotated[Path | None, typer.Option(help="The TFLite file that it comes from.")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     seconds: Annotated[float, typer.Option(help="For each measurement.")] = 1.0,
     threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
@@ -461,8 +497,10 @@ def main(
     rounds, seconds = (1, 0.05) if quick else (rounds, seconds)
     measured: dict[str, dict[str, Result]] = {}
     chosen = [section for section in sections(quick) if only.lower() in section.title.lower()]
-    trains_alone = [section.title for section in chosen] == ["Training steps"]
-    with prepared(model, native, images, tflite, threads, exports_too=not trains_alone) as setup:
+    # Training needs none of the exports, and detectors have their own.
+    others = [section for section in chosen if section.title not in ("Training steps", "Detection: files to boxes")]
+    exports_too = bool(others) or not chosen
+    with prepared(model, native, images, tflite, threads, exports_too, detector, detector_tflite) as setup:
         for section in chosen:
             console.print(section.title)
             measured[section.title] = run_section(section, setup, rounds, seconds, console)
