@@ -435,7 +435,7 @@ def suppress(
         boxes: Of shape (anchors, 4).
         threshold: Scores count above this.
         nms_iou_threshold: A box is suppressed whose intersection over union with a better one is more.
-        max_detections: How many there may be.
+        max_detections: How many there may be; with max_classes_per_box, of how many boxes.
         max_detections_per_class: How many of a class there may be.
         max_candidates_per_class: How many of each class compete; None for all.
         max_classes_per_box: By default, each class is treated by itself. With a number, boxes of different classes

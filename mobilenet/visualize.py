@@ -99,9 +99,7 @@ def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Ima
         image: Upright, of any mode. One whose sides are under 480 pixels is enlarged, so that labels are legible.
         detections: Best first, in pixels of the image.
     """
-    scale = -(-_MIN_SIDE // max(image.size))
-    image = to_rgb(image)
-    image = image.resize((scale * image.width, scale * image.height)) if scale > 1 else image.copy()
+    image, scale = _enlarged(image)
     canvas = _Canvas(image)
     boxes = [_Box(*(scale * edge for edge in detection.box)) for detection in detections]
     places = _place_labels(canvas, boxes, detections)
@@ -111,6 +109,13 @@ def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Ima
     for detection, place in reversed(list(zip(detections, places, strict=True))):
         canvas.label(_caption(detection), place.x0, place.y0, label_color(detection.index))
     return image
+
+
+def _enlarged(image: Image.Image) -> tuple[Image.Image, int]:
+    """An image in RGB to draw on, and how many times as large it is."""
+    scale = -(-_MIN_SIDE // max(image.size))
+    image = to_rgb(image)
+    return (image.resize((scale * image.width, scale * image.height)) if scale > 1 else image.copy()), scale
 
 
 def _caption(detection: Detection) -> str:
@@ -170,12 +175,14 @@ def draw_segments(
     """An image under the colors of its classes, with their borders and names.
 
     Args:
-        image: Upright, of any mode.
+        image: Upright, of any mode. One whose sides are under 480 pixels is enlarged, so that labels are legible.
         label_map: The class of each pixel, of shape (H, W), the image's.
         segments: Classes in it, largest first.
         background: A class that is left as it is.
     """
-    image = to_rgb(image)
+    image, scale = _enlarged(image)
+    if scale > 1:
+        label_map = label_map.repeat(scale, 0).repeat(scale, 1)
     colored = _colored(label_map)
     shown = Image.blend(image, colored, _OPACITY)
     if background is not None:

@@ -145,7 +145,7 @@ class DetectorMatcher(Matcher):
         if len(items) > len(steps):
             raise self.refuse(items[len(steps)].name, "comes after the last map")
         outputs = {value: index for value, index in self.outputs.items() if value != self.graph.input}
-        fields, tensors, pairs, eps = self.features(config, steps, items)
+        fields, tensors, pairs, eps = self.take_steps(config, steps, items)
         named = [(step.name, item) for step, item in pairs]
         model = MobileNetConfig(**fields)
         detector = DETECTORS[model.detector]

@@ -469,7 +469,9 @@ def read_detector(file: File, options: Options) -> Checkpoint:
         config=found.config | {"image_size": options.size(size)},
         processor=options.processor("ssd", size, **values, **suppression),
         files=[path],
-        oracle=lambda: detection_interpreter(file, found, options.size(size)),
+        oracle=lambda: detection_interpreter(
+            file, found, options.size(size), suppression.get("max_classes_per_box", 1)
+        ),
         labels=_labels(path, count) or labels,
         license=None,
         quantization=found.quantization,
@@ -477,8 +479,14 @@ def read_detector(file: File, options: Options) -> Checkpoint:
     )
 
 
-def detection_interpreter(file: File, found: DetectorMatch, image_size: int) -> DetectionOracle:
+def detection_interpreter(file: File, found: DetectorMatch, image_size: int, classes_per_box: int) -> DetectionOracle:
     """Run a TFLite file that ends in the operator of detectors on images of a size.
+
+    Args:
+        file: The file.
+        found: The detector.
+        image_size: Side of the images.
+        classes_per_box: How many rows the operator writes for each box that it counts.
 
     Raises:
         NoOracleError: The file takes images of another size.
@@ -503,7 +511,7 @@ def detection_interpreter(file: File, found: DetectorMatch, image_size: int) -> 
             all_boxes = np.stack(
                 (x / of_x * aw + cx, y / of_y * ah + cy, np.exp(w / of_w) * aw, np.exp(h / of_h) * ah), -1
             )
-            number = int(get(count)[0])
+            number = int(get(count)[0]) * classes_per_box
             edges = get(boxes)[0][:number][:, [1, 0, 3, 2]]
             results.append(
                 (

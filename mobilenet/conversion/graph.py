@@ -641,7 +641,7 @@ class Matcher:
         scaling = self.scaling(items)
         config, steps = self.closest(items)
         body, rest = items[: len(steps)], items[len(steps) :]
-        fields, tensors, pairs, eps = self.features(config, steps, body)
+        fields, tensors, pairs, eps = self.take_steps(config, steps, body)
         units = [(step, item) for step, item in pairs if step.kind == "conv"]
         self.pre_logits = MobileNetConfig(**fields).pre_logits_block
         head, head_tensors, prediction, logits, layers = self.head(rest, units[-1][1], eps)
@@ -656,7 +656,7 @@ class Matcher:
             self.quantization(named),
         )
 
-    def features(
+    def take_steps(
         self, config: dict[str, Any], steps: list[Step], body: list[Any]
     ) -> tuple[dict[str, Any], dict[str, Tensor], list[tuple[Step, Any]], float | None]:
         """What the layers say that take steps: fields, tensors, what takes each step, and the epsilon of the norms."""

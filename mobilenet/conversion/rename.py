@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mobilenet.architectures_mobilenet import ARCHITECTURES, Block, Width
+from mobilenet.architectures_mobilenet import ARCHITECTURES, DETECTORS, Block, Width
 from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.layers_mobilenet import LayerScale
 from mobilenet.modeling_mobilenet import (
@@ -261,13 +261,16 @@ def infer_config(tensors: Mapping[str, Tensor], table: Table, repeats: Sequence[
             return None
         return tensors[source].shape[place.source_layout.index(axis)]
 
-    classifier = next(name for name in by_name if re.fullmatch(r"(segmentation_head\.)?classifier\.weight", name))
-    for field, name, axis in (
-        ("num_labels", classifier, "O"),
-        ("num_channels", "backbone.stem.conv.weight", "I"),
+    pattern = r"(segmentation_head\.)?classifier\.weight|class_predictors\.0\.conv\.weight"
+    classifier = next(name for name in by_name if re.fullmatch(pattern, name))
+    # A detector predicts every class, and the background, for several anchors.
+    detector = DETECTORS.get(config.get("detector"))
+    anchors, background = (len(detector.first_anchors), detector.background is not None) if detector else (1, False)
+    for field, found in (
+        ("num_labels", (size(classifier, "O") or 0) // anchors - background),
+        ("num_channels", size("backbone.stem.conv.weight", "I") or 0),
     ):
-        found = size(name, axis)
-        if found:
+        if found > 0:
             config[field] = found
     architecture = ARCHITECTURES[config["architecture"]]
     # The widest layer that every width scales tells most.

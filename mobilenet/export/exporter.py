@@ -67,6 +67,8 @@ class Exporter:
             _free_size(exported.program, self.config.padding == "same")
         elif self.task is SEGMENTATION:
             _pad_in_convolutions(exported.program)
+        else:
+            _name_batch(exported.program)
         return exported
 
     def _quantizer(self, target: Target) -> Any:
@@ -129,6 +131,16 @@ def _pt2e_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
     )
     config = dataclasses.replace(config, input_activation=activations, output_activation=activations)
     return PT2EQuantizer(xnnpack_quantizer.XNNPACKQuantizer().set_global(config), calibration)
+
+
+def _name_batch(graph_model: Any) -> None:
+    """Call by its name what a graph that takes images of one size takes any number of."""
+    from onnx_ir import Shape
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    for value in (*graph_model.graph.inputs, *graph_model.graph.outputs):
+        value.shape = Shape(["batch", *value.shape[1:]])
+    ClearMetadataAndDocStringPass()(graph_model)
 
 
 def _pad_in_convolutions(graph_model: Any) -> None:
