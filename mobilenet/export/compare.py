@@ -124,7 +124,7 @@ def _iou(a: Tensor, b: Tensor) -> float:
     sides = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp(min=0)
     both = sides.prod().item()
     every = ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()).item() - both
-    return both / every if every > 0 else 0.0
+    return both / every if every > 0 else float(torch.equal(a, b))
 
 
 AGREEMENTS = {
