@@ -68,6 +68,18 @@ COMMANDS = (
 )
 
 
+SEGMENTERS = (
+    "transformers, segmenter",
+    "ours, segmenter",
+    "ours, segmenter, fused",
+    "ours, segmenter, ONNX Runtime",
+    "LiteRT, segmenter of width 0.5, int8",
+    "ours, segmenter of width 0.5, fused",
+    "ours, segmenter of width 0.5, ONNX Runtime",
+)
+SEGMENTATION = "Segmentation at 513 pixels"
+
+
 def sections(quick: bool) -> list[Section]:
     """What is measured."""
     few = 8 if quick else 64
@@ -91,6 +103,7 @@ def sections(quick: bool) -> list[Section]:
             {f"batches of {batch}": {"batch": batch, "count": many} for batch in (1, 8, 32)},
             compares_answers=True,
         ),
+        Section(SEGMENTATION, SEGMENTERS, {"batch 1, ms": {"batch": 1, "size": 513}}, "ms"),
         Section(
             "Training steps",
             (
@@ -253,6 +266,10 @@ CLAIMS = (
     ("mobilenet classify, onnx", "transformers, pipeline", "files to labels", None),
     ("mobilenet classify, onnx, int8", "transformers, pipeline", "files to labels", None),
     ("mobilenet classify, openvino", "transformers, pipeline", "files to labels", None),
+    ("ours, segmenter", "transformers, segmenter", "Segmentation", "batch 1, ms"),
+    ("ours, segmenter, fused", "transformers, segmenter", "Segmentation", "batch 1, ms"),
+    ("ours, segmenter, ONNX Runtime", "transformers, segmenter", "Segmentation", "batch 1, ms"),
+    ("ours, segmenter of width 0.5, fused", "LiteRT, segmenter of width 0.5, int8", "Segmentation", "batch 1, ms"),
     ("ours, training", "transformers, training", "Training", "96 pixels, batch 64"),
     *(
         (f"ours, training{way}{precision}", f"timm, channels last, training{precision}", "Training", column)
@@ -421,6 +438,25 @@ def draw(measured: dict[str, dict[str, Result]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("MobileNet V2 1.0, 224 pixels: the network alone")
     figure.savefig(path, dpi=120)
+
+
+def prepare_segmenters(folder: Path, tflite: Path | None) -> None:
+    """DeepLab V3 on MobileNet V2 1.0 at output stride 8, with random weights: transformers' own, and ours of it.
+
+    Beside them, ours of a TFLite file.
+    """
+    from transformers import MobileNetV2Config, MobileNetV2ForSemanticSegmentation
+
+    from mobilenet.conversion.convert import convert
+    from mobilenet.export.export import export
+
+    native = MobileNetV2Config(image_size=513, output_stride=8, num_labels=21)
+    MobileNetV2ForSemanticSegmentation(native).save_pretrained(folder / "native")
+    for source, name, exported in ((folder / "native", "ours", "onnx"), (tflite, "file", "file_onnx")):
+        if source:
+            convert(str(source), folder / name, compare=False)
+            with contextlib.suppress(ImportError):
+                export(str(folder / name), folder / exported, "onnx", min_agreement=0)
 
 
 @contextlib.contextmanager

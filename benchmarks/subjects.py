@@ -38,6 +38,8 @@ class Setup(NamedTuple):
     large_images: str  # folder of photographs of 12 megapixels
     tflite: str | None  # a quantized network for LiteRT
     threads: int
+    segmenters: str = ""  # folder of folders: native, ours, onnx; those of a TFLite file: file, file_onnx
+    segmenter_tflite: str | None = None  # a quantized DeepLab V3 of 513 pixels
 
 
 Timed = Callable[[], Any]
@@ -188,22 +190,67 @@ def _(setup: Setup) -> Prepare:
     return _in_openvino("openvino_int8", setup)
 
 
-@subject("LiteRT, int8")
-def _(setup: Setup) -> Prepare:
+def _in_litert(path: str | None, option: str, setup: Setup) -> Prepare:
     from ai_edge_litert.interpreter import Interpreter
 
-    if setup.tflite is None:
-        raise ImportError("no --tflite network")
-    interpreter = Interpreter(setup.tflite, num_threads=setup.threads)
+    if path is None:
+        raise ImportError(f"no {option} network")
+    interpreter = Interpreter(path, num_threads=setup.threads)
     (given,) = interpreter.get_input_details()
 
     def prepare(batch: int, size: int) -> Timed:
-        interpreter.resize_tensor_input(given["index"], (batch, size, size, 3))
+        if list(given["shape"]) != [batch, size, size, 3]:
+            interpreter.resize_tensor_input(given["index"], (batch, size, size, 3))
         interpreter.allocate_tensors()
         interpreter.set_tensor(given["index"], torch.randint(256, (batch, size, size, 3), dtype=torch.uint8).numpy())
         return interpreter.invoke
 
     return prepare
+
+
+@subject("LiteRT, int8")
+def _(setup: Setup) -> Prepare:
+    return _in_litert(setup.tflite, "--tflite", setup)
+
+
+# --- Segmenters --------------------------------------------------------------------------------------------------
+
+# From an image to logits; LiteRT's file goes on to the label of each pixel.
+
+
+def _our_segmenter(setup: Setup, folder: str) -> Any:
+    from mobilenet import MobileNetForSemanticSegmentation
+
+    if not Path(setup.segmenters, folder).exists():
+        raise ImportError("no --segmenter-tflite network")
+    return MobileNetForSemanticSegmentation.from_pretrained(Path(setup.segmenters, folder)).eval()
+
+
+@subject("transformers, segmenter")
+def _(setup: Setup) -> Prepare:
+    from transformers import MobileNetV2ForSemanticSegmentation
+
+    return _in_eager(MobileNetV2ForSemanticSegmentation.from_pretrained(Path(setup.segmenters, "native")).eval())
+
+
+@subject("ours, segmenter")
+def _(setup: Setup) -> Prepare:
+    return _in_eager(_our_segmenter(setup, "ours"))
+
+
+@subject("LiteRT, segmenter of width 0.5, int8")
+def _(setup: Setup) -> Prepare:
+    return _in_litert(setup.segmenter_tflite, "--segmenter-tflite", setup)
+
+
+for _width, _folder in (("", "ours"), (" of width 0.5", "file")):
+    _export = "onnx" if _folder == "ours" else f"{_folder}_onnx"
+    SUBJECTS[f"ours, segmenter{_width}, fused"] = lambda setup, folder=_folder: _in_eager(
+        _our_segmenter(setup, folder).fuse()
+    )
+    SUBJECTS[f"ours, segmenter{_width}, ONNX Runtime"] = lambda setup, folder=_export: _in_onnxruntime(
+        Path(setup.segmenters, folder, "model.onnx"), setup
+    )
 
 
 # --- The image processor alone -----------------------------------------------------------------------------------
