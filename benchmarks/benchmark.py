@@ -27,7 +27,7 @@ import torch
 import typer
 from PIL import Image
 from rich.console import Console
-from subjects import GPU_SUBJECTS, Setup, agreement
+from subjects import FAMILY, GPU_SUBJECTS, SUBJECTS, Setup, agreement
 
 
 Varied = dict[str, Any]
@@ -88,6 +88,14 @@ def sections(quick: bool) -> list[Section]:
     found = [
         Section("The network alone: latency", NETWORKS, {"batch 1, ms": {"batch": 1, "size": 224}}, "ms"),
         Section("The network alone: throughput", NETWORKS, {"batch 32": {"batch": 32, "size": 224}}),
+        *(
+            Section(
+                f"MobileNet {network} alone",
+                [name for name in SUBJECTS if name.startswith(f"{network}: ")],
+                {f"batch {batch}": {"batch": batch, "size": 224} for batch in (1, 4 if quick else 32)},
+            )
+            for network in FAMILY
+        ),
         Section(
             "The image processor alone",
             ("transformers, processor", "ours, processor", "ours, processor, fast_decode"),
@@ -257,6 +265,16 @@ CLAIMS = (
     ("ours, ONNX Runtime", "transformers", "latency", "batch 1, ms"),
     ("ours, ONNX Runtime", "timm, its own export, ONNX Runtime", "latency", "batch 1, ms"),
     ("ours, ONNX Runtime", "timm, its own export, ONNX Runtime", "throughput", "batch 32"),
+    *(
+        (f"{network}: {ours}", f"{network}: {theirs}", f"{network} alone", f"batch {batch}")
+        for network in FAMILY
+        for ours, theirs in (
+            ("ours, fused", "timm, channels last"),
+            ("ours, fused", "timm"),
+            ("ours, ONNX Runtime", "timm, its own export, ONNX Runtime"),
+        )
+        for batch in (1, 32)
+    ),
     ("ours, ONNX Runtime, int8", "ours, ONNX Runtime", "latency", "batch 1, ms"),
     ("ours, ONNX Runtime, int8", "ours, ONNX Runtime", "throughput", "batch 32"),
     ("ours, OpenVINO, bfloat16", "transformers", "latency", "batch 1, ms"),
@@ -440,28 +458,15 @@ def draw(measured: dict[str, dict[str, Result]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def prepare_segmenters(folder: Path, tflite: Path | None) -> None:
-    """DeepLab V3 on MobileNet V2 1.0 at output stride 8, with random weights: transformers' own, and ours of it.
-
-    Beside them, ours of a TFLite file.
-    """
-    from transformers import MobileNetV2Config, MobileNetV2ForSemanticSegmentation
-
-    from mobilenet.conversion.convert import convert
-    from mobilenet.export.export import export
-
-    native = MobileNetV2Config(image_size=513, output_stride=8, num_labels=21)
-    MobileNetV2ForSemanticSegmentation(native).save_pretrained(folder / "native")
-    for source, name, exported in ((folder / "native", "ours", "onnx"), (tflite, "file", "file_onnx")):
-        if source:
-            convert(str(source), folder / name, compare=False)
-            with contextlib.suppress(ImportError):
-                export(str(folder / name), folder / exported, "onnx", min_agreement=0)
-
-
 @contextlib.contextmanager
 def prepared(
-    model: str, native: str, images: Path, tflite: Path | None, threads: int, exports_too: bool
+    model: str,
+    native: str,
+    images: Path,
+    tflite: Path | None,
+    threads: int,
+    exports_too: bool,
+    segmenter_tflite: Path | None,
 ) -> Iterator[Setup]:
     """Export the network where that is measured, and enlarge some photographs to 12 megapixels."""
     from mobilenet.export.export import export
@@ -477,7 +482,8 @@ def prepared(
                     export(model, exports / name, target, int8=int8, images=images, min_agreement=0)
         for path in sorted(images.glob("*.JPEG"))[:12]:
             enlarge(path, large / path.name)
-        yield Setup(model, native, str(exports), str(images), str(large), tflite and str(tflite), threads)
+        tflite, segmenter_tflite = (path and str(path) for path in (tflite, segmenter_tflite))
+        yield Setup(model, native, str(exports), str(images), str(large), tflite, threads, segmenter_tflite)
 
 
 def main(
@@ -486,6 +492,7 @@ def main(
     images: Annotated[Path, typer.Option(help="Folder of JPEG photographs.")],
     output: Annotated[Path, typer.Option(help="Folder for report and chart.")] = Path("benchmarks"),
     tflite: Annotated[Path | None, typer.Option(help="A quantized V2 1.0_224 for LiteRT.")] = None,
+    segmenter_tflite: Annotated[Path | None, typer.Option(help="A quantized DeepLab V3 of 513 pixels.")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     seconds: Annotated[float, typer.Option(help="For each measurement.")] = 1.0,
     threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
@@ -497,8 +504,9 @@ def main(
     rounds, seconds = (1, 0.05) if quick else (rounds, seconds)
     measured: dict[str, dict[str, Result]] = {}
     chosen = [section for section in sections(quick) if only.lower() in section.title.lower()]
-    trains_alone = [section.title for section in chosen] == ["Training steps"]
-    with prepared(model, native, images, tflite, threads, exports_too=not trains_alone) as setup:
+    # These have no use for exports of the model, or make their own.
+    others = [section for section in chosen if section.title not in ("Training steps", SEGMENTATION)]
+    with prepared(model, native, images, tflite, threads, bool(others) or not chosen, segmenter_tflite) as setup:
         for section in chosen:
             console.print(section.title)
             measured[section.title] = run_section(section, setup, rounds, seconds, console)
