@@ -128,6 +128,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "batch_norm_eps": ("a number above 0", lambda v: _is_number(v) and v > 0),
     "batch_norm_momentum": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "classifier_dropout": ("a drop probability from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "use_pre_logits": _FLAG,
     "pooling": _one_of("avg", "max"),
     "classifier_hidden_sizes": (
         "a list of at most 8 integers from 1 to 65536",
@@ -203,6 +204,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
             trained V1 with 0.0003 and V2 with 0.003 over millions of steps; the default follows within tens of steps.
         classifier_dropout: Probability of dropping a feature before the classifier. Default: 0.001 for V1, 0.2 for
             the others, as their reference implementations train; of a segmenter, as its head's does.
+        use_pre_logits: Whether V3 and V4 have their 1x1 convolution between the pooling and the classifier, which
+            Keras leaves out with a network's top.
         pooling: What makes features of the last feature map: "avg", or "max" for its largest values.
         classifier_hidden_sizes: Widths of fully connected layers between the pooled features and the classifier; by
             default there are none.
@@ -232,6 +235,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     """
 
     model_type: ClassVar[str] = "mobilenet"
+    # As register_for_auto_class sets it, which first imports half a second's worth of transformers.
+    _auto_class: ClassVar[str] = "AutoConfig"
     attribute_map: ClassVar[dict[str, str]] = {"depth_multiplier": "width_multiplier"}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -267,6 +272,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         out_features: list[str] | None = None,
         out_indices: list[int] | None = None,
         *,  # what follows, older configurations lack, and is saved where it says something
+        use_pre_logits: bool = True,
         pooling: str = "avg",
         classifier_hidden_sizes: Sequence[int] = (),
         classifier_hidden_act: str = "relu",
@@ -312,6 +318,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         if repeat_multiplier != 1 and not table.repeats:
             expected = f"1 for {architecture}, which prints every block"
             raise ValueError(f"repeat_multiplier must be {expected}, got {repeat_multiplier!r}.")
+        self.use_pre_logits = use_pre_logits
         self.pooling = pooling
         self.classifier_hidden_sizes = classifier_hidden_sizes
         self.classifier_hidden_act = classifier_hidden_act
@@ -389,7 +396,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     @property
     def pre_logits_block(self) -> Block | None:
         """The 1x1 convolution between the pooling and the classifier; None for V1 and V2, which have none."""
-        row = self.table.pre_logits
+        row = self.table.pre_logits if self.use_pre_logits else None
         return row and next(row.blocks(self.head_block.out_channels, self._last_width, self.hidden_act))
 
     @property
@@ -446,5 +453,3 @@ AUTO_MAP = {
     "AutoModelForSemanticSegmentation": "modeling_mobilenet.MobileNetForSemanticSegmentation",
     "AutoBackbone": "modeling_mobilenet.MobileNetBackbone",
 }
-
-MobileNetConfig.register_for_auto_class()

@@ -27,7 +27,7 @@ import torch
 import typer
 from PIL import Image
 from rich.console import Console
-from subjects import GPU_SUBJECTS, Setup, agreement
+from subjects import FAMILY, GPU_SUBJECTS, SUBJECTS, Setup, agreement
 
 
 Varied = dict[str, Any]
@@ -79,6 +79,17 @@ DETECTION = (
     "ours, torchvision's SSDLite",
     "ours, torchvision's SSDLite, fused",
 )
+FILES_TO_BOXES = "Detection: files to boxes"
+SEGMENTERS = (
+    "transformers, segmenter",
+    "ours, segmenter",
+    "ours, segmenter, fused",
+    "ours, segmenter, ONNX Runtime",
+    "LiteRT, segmenter of width 0.5, int8",
+    "ours, segmenter of width 0.5, fused",
+    "ours, segmenter of width 0.5, ONNX Runtime",
+)
+SEGMENTATION = "Segmentation at 513 pixels"
 
 
 def sections(quick: bool) -> list[Section]:
@@ -89,6 +100,14 @@ def sections(quick: bool) -> list[Section]:
     found = [
         Section("The network alone: latency", NETWORKS, {"batch 1, ms": {"batch": 1, "size": 224}}, "ms"),
         Section("The network alone: throughput", NETWORKS, {"batch 32": {"batch": 32, "size": 224}}),
+        *(
+            Section(
+                f"MobileNet {network} alone",
+                [name for name in SUBJECTS if name.startswith(f"{network}: ")],
+                {f"batch {batch}": {"batch": batch, "size": 224} for batch in (1, 4 if quick else 32)},
+            )
+            for network in FAMILY
+        ),
         Section(
             "The image processor alone",
             ("transformers, processor", "ours, processor", "ours, processor, fast_decode"),
@@ -104,8 +123,9 @@ def sections(quick: bool) -> list[Section]:
             {f"batches of {batch}": {"batch": batch, "count": many} for batch in (1, 8, 32)},
             compares_answers=True,
         ),
+        Section(SEGMENTATION, SEGMENTERS, {"batch 1, ms": {"batch": 1, "size": 513}}, "ms"),
         Section(
-            "Detection: files to boxes",
+            FILES_TO_BOXES,
             DETECTION,
             {f"batches of {batch}": {"batch": batch, "count": many} for batch in (1, 8)},
         ),
@@ -262,6 +282,16 @@ CLAIMS = (
     ("ours, ONNX Runtime", "transformers", "latency", "batch 1, ms"),
     ("ours, ONNX Runtime", "timm, its own export, ONNX Runtime", "latency", "batch 1, ms"),
     ("ours, ONNX Runtime", "timm, its own export, ONNX Runtime", "throughput", "batch 32"),
+    *(
+        (f"{network}: {ours}", f"{network}: {theirs}", f"{network} alone", f"batch {batch}")
+        for network in FAMILY
+        for ours, theirs in (
+            ("ours, fused", "timm, channels last"),
+            ("ours, fused", "timm"),
+            ("ours, ONNX Runtime", "timm, its own export, ONNX Runtime"),
+        )
+        for batch in (1, 32)
+    ),
     ("ours, ONNX Runtime, int8", "ours, ONNX Runtime", "latency", "batch 1, ms"),
     ("ours, ONNX Runtime, int8", "ours, ONNX Runtime", "throughput", "batch 32"),
     ("ours, OpenVINO, bfloat16", "transformers", "latency", "batch 1, ms"),
@@ -275,6 +305,10 @@ CLAIMS = (
     ("mobilenet detect, onnx", "LiteRT, detector", "files to boxes", None),
     ("mobilenet detect, openvino", "LiteRT, detector", "files to boxes", None),
     ("ours, torchvision's SSDLite, fused", "torchvision, SSDLite", "files to boxes", None),
+    ("ours, segmenter", "transformers, segmenter", "Segmentation", "batch 1, ms"),
+    ("ours, segmenter, fused", "transformers, segmenter", "Segmentation", "batch 1, ms"),
+    ("ours, segmenter, ONNX Runtime", "transformers, segmenter", "Segmentation", "batch 1, ms"),
+    ("ours, segmenter of width 0.5, fused", "LiteRT, segmenter of width 0.5, int8", "Segmentation", "batch 1, ms"),
     ("ours, training", "transformers, training", "Training", "96 pixels, batch 64"),
     *(
         (f"ours, training{way}{precision}", f"timm, channels last, training{precision}", "Training", column)
@@ -455,6 +489,7 @@ def prepared(
     exports_too: bool,
     detector: str | None,
     detector_tflite: Path | None,
+    segmenter_tflite: Path | None,
 ) -> Iterator[Setup]:
     """Export the networks where that is measured, and enlarge some photographs to 12 megapixels."""
     from mobilenet.export.export import export
@@ -473,9 +508,10 @@ def prepared(
                 export(detector, exports / f"detector_{target}", target, images=images)
         for path in sorted(images.glob("*.JPEG"))[:12]:
             enlarge(path, large / path.name)
-        tflite, detector_tflite = (path and str(path) for path in (tflite, detector_tflite))
+        paths = (path and str(path) for path in (tflite, detector_tflite, segmenter_tflite))
+        tflite, detector_tflite, segmenter_tflite = paths
         folders = model, native, str(exports), str(images), str(large)
-        yield Setup(*folders, tflite, threads, detector, detector_tflite)
+        yield Setup(*folders, tflite, threads, detector, detector_tflite, segmenter_tflite)
 
 
 def main(
@@ -486,6 +522,7 @@ def main(
     tflite: Annotated[Path | None, typer.Option(help="A quantized V2 1.0_224 for LiteRT.")] = None,
     detector: Annotated[str | None, typer.Option(help="Folder of a converted detector.")] = None,
     detector_tflite: Annotated[Path | None, typer.Option(help="The TFLite file that it comes from.")] = None,
+    segmenter_tflite: Annotated[Path | None, typer.Option(help="A quantized DeepLab V3 of 513 pixels.")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     seconds: Annotated[float, typer.Option(help="For each measurement.")] = 1.0,
     threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
@@ -497,10 +534,11 @@ def main(
     rounds, seconds = (1, 0.05) if quick else (rounds, seconds)
     measured: dict[str, dict[str, Result]] = {}
     chosen = [section for section in sections(quick) if only.lower() in section.title.lower()]
-    # Training needs none of the exports, and detectors have their own.
-    others = [section for section in chosen if section.title not in ("Training steps", "Detection: files to boxes")]
-    exports_too = bool(others) or not chosen
-    with prepared(model, native, images, tflite, threads, exports_too, detector, detector_tflite) as setup:
+    # These have no use for exports of the model, or make their own.
+    alone = ("Training steps", FILES_TO_BOXES, SEGMENTATION)
+    exports_too = not chosen or any(section.title not in alone for section in chosen)
+    more = detector, detector_tflite, segmenter_tflite
+    with prepared(model, native, images, tflite, threads, exports_too, *more) as setup:
         for section in chosen:
             console.print(section.title)
             measured[section.title] = run_section(section, setup, rounds, seconds, console)

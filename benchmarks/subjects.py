@@ -40,6 +40,7 @@ class Setup(NamedTuple):
     threads: int
     detector: str | None = None  # folder of ours that detects
     detector_tflite: str | None = None  # the file that it was converted from
+    segmenter_tflite: str | None = None  # a quantized DeepLab V3 of 513 pixels
 
 
 Timed = Callable[[], Any]
@@ -190,22 +191,147 @@ def _(setup: Setup) -> Prepare:
     return _in_openvino("openvino_int8", setup)
 
 
-@subject("LiteRT, int8")
-def _(setup: Setup) -> Prepare:
+def _in_litert(path: str | None, option: str, setup: Setup) -> Prepare:
     from ai_edge_litert.interpreter import Interpreter
 
-    if setup.tflite is None:
-        raise ImportError("no --tflite network")
-    interpreter = Interpreter(setup.tflite, num_threads=setup.threads)
+    if path is None:
+        raise ImportError(f"no {option} network")
+    interpreter = Interpreter(path, num_threads=setup.threads)
     (given,) = interpreter.get_input_details()
 
     def prepare(batch: int, size: int) -> Timed:
-        interpreter.resize_tensor_input(given["index"], (batch, size, size, 3))
+        if list(given["shape"]) != [batch, size, size, 3]:
+            interpreter.resize_tensor_input(given["index"], (batch, size, size, 3))
         interpreter.allocate_tensors()
         interpreter.set_tensor(given["index"], torch.randint(256, (batch, size, size, 3), dtype=torch.uint8).numpy())
         return interpreter.invoke
 
     return prepare
+
+
+@subject("LiteRT, int8")
+def _(setup: Setup) -> Prepare:
+    return _in_litert(setup.tflite, "--tflite", setup)
+
+
+# --- Segmenters, from an image to logits; LiteRT's file goes on to the label of each pixel -------------------------
+
+
+def _native_segmenter() -> torch.nn.Module:
+    """DeepLab V3 on MobileNet V2 1.0 at output stride 8, of random weights."""
+    from transformers import MobileNetV2Config, MobileNetV2ForSemanticSegmentation
+
+    torch.manual_seed(0)
+    return MobileNetV2ForSemanticSegmentation(MobileNetV2Config(image_size=513, output_stride=8, num_labels=21)).eval()
+
+
+@contextlib.contextmanager
+def _our_segmenter(tflite: str | None = None) -> Iterator[Path]:
+    """A folder of ours: converted from a TFLite file, or from transformers' own."""
+    from mobilenet.conversion.convert import convert
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        if tflite is None:
+            _native_segmenter().save_pretrained(Path(folder, "native"))
+        convert(tflite or str(Path(folder, "native")), Path(folder, "ours"), compare=False)
+        yield Path(folder, "ours")
+
+
+@subject("transformers, segmenter")
+def _(setup: Setup) -> Prepare:
+    return _in_eager(_native_segmenter())
+
+
+@subject("LiteRT, segmenter of width 0.5, int8")
+def _(setup: Setup) -> Prepare:
+    return _in_litert(setup.segmenter_tflite, "--segmenter-tflite", setup)
+
+
+def _segmenters(of_file: bool) -> dict[str, Callable[[Setup], Prepare]]:
+    """Subjects by their names: of a TFLite file, or of the same weights as transformers' own."""
+
+    def folder(setup: Setup) -> contextlib.AbstractContextManager[Path]:
+        if of_file and setup.segmenter_tflite is None:
+            raise ImportError("no --segmenter-tflite network")
+        return _our_segmenter(setup.segmenter_tflite if of_file else None)
+
+    def load(setup: Setup) -> Any:
+        from mobilenet import MobileNetForSemanticSegmentation
+
+        with folder(setup) as ours:
+            return MobileNetForSemanticSegmentation.from_pretrained(ours).eval()
+
+    def exported(setup: Setup) -> Prepare:
+        from mobilenet.export.export import export
+
+        with folder(setup) as ours:
+            export(str(ours), ours.with_name("onnx"))
+            return _in_onnxruntime(ours.with_name("onnx") / "model.onnx", setup)
+
+    name = "ours, segmenter of width 0.5" if of_file else "ours, segmenter"
+    return {
+        name: lambda setup: _in_eager(load(setup)),
+        f"{name}, fused": lambda setup: _in_eager(load(setup).fuse()),
+        f"{name}, ONNX Runtime": exported,
+    }
+
+
+SUBJECTS |= _segmenters(of_file=False) | _segmenters(of_file=True)
+
+
+# --- V3 and V4 alone, of random weights: by preset, timm's name and size ------------------------------------------
+
+FAMILY = {
+    "V3 large": ("mobilenet_v3_large_1.0_224", "mobilenetv3_large_100"),
+    "V4 conv medium": ("mobilenet_v4_conv_medium_256", "mobilenetv4_conv_medium"),
+}
+
+
+def _family(network: str, preset: str, name: str) -> dict[str, Callable[[Setup], Prepare]]:
+    """The subjects of a network, by their names."""
+
+    def theirs() -> torch.nn.Module:
+        return import_timm().create_model(name, num_classes=1000).eval()
+
+    def ours(setup: Setup) -> Any:
+        from mobilenet import MobileNetConfig, MobileNetForImageClassification
+
+        return MobileNetForImageClassification(MobileNetConfig.from_preset(preset)).eval()
+
+    def their_export(setup: Setup) -> Prepare:
+        model = theirs()
+        from timm.utils.onnx import onnx_export
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "timm.onnx")
+            onnx_export(model, str(path), batch_size=2, input_size=(3, 224, 224), dynamic_size=True)
+            return _in_onnxruntime(path, setup)
+
+    def our_export(setup: Setup) -> Prepare:
+        from mobilenet import MobileNetImageProcessor
+        from mobilenet.export.export import export
+
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            ours(setup).save_pretrained(Path(folder, "model"))
+            MobileNetImageProcessor().save_pretrained(Path(folder, "model"))
+            export(str(Path(folder, "model")), Path(folder, "onnx"))
+            return _in_onnxruntime(Path(folder, "onnx", "model.onnx"), setup)
+
+    last = torch.channels_last
+    found = {
+        "timm, channels last": lambda setup: _in_eager(theirs().to(memory_format=last), channels_last=True),
+        "timm": lambda setup: _in_eager(theirs()),
+        "ours": lambda setup: _in_eager(ours(setup)),
+        "ours, fused": lambda setup: _in_eager(ours(setup).fuse()),
+        "ours, fused, bfloat16": lambda setup: _in_eager(ours(setup).fuse().to(torch.bfloat16), torch.bfloat16),
+        "timm, its own export, ONNX Runtime": their_export,
+        "ours, ONNX Runtime": our_export,
+    }
+    return {f"{network}: {subject}": load for subject, load in found.items()}
+
+
+for _network, _names in FAMILY.items():
+    SUBJECTS |= _family(_network, *_names)
 
 
 # --- The image processor alone -----------------------------------------------------------------------------------

@@ -166,11 +166,13 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     """
     if _is_archive(origin.path):
         with unpacked(origin.path) as folder:
-            prefixes = sorted(_prefix(path) for path in folder.glob("*.index"))
+            prefixes = sorted(_prefix(path) for path in folder.rglob("*.index"))
+            # V3's archives hold averages over training, in the folder ema, beside what they are averages of.
+            prefixes = [prefix for prefix in prefixes if prefix.parent.name == "ema"] or prefixes
             if len(prefixes) != 1:
                 raise ConversionError(f"{origin.path}: must hold one checkpoint (.index), got {len(prefixes)}.")
             tensors = read_variables(prefixes[0], origin.path)
-            twins = [path.read_bytes() for path in folder.glob("*.tflite")]
+            twins = [path.read_bytes() for path in folder.rglob("*.tflite")]
         name, files = origin.path.name, [origin.path]
     else:
         prefix = _prefix(origin.path)
@@ -276,7 +278,9 @@ def unpacked(archive: Path) -> Iterator[Path]:
                     if left < 0:
                         raise ConversionError(f"{archive}: unpacks to more than {MAX_BYTES} bytes.")
                     if member.isfile() and re.search(r"\.(index|data-\d+-of-\d+|tflite)$", path.name):
-                        with Path(folder, path.name).open("wb") as target:
+                        unpacked_to = Path(folder, path)
+                        unpacked_to.parent.mkdir(parents=True, exist_ok=True)
+                        with unpacked_to.open("wb") as target:
                             shutil.copyfileobj(members.extractfile(member), target)
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise ConversionError(f"{archive}: truncated or corrupt: {error}") from error

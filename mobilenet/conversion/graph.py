@@ -923,23 +923,19 @@ class Matcher:
         if pending:
             raise self.refuse(pending_at, "scales features that no classifier takes")
         tensors = self.take_pre_logits(layers, named, eps) if self.pre_logits else {}
+        if self.pre_logits and not tensors:
+            fields["use_pre_logits"] = False
         fields, others, *found = self.classifier(fields, layers, logits, named)
         return fields, tensors | others, *found
 
     def take_pre_logits(
         self, layers: list[list[Any]], named: list[tuple[str, Any]], eps: float | None
     ) -> dict[str, Tensor]:
-        """Take the first layer after the pooling, which is the network's own, off the others.
-
-        Raises:
-            ConversionError: It is another.
-        """
+        """Take the first layer after the pooling off the others, if it is the network's own."""
         block, name = self.pre_logits, "backbone.pre_logits"
-        weight, bias, act, unit = layers.pop(0) if layers else (torch.empty(0), None, None, None)
-        if (len(weight), act) != (block.out_channels, block.act):
-            layer, what = (unit.name, f"has {len(weight)} channels and the activation {act}") if unit else ("", "")
-            wanted = f"a convolution to {block.out_channels} channels and {block.act} after its pooling"
-            raise self.refuse(layer or "the end of the network", f"{what or 'comes'} where the network has {wanted}")
+        if not layers or (len(layers[0][0]), layers[0][2]) != (block.out_channels, block.act):
+            return {}
+        weight, bias, _, unit = layers.pop(0)
         named[:] = [("backbone.pooled" if key == "backbone.pooler_output" else key, item) for key, item in named]
         named.append((name, unit))
         if block.has_norm and eps is not None:
