@@ -54,7 +54,8 @@ class Predictor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(self.depthwise(x))
         # Without a copy of what is in the channels-last format.
-        return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.numbers)
+        batch, channels, height, width = x.shape
+        return x.permute(0, 2, 3, 1).reshape(batch, height * width * (channels // self.numbers), self.numbers)
 
 
 class ExtraLayer(nn.Module):

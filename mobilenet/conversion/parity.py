@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mobilenet.find_images import EXTENSIONS
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
+from mobilenet.preprocessing_mobilenet import OPTIONS, open_image, place, read_options
 from mobilenet.progress import status, track
 from mobilenet.segmentation_mobilenet import resize
 from mobilenet.tasks import DETECTION, SEGMENTATION, Task
@@ -30,7 +31,7 @@ from .rename import ConversionError
 
 
 BATCH = 16
-# The least share of pixels that must have the same label: of a float network, and of a quantized one.
+# The least share of pixels that must have the same label: of a float network, and of one that rounds.
 SAME_LABELS, SAME_LABELS_IN_BYTES = 0.999, 0.9
 
 
@@ -317,12 +318,13 @@ def compare_with_source(
                 with rounded(model, activations):
                     outputs["ours rounded"] = model(batch).logits
             if oracle and oracle.predictions and checkpoint.task is SEGMENTATION:
-                predicted = oracle.predictions(given)
-                maps["theirs"].append(predicted)
+                found = {"theirs": oracle.predictions(given)}
                 for name in outputs.keys() - {"theirs"}:
                     step = logits_step(activations) if name == "ours rounded" else None
                     aligned = checkpoint.processor.align_corners
-                    maps[name].append(label_maps(outputs[name], predicted.shape[-2:], aligned, step))
+                    found[name] = label_maps(outputs[name], found["theirs"].shape[-2:], aligned, step)
+                for name, each in found.items():
+                    maps[name] += without_padding(each, paths, checkpoint.processor)
             elif oracle and oracle.predictions and classes == slice(0, None):
                 outputs["predictions"] = oracle.predictions(given)
         for name, output in outputs.items():
@@ -332,7 +334,7 @@ def compare_with_source(
     comparisons = []
     if oracle:
         comparisons += _compare(oracle, checkpoint.quantization, logits, len(images))
-        labels = {name: torch.cat([each.flatten() for each in found]) for name, found in maps.items() if found}
+        labels = {name: torch.cat(rows) for name, rows in maps.items() if rows}
         if labels:
             comparisons += _compare_labels(oracle, labels, len(images), quantized)
         if "predictions" in logits:
@@ -376,6 +378,18 @@ def label_maps(logits: Tensor, size: Sequence[int], align_corners: bool, step: f
     return (logits if step is None else (logits / step).round()).argmax(1)
 
 
+def without_padding(labels: Tensor, paths: Sequence[str], processor: MobileNetImageProcessor) -> list[Tensor]:
+    """The labels of those pixels that show an image, in a row for each of label maps (B, H, W)."""
+    options = read_options({name: getattr(processor, name) for name in OPTIONS})
+    rows = []
+    for each, path in zip(labels, paths, strict=True):
+        height, width = (
+            slice(max(0, axis.offset), axis.offset + axis.resized) for axis in place(*open_image(path).size, options)
+        )
+        rows.append(each[height, width].flatten())
+    return rows
+
+
 def _compare_labels(oracle: Oracle, labels: dict[str, Tensor], images: int, quantized: bool) -> list[Comparison]:
     """Compare the labels of pixels with those that a runtime itself gives to them."""
     name = f"{oracle.name} {oracle.version}, labels of pixels"
@@ -383,10 +397,11 @@ def _compare_labels(oracle: Oracle, labels: dict[str, Tensor], images: int, quan
     if not quantized:
         return [Comparison.of_labels(name, ours, theirs, images, agreement=SAME_LABELS)]
     # Resized logits of 8 bits are often equal, and the first label gets the pixel.
-    alike = [("ours rounded", "rounding alike")] * ("ours rounded" in labels)
+    limits = {"agreement": SAME_LABELS_IN_BYTES}
+    alike = [("ours rounded", "rounding alike", limits)] * ("ours rounded" in labels)
     return [
-        Comparison.of_labels(f"{name}, {how}", labels[key], theirs, images, agreement=SAME_LABELS_IN_BYTES)
-        for key, how in (*alike, ("ours", "not rounding"))
+        Comparison.of_labels(f"{name}, {how}", labels[key], theirs, images, **limits)
+        for key, how, limits in (*alike, ("ours", "not rounding", {}))
     ]
 
 
