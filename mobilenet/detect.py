@@ -108,8 +108,6 @@ def detect(
 
 def _suppression(detector: Model, threshold: float) -> FindObjects:
     """What finds objects in the outputs of a network, whether boxes that overlap are suppressed in it or not."""
-    torch = import_module("torch")
-    suppress = import_module(".detection_mobilenet", __package__).suppress
     options = {name: detector.options[name] for name in SUPPRESSION}
 
     def find_objects(size: tuple[int, int], first: np.ndarray, boxes: np.ndarray | None = None) -> list[Detection]:
@@ -117,6 +115,8 @@ def _suppression(detector: Model, threshold: float) -> FindObjects:
             rows = first[first[:, 2] > threshold][: options["max_detections"]]
             found = rows[:, 2], rows[:, 1].astype(int), rows[:, 3:]
         else:
+            torch = import_module("torch")  # which an exported network may do without
+            suppress = import_module(".detection_mobilenet", __package__).suppress
             tensors = suppress(torch.from_numpy(first), torch.from_numpy(boxes), threshold, **options)
             found = [tensor.numpy() for tensor in tensors]
         scores, indices, corners = found[0], found[1], found[2].astype(np.float64)

@@ -19,8 +19,9 @@ from .text import clean
 
 Color = tuple[int, int, int]
 
-# Labels are this share of the longer side high, but no less than so many pixels.
-_TEXT_SHARE, _MIN_TEXT = 0.022, 13
+# Labels are this share of the longer side high, but no more than one of the shorter, and no less than so many pixels.
+_TEXT_SHARE, _MAX_TEXT_SHARE, _MIN_TEXT = 0.022, 0.2, 13
+_MAX_LETTERS = 60
 # A smaller image is enlarged, so that labels fit.
 _MIN_SIDE = 480
 _OPACITY = 0.5
@@ -69,7 +70,7 @@ class _Canvas:
         self.image = image
         longest = max(image.size)
         self.draw = ImageDraw.Draw(image)
-        self.font = _font(max(_MIN_TEXT, round(_TEXT_SHARE * longest)))
+        self.font = _font(max(_MIN_TEXT, round(min(_TEXT_SHARE * longest, _MAX_TEXT_SHARE * min(image.size)))))
         self.line = max(2, round(longest / 320))
         self.pad = max(2, round(self.font.size / 4)) if hasattr(self.font, "size") else 2
 
@@ -119,7 +120,13 @@ def _enlarged(image: Image.Image) -> tuple[Image.Image, int]:
 
 
 def _caption(detection: Detection) -> str:
-    return f"{clean(detection.label)} {100 * detection.score:.0f} %"
+    return _label(detection.label, detection.score)
+
+
+def _label(name: str, share: float) -> str:
+    name = clean(name)
+    shown = name if len(name) <= _MAX_LETTERS else f"{name[: _MAX_LETTERS - 1]}…"
+    return f"{shown} {100 * share:.0f} %"
 
 
 def _place_labels(canvas: _Canvas, boxes: Sequence[_Box], detections: Sequence[Detection]) -> list[_Box]:
@@ -200,7 +207,7 @@ def draw_segments(
         place = _deepest(values == segment.index)
         if place is None:
             continue
-        text = f"{clean(segment.label)} {100 * segment.area:.0f} %"
+        text = _label(segment.label, segment.area)
         width, height, _ = canvas.measure(text)
         x, y = (place[0] + 0.5) * scale_x - width / 2, (place[1] + 0.5) * scale_y - height / 2
         where = canvas.inside(width, height, x, y)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_classify import watch
 from typer.testing import CliRunner, Result
 
 import mobilenet
@@ -201,7 +203,7 @@ def test_images_with_boxes(detector, scenes, tmp_path):
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == names
 
 
-@pytest.mark.parametrize("size", [(640, 480), (3000, 2000), (40, 30), (5000, 3), (1, 1)])
+@pytest.mark.parametrize("size", [(640, 480), (3000, 2000), (40, 30), (60_000, 3), (3, 5000), (1, 1)])
 def test_boxes_are_drawn_at_any_size(size):
     width, height = size
     ground = Image.new("RGB", size, (90, 90, 90))
@@ -339,3 +341,60 @@ def test_other_loaders_say_the_same(detector, scenes, tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
     (result,) = mobilenet.detect_images(scenes / "a.jpg", tmp_path, threshold=THRESHOLD)
     assert_same(result.predictions, expected_objects(detector, scenes / "a.jpg"))
+
+
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="signals and links of POSIX")
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    """The command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-m", "mobilenet.cli", "detect", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+@pytest.fixture(scope="module")
+def many(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 1,000 images, and ten of them in one below it."""
+    folder = tmp_path_factory.mktemp("many")
+    (folder / "few").mkdir()
+    with Image.open(scenes / "a.jpg") as image:
+        image.resize((640, 480)).save(folder / "original", "JPEG")
+    for number in range(1000):
+        (folder / ("few" if number < 100 else ".") / f"{number:04}.jpg").hardlink_to(folder / "original")
+    return folder
+
+
+@pytest.mark.any_version
+@needs_posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_whole_drawings(detector, many, tmp_path, number):
+    process = start(many, "--model", detector, "--threshold", 0.99, "--json", "--draw", tmp_path / "out")
+    process.stdout.readline()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (-number, 143)
+    assert "Traceback" not in errors
+    drawn = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert 0 < len(drawn) < 1000
+    for path in drawn:
+        with Image.open(path) as image:
+            image.load()
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.any_version
+@needs_posix
+def test_memory_does_not_grow_with_the_number_of_images(detector, many, tmp_path):
+    peaks = []
+    for name, part in (("few", many / "few"), ("all", many)):
+        output = tmp_path / f"{name}.json"
+        process = start(part, "--model", detector, "--threshold", 0.99, "-o", output, "--draw", tmp_path / name)
+        peaks.append(watch(process))
+        assert process.wait() == 0
+        process.stdout.close()
+        process.stderr.close()
+    assert len(list((tmp_path / "all").rglob("*.jpg"))) == 1000
+    assert peaks[1] <= 1.1 * peaks[0]
