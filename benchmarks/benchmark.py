@@ -336,7 +336,7 @@ def start_up(setup: Setup, rounds: int) -> str:
 
 def answers(setup: Setup, count: int) -> str:
     """How often settings that are faster predict as the exact ones do; how often rightly, if labels.csv is there."""
-    from mobilenet.loading import Classifier, load
+    from mobilenet.loading import Model, load
 
     files = sorted(Path(setup.images).glob("*.JPEG"))[:count]
     truth = {}
@@ -344,7 +344,7 @@ def answers(setup: Setup, count: int) -> str:
         with table_of_labels.open(encoding="utf-8", newline="") as file:
             truth = {row["file"]: row["label"] for row in csv.DictReader(file)}
 
-    def top_1(classifier: Classifier, pixels: Iterable[np.ndarray]) -> list[str]:
+    def top_1(classifier: Model, pixels: Iterable[np.ndarray]) -> list[str]:
         return [classifier.label(int(classifier.network(image).argmax())) for image in pixels]
 
     exact = load(setup.model, engine="torch")

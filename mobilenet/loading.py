@@ -1,4 +1,4 @@
-"""Models for use: a folder or a Hub id becomes a classifier on one of the engines. No code that comes with it runs.
+"""Models for use: a folder or a Hub id becomes a network on one of the engines. No code that comes with it runs.
 
 torch and transformers are imported where a network needs them: an exported one does not.
 """
@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import cache
@@ -28,6 +28,7 @@ from .architectures_mobilenet import ARCHITECTURES
 from .hub import NoAnswerError, fetch
 from .preprocessing_mobilenet import OPTIONS, preprocess, read_options
 from .require import require
+from .tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task, check_task
 
 
 class Engine(str, Enum):
@@ -47,17 +48,20 @@ class Precision(str, Enum):
     FLOAT16 = "float16"
 
 
-Network = Callable[[np.ndarray], np.ndarray]  # from pixels of shape (B, C, H, W) to logits of shape (B, labels)
+# From pixels of shape (B, C, H, W) to the outputs that the task names.
+Network = Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
-class Classifier(NamedTuple):
+class Model(NamedTuple):
     """A model with what it takes to use it."""
 
     engine: str  # in words
-    read: Callable[[str | bytes], np.ndarray]  # from a path, a URL or a file's bytes to pixels of shape (1, C, H, W)
-    network: Network  # its results are scores
+    read: Callable[[Any], np.ndarray]  # from a path, a URL, a file's bytes or an image to pixels of shape (1, C, H, W)
+    network: Callable[[np.ndarray], Any]  # from pixels to what the task's function in _ANSWERS makes of the outputs
     label: Callable[[int], str]
     gives_probabilities: bool
+    labels: Mapping[int, str]
+    options: Mapping[str, Any]  # of the image processor
 
 
 class Files:
@@ -155,7 +159,8 @@ def load(
     fast_decode: bool = False,
     device: str = "cpu",
     dtype: str = Precision.FLOAT32,
-) -> Classifier:
+    task: Task = CLASSIFICATION,
+) -> Model:
     """Load a model and its preprocessing from a folder or a Hub id. Code that comes with them does not run.
 
     Args:
@@ -165,19 +170,24 @@ def load(
         fast_decode: Whether to decode large JPEGs at a reduced size; otherwise, as the image processor is set.
         device: Where torch computes, such as "cuda:1".
         dtype: What torch computes in, a Precision.
+        task: What the network shall be for.
 
     Raises:
         ImportError: The engine is not installed.
-        ValueError: There is no such model, it is broken, it is no MobileNet, its weights do not fit its
-            configuration, or it was not exported for the engine; an option is not what it allows.
+        ValueError: There is no such model, it is broken, it is no MobileNet, it is for another task, its weights do
+            not fit its configuration, or it was not exported for the engine; an option is not what it allows.
     """
     engine, dtype = _member(Engine, "engine", engine), _member(Precision, "dtype", dtype)
     files = Files(model, revision)
     with loading(model):
         config = read_config(files)
+        check_task(config, task)
         options = _preprocessing(files)
         options["fast_decode"] = fast_decode or options["fast_decode"]
-        labels, score = _labels(config), _score_function(config)
+        if task is not CLASSIFICATION:
+            _check_sees_whole_images(options)
+        labels = _labels(config)
+        answer = _ANSWERS[task.name](config, labels)
         engine, manifest = _choose_engine(files, engine)
     if engine is Engine.TORCH:
         device = import_module(".networks", __package__).find_device(device)
@@ -186,34 +196,35 @@ def load(
         raise ValueError(f"device must be {expected}, got {device} and {dtype.value}.")
     with loading(model):
         if engine is Engine.TORCH:
-            words, network = _torch(files, config, device, dtype)
+            words, network = _torch(files, config, device, dtype, task)
         else:
-            words, network = _exported(files, engine, manifest)
+            words, network = _exported(files, engine, manifest, task)
     channels = config.get("num_channels", 3)
 
-    def read(source: str | bytes) -> np.ndarray:
+    def read(source: Any) -> np.ndarray:
         pixels = np.moveaxis(preprocess(source, options), -1, 0)[None]
         if pixels.shape[1] != channels:
             raise ValueError(f"the network takes {channels} channels, got {pixels.shape[1]}")
         return pixels
 
-    def run(pixels: np.ndarray) -> np.ndarray:
+    def run(pixels: np.ndarray) -> Any:
         try:
-            scores = score(network(pixels))
+            outputs = network(pixels)
         except Exception as error:  # ONNX Runtime has classes of its own
             raise ValueError(f"{model} cannot be run: {error}") from error
-        if labels and scores.shape[1] != len(labels):
-            raise ValueError(f"{model} must answer with {len(labels)} scores, got {scores.shape[1]}.")
-        if not np.isfinite(scores).all():
-            raise ValueError(f"{model} must answer with finite scores, got NaN or infinity: its weights are broken.")
-        return scores
+        try:
+            return answer(*outputs)
+        except ValueError as error:
+            raise ValueError(f"{model} must answer with {error}") from error
 
-    return Classifier(
+    return Model(
         engine=words,
         read=read,
         network=run,
         label=lambda index: labels.get(index, f"LABEL_{index}"),
         gives_probabilities=config.get("problem_type") != "regression",
+        labels=labels,
+        options=options,
     )
 
 
@@ -231,6 +242,61 @@ def _labels(config: Mapping[str, Any]) -> dict[int, str]:
     """Labels by index; none where the configuration has none."""
     labels = config.get("id2label") or {}
     return {int(index): str(label) for index, label in labels.items()}
+
+
+def _check_sees_whole_images(options: Mapping[str, Any]) -> None:
+    """Raise ValueError where an image processor crops: what is outside would have no box and no class."""
+    if options["do_center_crop"] and not (options["do_resize"] and options["size"] == options["crop_size"]):
+        raise ValueError("do_center_crop must be false, for whole images to be seen, got true.")
+
+
+def _check_answer(labels: Mapping[int, str], count: int, *outputs: np.ndarray) -> None:
+    """Raise ValueError, with the end of a sentence, where a network's answer cannot be right."""
+    if labels and count != len(labels):
+        raise ValueError(f"{len(labels)} scores, got {count}.")
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise ValueError("finite scores, got NaN or infinity: its weights are broken.")
+
+
+def _scores(config: Mapping[str, Any], labels: Mapping[int, str]) -> Callable[..., np.ndarray]:
+    """From a classifier's logits to scores, of shape (B, labels)."""
+    score = _score_function(config)
+
+    def answer(logits: np.ndarray) -> np.ndarray:
+        if logits.ndim != 2:
+            raise ValueError(f"scores of shape (B, labels), got {logits.shape}.")
+        scores = score(logits)
+        _check_answer(labels, scores.shape[1], scores)
+        return scores
+
+    return answer
+
+
+def _boxes(config: Mapping[str, Any], labels: Mapping[int, str]) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """A detector's scores, of shape (B, anchors, labels), and boxes, of shape (B, anchors, 4)."""
+
+    def answer(scores: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if scores.ndim != 3 or boxes.shape != (*scores.shape[:2], 4):
+            raise ValueError(f"scores and a box for each anchor, got {scores.shape} and {boxes.shape}.")
+        _check_answer(labels, scores.shape[2], scores, boxes)
+        return scores, boxes
+
+    return answer
+
+
+def _maps(config: Mapping[str, Any], labels: Mapping[int, str]) -> Callable[..., np.ndarray]:
+    """A segmenter's logits, of shape (B, labels, h, w)."""
+
+    def answer(logits: np.ndarray) -> np.ndarray:
+        if logits.ndim != 4:
+            raise ValueError(f"maps of logits, got {logits.shape}.")
+        _check_answer(labels, logits.shape[1], logits)
+        return logits
+
+    return answer
+
+
+_ANSWERS = {CLASSIFICATION.name: _scores, DETECTION.name: _boxes, SEGMENTATION.name: _maps}
 
 
 def _score_function(config: Mapping[str, Any]) -> Callable[[np.ndarray], np.ndarray]:
@@ -272,7 +338,7 @@ def _choose_engine(files: Files, engine: Engine) -> tuple[Engine, dict[str, Any]
     return engine, manifest
 
 
-def _exported(files: Files, engine: Engine, manifest: dict[str, Any]) -> tuple[str, Network]:
+def _exported(files: Files, engine: Engine, manifest: dict[str, Any], task: Task) -> tuple[str, Network]:
     """An exported network, and in words what runs it."""
     runtime, suffixes, open_network = _EXPORTS[engine.value]
     require(runtime, extra=engine.value, purpose=f"engine {engine.value}")
@@ -283,20 +349,21 @@ def _exported(files: Files, engine: Engine, manifest: dict[str, Any]) -> tuple[s
     if path is None:
         raise FileNotFoundError(f"it holds no {name}.")
     try:
-        return open_network(path)
+        return open_network(path, task.outputs)
     except Exception as error:  # of protobuf, ONNX Runtime, OpenVINO
         raise ValueError(f"its network for {engine.value} is broken: {error}") from error
 
 
-def _torch(files: Files, config: dict[str, Any], device: Any, dtype: Precision) -> tuple[str, Network]:
+def _torch(files: Files, config: dict[str, Any], device: Any, dtype: Precision, task: Task) -> tuple[str, Network]:
     """A network of torch, and where and in what it computes."""
     networks = import_module(".networks", __package__)
     where = device, networks.torch_type(dtype.value)
     weights = files.find("model.safetensors")
     if weights is None or "quantization_config" in config:  # in parts, or in another format
-        network = import_module(".pretrained", __package__).load_classifier(files.model, files.revision, *where)
+        load_function = import_module(".pretrained", __package__).load_function
+        network = load_function(files.model, files.revision, *where, task)
     else:
-        network = networks.as_function(networks.load_bare(config, weights).to(*where), *where)
+        network = networks.as_function(networks.load_bare(config, weights, task).to(*where), *where)
     words = "torch" if device.type == "cpu" else f"torch on {device}"
     return words if dtype is Precision.FLOAT32 else f"{words}, computing in {dtype.value}", network
 
@@ -322,7 +389,21 @@ def _bound_onnx() -> None:
     create_and_register_allocator(memory, OrtArenaCfg({"max_mem": MAX_ONNX_BYTES}))
 
 
-def _onnx(path: Path) -> tuple[str, Network]:
+def _places(wanted: Sequence[str], found: Sequence[Collection[str]]) -> list[int]:
+    """Where among a graph's outputs those are that a task uses; one alone is the first, whatever its name.
+
+    Raises:
+        ValueError: One is missing.
+    """
+    if len(wanted) == 1:
+        return [0]
+    places = [next((place for place, names in enumerate(found) if name in names), None) for name in wanted]
+    if None in places:
+        raise ValueError(f"it has no output {wanted[places.index(None)]}")
+    return places
+
+
+def _onnx(path: Path, outputs: Sequence[str]) -> tuple[str, Network]:
     from onnxruntime import InferenceSession, SessionOptions
 
     _bound_onnx()
@@ -335,10 +416,12 @@ def _onnx(path: Path) -> tuple[str, Network]:
         path, settings, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
     )
     (pixels,) = session.get_inputs()
+    found = [output.name for output in session.get_outputs()]
+    names = [found[place] for place in _places(outputs, [{name} for name in found])]
 
-    def infer(batch: np.ndarray) -> np.ndarray:
+    def infer(batch: np.ndarray) -> list[np.ndarray]:
         try:
-            return session.run(None, {pixels.name: batch})[0]
+            return session.run(names, {pixels.name: batch})
         except Exception as error:  # of a class of its own
             if "Available memory" not in str(error):
                 raise
@@ -349,7 +432,7 @@ def _onnx(path: Path) -> tuple[str, Network]:
     return "onnx", infer
 
 
-def _openvino(path: Path) -> tuple[str, Network]:
+def _openvino(path: Path, outputs: Sequence[str]) -> tuple[str, Network]:
     from openvino import Core
 
     core = Core()
@@ -361,10 +444,12 @@ def _openvino(path: Path) -> tuple[str, Network]:
                 raise ValueError(f"{node.get_friendly_name()} has more than {MAX_VALUE} bytes")
     network = core.compile_model(graph, "CPU")
     lock = Lock()  # it has one request to run, which spreads over all processors
+    places = _places(outputs, [output.get_names() for output in network.outputs])
 
-    def infer(batch: np.ndarray) -> np.ndarray:
+    def infer(batch: np.ndarray) -> list[np.ndarray]:
         with lock:
-            return network(batch)[0].copy()
+            results = network(batch)
+            return [results[place].copy() for place in places]
 
     # OpenVINO chooses it by the processor.
     precision = network.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -372,7 +457,7 @@ def _openvino(path: Path) -> tuple[str, Network]:
 
 
 # Of each export: its runtime, the suffixes of what lies beside the graph, and what opens it.
-_EXPORTS: dict[str, tuple[str, tuple[str, ...], Callable[[Path], tuple[str, Network]]]] = {
+_EXPORTS: dict[str, tuple[str, tuple[str, ...], Callable[[Path, Sequence[str]], tuple[str, Network]]]] = {
     "onnx": ("onnxruntime", (".onnx.data",), _onnx),
     "openvino": ("openvino", (".bin",), _openvino),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .configuration_mobilenet import MobileNetConfig
 from .layers_mobilenet import Features, fuse, hidden_layers
+from .tasks import CLASSIFICATION, Task
 
 
 class BareFeatures(Features, nn.Module):
@@ -37,8 +38,12 @@ class BareClassifier(nn.Module):
         features = [config.feature_channels, *config.classifier_hidden_sizes][-1]
         self.classifier = nn.Linear(features, config.num_labels)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.classifier(self.hidden(self.backbone.pool(self.backbone.features(pixel_values))))
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
+        return (self.classifier(self.hidden(self.backbone.pool(self.backbone.features(pixel_values)))),)
+
+
+# What runs a task's networks; others need all of transformers.
+BARE: dict[str, type[nn.Module]] = {CLASSIFICATION.name: BareClassifier}
 
 
 def check_weights(wrong: list[str]) -> None:
@@ -49,7 +54,7 @@ def check_weights(wrong: list[str]) -> None:
 
 
 def configure(content: dict[str, Any]) -> MobileNetConfig:
-    """The configuration of a classifier, from what its file holds.
+    """The configuration of a network that has labels, from what its file holds.
 
     Raises:
         ValueError: A field is not what it allows, or there are no labels.
@@ -62,19 +67,20 @@ def configure(content: dict[str, Any]) -> MobileNetConfig:
 
 
 @torch.no_grad()
-def load_bare(content: dict[str, Any], weights: Path) -> BareClassifier:
-    """A fused classifier in float32.
+def load_bare(content: dict[str, Any], weights: Path, task: Task = CLASSIFICATION) -> nn.Module:
+    """A fused network in float32.
 
     Args:
         content: Of its configuration's file.
         weights: Safetensors file.
+        task: What the network is for.
 
     Raises:
         ValueError: A field is not what it allows; weights are missing or have another shape.
     """
     config = configure(content)
     with torch.device("meta"):  # every weight comes from the file
-        network = BareClassifier(config).eval()
+        network = BARE[task.name](config).eval()
     tensors = {}
     with safe_open(weights, "pt") as file:
         names = set(file.keys())
@@ -109,22 +115,25 @@ def find_device(name: str) -> torch.device:
 
 
 def as_function(
-    network: Callable[[Tensor], Tensor], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Callable[[np.ndarray], np.ndarray]:
+    network: Callable[[Tensor], Sequence[Tensor]],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[np.ndarray], list[np.ndarray]]:
     """A network for arrays, for many threads to call: each computes alone, lest they wait for each other.
 
     Args:
-        network: From images of shape (B, C, H, W) to scores.
+        network: From images of shape (B, C, H, W) to its outputs.
         device: Where the network is.
         dtype: In what it computes.
     """
     alone = threading.local()
 
     @torch.inference_mode()
-    def run(pixels: np.ndarray) -> np.ndarray:
+    def run(pixels: np.ndarray) -> list[np.ndarray]:
         if threading.current_thread() is not threading.main_thread() and not hasattr(alone, "is_set"):
             torch.set_num_threads(1)
             alone.is_set = True
-        return network(torch.from_numpy(pixels).to(device, dtype)).float().cpu().numpy()
+        outputs = network(torch.from_numpy(pixels).to(device, dtype))
+        return [output.float().cpu().numpy() for output in outputs]
 
     return run

@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from . import registration
 from .image_processing_mobilenet import MobileNetImageProcessor
 from .loading import Files, Network, loading, read_config
-from .modeling_mobilenet import MobileNetForImageClassification
 from .networks import as_function, check_weights, configure
 from .pickles import check_pickle
-from .registration import AutoImageProcessor, AutoModelForImageClassification
+from .tasks import CLASSIFICATION, Task, check_task
 
 
 @contextmanager
@@ -44,29 +45,32 @@ def _pickles(files: Files) -> Iterator[Path]:
 
 
 def load_network(
-    model: str, revision: str | None = None, labels: list[str] | None = None
-) -> tuple[MobileNetForImageClassification, MobileNetImageProcessor]:
+    model: str, revision: str | None = None, labels: list[str] | None = None, task: Task = CLASSIFICATION
+) -> tuple[PreTrainedModel, MobileNetImageProcessor]:
     """Load a network in float32 and its image processor. Code that comes with them does not run.
 
     Args:
         model: Folder or Hub id.
         revision: Branch, tag or commit of a Hub id.
         labels: Names for its classes; where there are more or fewer of them, the classifier starts anew.
+        task: What the network shall be for.
 
     Raises:
-        ValueError: There is no such model, it is broken, it is no MobileNet, or its weights do not fit its
-            configuration.
+        ValueError: There is no such model, it is broken, it is no MobileNet, it is for another task, or its weights do
+            not fit its configuration.
     """
     files = Files(model, revision)
     with loading(model), _quiet():
-        config = configure(read_config(files))
+        content = read_config(files)
+        check_task(content, task)
+        config = configure(content)
         for path in _pickles(files):
             check_pickle(path)
         if labels is not None:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}
         options = {"revision": files.revision, "trust_remote_code": False}
-        network, report = AutoModelForImageClassification.from_pretrained(
+        network, report = getattr(registration, task.auto_class).from_pretrained(
             model,
             config=config,
             dtype=torch.float32,
@@ -77,10 +81,17 @@ def load_network(
         # transformers gives such tensors random values. Before version 5 it reports names alone, without shapes.
         mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
         check_weights(sorted({*report["missing_keys"], *mismatched} - {*(() if labels is None else _CLASSIFIER)}))
-        return network, AutoImageProcessor.from_pretrained(model, **options)
+        return network, registration.AutoImageProcessor.from_pretrained(model, **options)
 
 
-def load_classifier(model: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Network:
+def load_function(
+    model: str, revision: str | None, device: torch.device, dtype: torch.dtype, task: Task = CLASSIFICATION
+) -> Network:
     """A fused network as a function of arrays, from weights in any form that transformers loads."""
-    network = load_network(model, revision)[0].fuse().to(device, dtype)
-    return as_function(lambda pixels: network(pixel_values=pixels, return_dict=True).logits, device, dtype)
+    network = load_network(model, revision, task=task)[0].fuse().to(device, dtype)
+
+    def run(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = network(pixel_values=pixels, return_dict=True)
+        return tuple(outputs[name] for name in task.outputs)
+
+    return as_function(run, device, dtype)
