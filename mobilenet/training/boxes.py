@@ -338,10 +338,7 @@ def _rows(
     file: Path, content: dict[str, list[dict[str, Any]]], folder: Path, indices: dict[Any, int], names: list[str]
 ) -> datasets.Dataset:
     """Every image with its boxes; those without stay."""
-    labels = {
-        image["id"]: {BOX: [], CATEGORY: [], CROWD: [], "size": _size(image)}
-        for image in content["images"]
-    }
+    labels = {image["id"]: {BOX: [], CATEGORY: [], CROWD: [], "size": _size(image)} for image in content["images"]}
     for annotation in content["annotations"]:
         label, category = labels.get(annotation["image_id"]), indices.get(annotation["category_id"])
         for what, found in (("image_id", label), ("category_id", category)):
