@@ -75,6 +75,16 @@ class Labels(ABC):
             ValueError: They cannot be, or splits do not share their classes.
         """
 
+    def find_names(  # noqa: B027
+        self,
+        splits: datasets.DatasetDict,
+        path: str,
+        file: str | None = None,
+        folders: Sequence[Path] | None = None,
+        default: Sequence[str] | None = None,
+    ) -> None:
+        """Find the names of the classes where rows do not say them; by default, they do."""
+
     @abstractmethod
     def names(self, rows: datasets.Dataset) -> list[str]:
         """Names of the classes."""

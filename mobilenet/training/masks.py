@@ -59,7 +59,12 @@ class Masks(Labels):
         return splits.cast_column(LABEL, datasets.Image(decode=False))
 
     def find_names(
-        self, splits: datasets.DatasetDict, path: str, file: str | None, folders: Sequence[Path] | None
+        self,
+        splits: datasets.DatasetDict,
+        path: str,
+        file: str | None = None,
+        folders: Sequence[Path] | None = None,
+        default: Sequence[str] | None = None,
     ) -> None:
         """Name the classes: by a file, or else by the numbers that the masks hold.
 
@@ -68,6 +73,7 @@ class Masks(Labels):
             path: Of the dataset; a folder may hold classes.txt or labels.json.
             file: Another such file.
             folders: As Reader has it.
+            default: Names that count where there is no file, instead of numbers.
 
         Raises:
             ValueError: The file is not what it should be, or masks hold nothing but 255.
@@ -76,7 +82,10 @@ class Masks(Labels):
         files = [Path(file)] if file else [place for place in found if place.is_file()]
         if len(files) > 1:
             raise ValueError(f"{path} must name its classes once, got {', '.join(place.name for place in files)}.")
-        self.classes = read_names(files[0]) if files else [str(i) for i in range(_largest(splits, folders) + 1)]
+        if files:
+            self.classes = read_names(files[0])
+        else:
+            self.classes = list(default or map(str, range(_largest(splits, folders) + 1)))
 
     def names(self, rows: datasets.Dataset) -> list[str]:
         return self.classes

@@ -119,6 +119,7 @@ class ImageTrainer(Trainer):
     """
 
     metric = "accuracy"  # the metric of an evaluation that is shown
+    measures_batches = False  # whether metrics take batch by batch: predictions of all images may not fit in memory
 
     def __init__(
         self,
@@ -134,6 +135,7 @@ class ImageTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.options = options
+        args.batch_eval_metrics = self.measures_batches
         super().__init__(
             model,
             args,
@@ -200,7 +202,7 @@ class ImageTrainer(Trainer):
         chosen = torch.linspace(0, len(images) - 1, min(len(images), ALIGNED)).round().long()
         with self._random_numbers_kept():
             torch.manual_seed(self.options.seed)
-            batches = (images.batch(part.numpy()) for part in chosen.split(self.options.batch_size))
+            batches = (images.batch(part.numpy()) for part in chosen.split(self.options.images_per_batch))
             varied = (
                 self.vary(*(batch[name].to(self.args.device) for name in ("pixels", "labels")))[0] for batch in batches
             )
@@ -221,7 +223,7 @@ class ImageTrainer(Trainer):
         # Whole epochs are exact in state.epoch; within one, its whole part is the number of the epoch.
         return Order(
             len(self.train_dataset),
-            whole_batches(len(self.train_dataset), self.options.batch_size * self.args.world_size),
+            whole_batches(len(self.train_dataset), self.options.images_per_batch * self.args.world_size),
             self.options.seed,
             lambda: int(self.state.epoch or 0),
             self.sampling_weights(),
