@@ -243,7 +243,13 @@ class Architecture(NamedTuple):
         return dict(zip(names, strides, strict=True))
 
     def lower(
-        self, width: Width, stem_channels: int, act: str | None, output_stride: int, anti_aliasing: str
+        self,
+        width: Width,
+        stem_channels: int,
+        act: str | None,
+        output_stride: int,
+        anti_aliasing: str,
+        dilates_strided: bool = False,
     ) -> list[list[Block]]:
         """Work out the blocks of each stage.
 
@@ -256,6 +262,7 @@ class Architecture(NamedTuple):
             act: Activation of every block; None for that of each row.
             output_stride: Size of the input over size of the last feature map, at most.
             anti_aliasing: What strides in blocks: "none", the convolution; "average" or "blur" after it.
+            dilates_strided: Whether dilation starts one convolution earlier: in that which would have strided.
         """
         stages: list[list[Block]] = []
         channels, stride, dilation = stem_channels, self.stem.stride, 1
@@ -267,8 +274,9 @@ class Architecture(NamedTuple):
                         stages[-1].append(block._replace(anti_aliasing=anti_aliasing) if block.stride > 1 else block)
                         stride *= block.stride
                     else:
-                        stages[-1].append(block._replace(stride=1, dilation=dilation))
-                        dilation *= block.stride
+                        before, dilation = dilation, dilation * block.stride
+                        starts = dilation if dilates_strided else before
+                        stages[-1].append(block._replace(stride=1, dilation=starts))
                     channels = block.out_channels
         return stages
 
@@ -506,5 +514,77 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "mobilenet_v4_conv_large": MOBILENET_V4_CONV_LARGE,
         "mobilenet_v4_hybrid_medium": MOBILENET_V4_HYBRID_MEDIUM,
         "mobilenet_v4_hybrid_large": MOBILENET_V4_HYBRID_LARGE,
+    }
+)
+
+
+# What makes a segmenter of a backbone. Both kinds of rows say what they take, and how their maps are resized.
+
+
+class AtrousPyramid(NamedTuple):
+    """DeepLab V3: branches that see the same feature map at several scales, joined by a 1x1 convolution."""
+
+    title: str
+    paper: str  # on arXiv
+    rates: tuple[int, ...]  # of the branches as they are joined: 0 pools the map, 1 is a 1x1, others are dilated 3x3
+    refines: bool  # whether a 3x3 convolution comes before the classifier
+    takes_head: bool  # whether the last 1x1 convolution of the backbone comes first
+    align_corners: bool  # how maps are resized: whether the centers of their corner pixels stay in place, or the edges
+    dropout: float  # behind the joined branches
+    channels: int = 256  # of each branch, and of what joins them
+    norm_eps: float = 1e-5
+
+    kind = "atrous pyramid"
+
+
+class LiteAtrousPyramid(NamedTuple):
+    """LR-ASPP: a feature map weighed by channel, and one of a higher resolution: what classifies each is added up."""
+
+    title: str
+    paper: str  # on arXiv
+    low_stride: int  # size of the image over size of the map of a higher resolution: the first that has it
+    takes_head: bool
+    align_corners: bool
+    dropout: float
+    channels: int = 128  # of the weighed map
+    norm_eps: float = 1e-5
+
+    kind = "lite atrous pyramid"
+
+
+SEGMENTATION_HEADS: Mapping[str, AtrousPyramid | LiteAtrousPyramid] = MappingProxyType(
+    {
+        # deeplab/model.py of tensorflow/models, for deeplabv3_mnv2_* of deeplab/g3doc/model_zoo.md, which have neither
+        # atrous branches nor a decoder: image_pooling, aspp0, and concat_projection, of which dropout keeps 0.9.
+        "deeplab_v3_light": AtrousPyramid(
+            title="DeepLab V3, image pooling and 1x1",
+            paper="1706.05587",
+            rates=(0, 1),
+            refines=False,
+            takes_head=False,
+            align_corners=True,
+            dropout=0.1,
+        ),
+        # torchvision/models/segmentation/deeplabv3.py: deeplabv3_mobilenet_v3_large, which keeps the rates that the
+        # paper has for output stride 8 at output stride 16.
+        "deeplab_v3": AtrousPyramid(
+            title="DeepLab V3",
+            paper="1706.05587",
+            rates=(1, 12, 24, 36, 0),
+            refines=True,
+            takes_head=True,
+            align_corners=False,
+            dropout=0.5,
+        ),
+        # MobileNetV3, Section 6.4 and Figure 10, as torchvision/models/segmentation/lraspp.py has it: the means that
+        # weigh channels are those of the whole map, where the paper's are of windows of 49x49.
+        "lraspp": LiteAtrousPyramid(
+            title="LR-ASPP",
+            paper="1905.02244",
+            low_stride=8,
+            takes_head=True,
+            align_corners=False,
+            dropout=0.0,
+        ),
     }
 )

@@ -10,7 +10,15 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from .architectures_mobilenet import ARCHITECTURES, Architecture, Block, Width
+from .architectures_mobilenet import (
+    ARCHITECTURES,
+    SEGMENTATION_HEADS,
+    Architecture,
+    AtrousPyramid,
+    Block,
+    LiteAtrousPyramid,
+    Width,
+)
 
 
 try:
@@ -40,6 +48,30 @@ PRESETS: dict[str, dict[str, Any]] = {
         "depthwise_activation": False,
         "classifier_dropout": 0.0,
         "num_labels": 1000,
+    },
+    # Segmenters: deeplabv3_mnv2_pascal and deeplabv3_mnv2_dm05_pascal of deeplab/g3doc/model_zoo.md; torchvision's.
+    **{
+        f"deeplab_v3_mobilenet_v2_{width}_513": {
+            "architecture": "mobilenet_v2",
+            "width_multiplier": width,
+            "image_size": 513,
+            "output_stride": stride,
+            "segmentation_head": "deeplab_v3_light",
+            "num_labels": 21,
+        }
+        for width, stride in ((1.0, 8), (0.5, 16))
+    },
+    **{
+        f"{head}_mobilenet_v3_large_520": {
+            "architecture": "mobilenet_v3_large",
+            "image_size": 520,
+            "output_stride": 16,
+            "dilates_strided": True,
+            "padding": "symmetric",
+            "segmentation_head": head,
+            "num_labels": 21,
+        }
+        for head in ("deeplab_v3", "lraspp")
     },
 }
 
@@ -91,6 +123,12 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "classifier_hidden_act": _one_of(*ACTIVATIONS),
     "channel_divisor": ("an integer from 1 to 1024", lambda v: _is_integer(v) and 1 <= v <= 1024),
+    "dilates_strided": _FLAG,
+    "segmentation_head": (
+        f"{_one_of(*SEGMENTATION_HEADS)[0]}, or None",
+        lambda v: v is None or (isinstance(v, str) and v in SEGMENTATION_HEADS),
+    ),
+    "semantic_loss_ignore_index": ("an integer", _is_integer),
     "scale_stem": _FLAG,
     "shrink_head": _FLAG,
     "grow_head": _FLAG,
@@ -133,6 +171,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         image_size: Side in pixels of the images that the checkpoint was trained on. The network takes any size.
         output_stride: Input size over the size of the last feature map: 32, 16 or 8. Below 32, the later strides
             turn into dilation, as DeepLab does.
+        dilates_strided: Whether dilation starts in the convolution that would have strided, as in torchvision's
+            segmenters, instead of in the one after it, as in DeepLab's.
         hidden_act: Activation: "relu", "relu6", "hardswish", "silu" or "gelu". Default: by the table; it stays None
             for V3, whose blocks differ.
         anti_aliasing: What strides in the blocks of V4: "none", the convolution; "average" or "blur", means of 2x2
@@ -148,7 +188,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         batch_norm_momentum: Share of a new batch in the running statistics: one minus TensorFlow's decay. Google
             trained V1 with 0.0003 and V2 with 0.003 over millions of steps; the default follows within tens of steps.
         classifier_dropout: Probability of dropping a feature before the classifier. Default: 0.001 for V1, 0.2 for
-            the others, as their reference implementations train.
+            the others, as their reference implementations train; of a segmenter, as its head's does.
         pooling: What makes features of the last feature map: "avg", or "max" for its largest values.
         classifier_hidden_sizes: Widths of fully connected layers between the pooled features and the classifier; by
             default there are none.
@@ -158,6 +198,9 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
             less, and in mobilenetv2_120d, it does not.
         shrink_head: Whether a width below 1 shrinks the last 1x1 convolution too; in no published checkpoint it does.
         grow_head: Whether a width above 1 widens the last 1x1 convolution; in timm's mobilenetv2_110d it does not.
+        segmentation_head: What makes a segmenter of the network, for MobileNetForSemanticSegmentation: a key of
+            SEGMENTATION_HEADS.
+        semantic_loss_ignore_index: Label of the pixels that do not count in a segmenter's loss.
         out_features: Stages whose feature maps MobileNetBackbone returns, of `stage_names`.
         out_indices: The same, as indices into `stage_names`; where both are given, they must agree.
         **kwargs: Common fields of a transformers configuration, such as num_labels and id2label.
@@ -215,6 +258,9 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         anti_aliasing: str = "none",
         scale_stem: bool = True,
         grow_head: bool = True,
+        dilates_strided: bool = False,
+        segmentation_head: str | None = None,
+        semantic_loss_ignore_index: int = 255,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("num_labels") is not None:
@@ -233,7 +279,12 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.fused = fused
         self.batch_norm_eps = batch_norm_eps
         self.batch_norm_momentum = batch_norm_momentum
-        self.classifier_dropout = table.classifier_dropout if classifier_dropout is None else classifier_dropout
+        self.dilates_strided = dilates_strided
+        self.segmentation_head = segmentation_head
+        self.semantic_loss_ignore_index = semantic_loss_ignore_index
+        if classifier_dropout is None:
+            classifier_dropout = self.segmentation.dropout if segmentation_head else table.classifier_dropout
+        self.classifier_dropout = classifier_dropout
         self.channel_divisor = table.channel_divisor if channel_divisor is None else channel_divisor
         self.scale_stem = scale_stem
         self.shrink_head = shrink_head
@@ -299,7 +350,12 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     def stages(self) -> list[list[Block]]:
         """Blocks by stage: a stage is a run of blocks that shares a resolution when the output stride is 32."""
         return self.table.lower(
-            self._width, self.stem_block.out_channels, self.hidden_act, self.output_stride, self.anti_aliasing
+            self._width,
+            self.stem_block.out_channels,
+            self.hidden_act,
+            self.output_stride,
+            self.anti_aliasing,
+            self.dilates_strided,
         )
 
     @property
@@ -319,6 +375,18 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     @property
     def _last_width(self) -> Width:
         return self._width if (self.shrink_head if self.width_multiplier < 1 else self.grow_head) else Width()
+
+    @property
+    def segmentation(self) -> AtrousPyramid | LiteAtrousPyramid:
+        """The row of SEGMENTATION_HEADS that makes a segmenter of the network.
+
+        Raises:
+            ValueError: The configuration names none.
+        """
+        if self.segmentation_head is None:
+            allowed = _one_of(*SEGMENTATION_HEADS)[0]
+            raise ValueError(f"segmentation_head must be {allowed} for a segmenter, got None.")
+        return SEGMENTATION_HEADS[self.segmentation_head]
 
     @property
     def depths(self) -> list[int]:
@@ -354,6 +422,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_mobilenet.MobileNetConfig",
     "AutoModel": "modeling_mobilenet.MobileNetModel",
     "AutoModelForImageClassification": "modeling_mobilenet.MobileNetForImageClassification",
+    "AutoModelForSemanticSegmentation": "modeling_mobilenet.MobileNetForSemanticSegmentation",
     "AutoBackbone": "modeling_mobilenet.MobileNetBackbone",
 }
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from .preprocessing_mobilenet import (
     FITS,
+    LATER_OPTIONS,
     OPTIONS,
     RECIPES,
     UnreadableImageError,
@@ -21,6 +24,7 @@ from .preprocessing_mobilenet import (
     preprocess,
     read_options,
 )
+from .segmentation_mobilenet import label_map
 
 
 class MobileNetImageProcessor(BaseImageProcessor):
@@ -47,6 +51,10 @@ class MobileNetImageProcessor(BaseImageProcessor):
         do_grayscale: Whether to convert to one channel in the end, for networks that take one.
         detail_size: Shortest edge in pixels to which a larger image is reduced before it is resized, so that it
             shows no more detail than the images that a checkpoint was trained on; 32 for those of CIFAR-10.
+        pad_size: {"height": pixels, "width": pixels}, or an integer for a square, up to which the bottom and the right
+            of a smaller image are padded with zeros once it is normalized; by default, nothing is.
+        align_corners: Whether a segmenter's logits are resized with the centers of corner pixels in place, as its
+            head's row of SEGMENTATION_HEADS says.
         fast_decode: Whether to decode JPEG files of more than twice `size` at a half, a quarter or an eighth of their
             size, as far as twice `size` remains: several times as fast for photographs of many megapixels, at the
             price of values that differ a little. It holds for paths, URLs and bytes.
@@ -78,6 +86,7 @@ class MobileNetImageProcessor(BaseImageProcessor):
             "resample": recipe.resample,
             "image_mean": recipe.mean,
             "image_std": recipe.std,
+            "align_corners": recipe.align_corners,
         }
         return cls(**{**options, **kwargs})
 
@@ -167,9 +176,39 @@ class MobileNetImageProcessor(BaseImageProcessor):
         value = kwargs.pop(name, None)
         return getattr(self, name) if value is None else value
 
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Sequence[Sequence[int]] | Tensor | None = None
+    ) -> list[Tensor]:
+        """Turn a segmenter's outputs into label maps that lie over the images exactly.
+
+        Padding is taken off; what a crop left out gets the class of the nearest pixel that it did not.
+
+        Args:
+            outputs: Of the network, with logits of shape (B, num_labels, h, w), for images that this processor
+                prepared with the options that it has.
+            target_sizes: Height and width of each image as it came.
+
+        Returns:
+            The class of each pixel, int64: of shape (height, width) for each image; without sizes, (h, w).
+
+        Raises:
+            ValueError: There is not a size for each image, or one is not two positive integers.
+        """
+        logits = outputs.logits
+        if target_sizes is None:
+            return list(logits.argmax(1))
+        sizes = [tuple(map(int, size)) for size in target_sizes]
+        if len(sizes) != len(logits) or not all(len(size) == 2 and min(size) > 0 for size in sizes):
+            raise ValueError(
+                f"target_sizes must hold height and width of each of {len(logits)} images, got {target_sizes!r}."
+            )
+        options = read_options({name: getattr(self, name) for name in OPTIONS})
+        return [label_map(each, size, options) for each, size in zip(logits, sizes, strict=True)]
+
     def to_dict(self) -> dict[str, Any]:
-        """Serialise the options."""
-        return {key: value for key, value in super().to_dict().items() if key in OPTIONS or not key.startswith("_")}
+        """Serialise the options; those that are not every network's, where they say something."""
+        options = {k: v for k, v in super().to_dict().items() if k in OPTIONS or not k.startswith("_")}
+        return {k: v for k, v in options.items() if k not in LATER_OPTIONS or v != OPTIONS[k][0]}
 
 
 MobileNetImageProcessor.__signature__ = inspect.Signature(

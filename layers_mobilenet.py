@@ -134,6 +134,7 @@ class ConvNormAct(nn.Module):
         act: str | None = None,
         has_norm: bool = True,
         anti_aliasing: str = "none",
+        eps: float | None = None,
     ) -> None:
         super().__init__()
         self.normalizes = has_norm  # unless it is fused, or the network has no batch norm
@@ -149,7 +150,7 @@ class ConvNormAct(nn.Module):
             bias=not has_norm,
             activated=act is not None,
         )
-        norm = config.batch_norm_eps, config.batch_norm_momentum
+        norm = config.batch_norm_eps if eps is None else eps, config.batch_norm_momentum
         self.norm = nn.BatchNorm2d(out_channels, *norm) if has_norm else nn.Identity()
         self.act = nn.Identity() if act is None else ACTIVATION_LAYERS[act]()
         if anti_aliasing in ANTI_ALIASING_LAYERS:
@@ -374,8 +375,14 @@ class Features:
 
     layers = LAYERS
 
-    def add_layers(self, config: MobileNetConfig, with_head: bool = True) -> None:
-        """Add the layers of a configured network to this module."""
+    def add_layers(self, config: MobileNetConfig, with_head: bool = True, with_pre_logits: bool = True) -> None:
+        """Add the layers of a configured network to this module.
+
+        Args:
+            config: Of the network.
+            with_head: Whether to add the 1x1 convolution before the pooling.
+            with_pre_logits: Whether to add the one after it too.
+        """
 
         def build(block: Block) -> nn.Module:
             return self.layers[block.kind](config, block)
@@ -385,6 +392,7 @@ class Features:
         self.pooling = config.pooling
         if with_head:
             self.head = build(config.head_block) if config.head_block else nn.Identity()
+        if with_head and with_pre_logits:
             self.pre_logits = build(config.pre_logits_block) if config.pre_logits_block else nn.Identity()
 
     def features(self, x: Tensor, hidden_states: list[Tensor] | None = None) -> Tensor:

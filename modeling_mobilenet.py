@@ -1,4 +1,4 @@
-"""MobileNet for PyTorch: V1 to V4, as features, as a classifier and as a backbone."""
+"""MobileNet for PyTorch: V1 to V4, as features, as a classifier, as a segmenter and as a backbone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
+    SemanticSegmenterOutput,
 )
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_mobilenet import MobileNetConfig
 from .cpu_mobilenet import channels_last
 from .layers_mobilenet import LAYERS, Conv2d, ConvNormAct, Features, LayerScale, fuse, hidden_layers
+from .segmentation_mobilenet import Segments, segmentation_loss
 
 
 try:
@@ -147,18 +149,19 @@ class MobileNetModel(Features, MobileNetPreTrainedModel):
     Args:
         config: Configuration.
         add_pooling_layer: Whether to run the head and pool; without, `pooler_output` is None.
+        add_head: Whether to have the head where nothing pools, for another module to run.
     """
 
     layers = LAYERS | CHECKPOINTED
 
-    def __init__(self, config: MobileNetConfig, add_pooling_layer: bool = True) -> None:
+    def __init__(self, config: MobileNetConfig, add_pooling_layer: bool = True, add_head: bool = False) -> None:
         super().__init__(config)
         weights = sum(block.weights for stage in config.stages for block in stage)
         if weights > MAX_WEIGHTS:
             got = f"{weights} with {config.width_multiplier}"
             raise ValueError(f"width_multiplier must give at most {MAX_WEIGHTS} weights, got {got}.")
         self.pools = add_pooling_layer
-        self.add_layers(config, with_head=add_pooling_layer)
+        self.add_layers(config, add_pooling_layer or add_head, with_pre_logits=add_pooling_layer)
         self.post_init()
 
     @can_return_tuple
@@ -236,6 +239,49 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=features.hidden_states)
 
 
+class MobileNetForSemanticSegmentation(Segments, MobileNetPreTrainedModel):
+    """A MobileNet that classifies pixels, with the head that `config.segmentation_head` names."""
+
+    # A classifier's checkpoint has these, and a segmenter has no use for them.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+        r"^((backbone\.)?(head|pre_logits)|hidden|classifier)\."
+    ]
+
+    def __init__(self, config: MobileNetConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.backbone = MobileNetModel(config, add_pooling_layer=False, add_head=config.segmentation.takes_head)
+        self.add_segmentation_head(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> SemanticSegmenterOutput:
+        """Classify the pixels of a batch of images; arguments and errors are those of MobileNetModel, and one more.
+
+        Args:
+            labels: Class of each pixel, integers of shape (B, H, W); where they are
+                config.semantic_loss_ignore_index, pixels do not count.
+
+        Returns:
+            loss: Mean cross entropy over pixels, with logits resized to the labels, if labels are given.
+            logits: Scores before softmax, of shape (B, num_labels, h, w): of the size of the last feature map, or of
+                the finer one that LR-ASPP looks at. `post_process_semantic_segmentation` of the image processor makes
+                label maps of them.
+            hidden_states: Feature maps of the stem and of every block.
+        """
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        maps = self.backbone(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        logits = self.segment(maps)
+        loss = None if labels is None else segmentation_loss(logits, labels, self.config)
+        return SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=maps if wanted else None)
+
+
 class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
     """Feature maps of a MobileNet, for detectors and segmenters; loads from a classifier's checkpoint.
 
@@ -287,6 +333,13 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
 
 MobileNetModel.register_for_auto_class("AutoModel")
 MobileNetForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+MobileNetForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 MobileNetBackbone.register_for_auto_class("AutoBackbone")
 
-__all__ = ["MobileNetBackbone", "MobileNetForImageClassification", "MobileNetModel", "MobileNetPreTrainedModel"]
+__all__ = [
+    "MobileNetBackbone",
+    "MobileNetForImageClassification",
+    "MobileNetForSemanticSegmentation",
+    "MobileNetModel",
+    "MobileNetPreTrainedModel",
+]

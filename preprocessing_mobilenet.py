@@ -30,9 +30,11 @@ class Recipe(NamedTuple):
     mean: tuple[float, float, float]  # of RGB in 0 to 1
     std: tuple[float, float, float]
     fit: str = "crop"  # a key of FITS
+    align_corners: bool = False  # of a segmenter: as its head has it
 
 
 # How an image of any shape becomes a square: options for a side in pixels, and for the shortest edge to crop from.
+# "whole" keeps its shape.
 FITS = {
     "crop": lambda side, edge: {"size": {"shortest_edge": edge}, "crop_size": side},
     "stretch": lambda side, edge: {
@@ -41,7 +43,16 @@ FITS = {
         "do_center_crop": False,
     },
     "pad": lambda side, edge: {"size": {"longest_edge": side}, "crop_size": side},
+    "corner": lambda side, edge: {
+        "size": {"longest_edge": side},
+        "crop_size": side,
+        "do_center_crop": False,
+        "pad_size": side,
+    },
+    "whole": lambda side, edge: {"size": {"shortest_edge": side}, "crop_size": side, "do_center_crop": False},
 }
+# Those of which a label map lies over all of the image.
+WHOLE_FITS = ("stretch", "pad", "corner", "whole")
 
 
 _HALF = (0.5, 0.5, 0.5)
@@ -71,6 +82,10 @@ RECIPES = {
     "timm_100": Recipe(Resampling.BICUBIC, 1.0, _IMAGENET_MEAN, _IMAGENET_STD),
     "timm_ra4_95": Recipe(Resampling.BICUBIC, 0.95, _HALF, _HALF),
     "timm_miil": Recipe(Resampling.BILINEAR, 0.875, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    # deeplab_demo.ipynb and input_preprocess.py of tensorflow/models: the image in the top left corner, on gray
+    "deeplab": Recipe(Resampling.BILINEAR, 1.0, _HALF, _HALF, "corner", align_corners=True),
+    # torchvision/transforms/_presets.py: SemanticSegmentation
+    "torchvision_segmentation": Recipe(Resampling.BILINEAR, 1.0, _IMAGENET_MEAN, _IMAGENET_STD, "whole"),
 }
 
 # What a network sees of pixels, as people say it: mean and deviation of values in 0 to 1.
@@ -532,6 +547,10 @@ def _read_detail_size(name: str, value: Any) -> int | None:
     return None if value is None else int(value)
 
 
+def _read_pad_size(name: str, value: Any) -> dict[str, int] | None:
+    return None if value is None else _read_size(name, value, square=True)
+
+
 def _read_channel_values(name: str, values: Any) -> list[float]:
     values = list(values) if isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str) else [values]
     if not values or not all(_is_finite(v) for v in values):
@@ -577,7 +596,11 @@ OPTIONS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "do_normalize": (True, _read_flag),
     "image_mean": (_HALF, _read_channel_values),
     "image_std": (_HALF, _read_channel_values),
+    "pad_size": (None, _read_pad_size),
+    "align_corners": (False, _read_flag),
 }
+# Saved where they say something: classifiers have no use for them.
+LATER_OPTIONS = ("pad_size", "align_corners")
 
 
 def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -618,6 +641,10 @@ def preprocess(image: Any, options: Mapping[str, Any], input_data_format: str | 
         planes = _to_planes(image, input_data_format, as_rgb)
     if options["do_grayscale"]:
         planes = _to_gray(planes)
+    return _pad(_preprocess(planes, options), options["pad_size"])
+
+
+def _preprocess(planes: _Planes, options: Mapping[str, Any]) -> np.ndarray:
     arrays = [np.asarray(_resize_and_crop(plane, options)) for plane in planes.images]
     if planes.images[0].mode != "F":
         array = arrays[0] if arrays[0].ndim == 3 else np.stack(arrays, axis=-1)
@@ -625,6 +652,43 @@ def preprocess(image: Any, options: Mapping[str, Any], input_data_format: str | 
         values = _to_floats(np.arange(256).repeat(array.shape[-1]).reshape(256, -1), 255, options)
         return _look_up(np.ascontiguousarray(values.T), array)
     return _to_floats(np.stack(arrays, axis=-1), planes.scale, options)
+
+
+def _pad(array: np.ndarray, size: Mapping[str, int] | None) -> np.ndarray:
+    """Add zeros, which are the mean of normalized values, at the bottom and on the right of an array (H, W, C)."""
+    if size is None:
+        return array
+    rows, columns = size["height"] - array.shape[0], size["width"] - array.shape[1]
+    if rows < 0 or columns < 0:
+        got = f"{size['height']}x{size['width']} for {array.shape[0]}x{array.shape[1]} pixels"
+        raise ValueError(f"pad_size must be no smaller than the resized image, got {got}.")
+    return np.pad(array, ((0, rows), (0, columns), (0, 0)))
+
+
+class Axis(NamedTuple):
+    """Where pixels of an image are among those that the network sees, along its height or its width."""
+
+    image: int  # pixels of the image
+    resized: int  # pixels of the resized image
+    offset: int  # where the first of these is among what the network sees; below 0 where it is cropped away
+    network: int  # pixels that the network sees
+
+
+def place(width: int, height: int, options: Mapping[str, Any]) -> tuple[Axis, Axis]:
+    """Where an image is in what the network sees of it, along height and width.
+
+    Args:
+        width: Of the image.
+        height: Of the image.
+        options: How it is preprocessed, as read_options gives them.
+    """
+    sizes = _target_size(width, height, options["size"]) if options["do_resize"] else (width, height)
+    axes = []
+    for name, image, resized in (("height", height, sizes[1]), ("width", width, sizes[0])):
+        network = options["crop_size"][name] if options["do_center_crop"] else resized
+        offset = -((resized - network) // 2)
+        axes.append(Axis(image, resized, offset, (options["pad_size"] or {name: network})[name]))
+    return tuple(axes)
 
 
 def _enough(options: dict[str, Any]) -> tuple[int, int]:
@@ -759,14 +823,18 @@ def _look_up(table: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 __all__ = [
     "FITS",
+    "LATER_OPTIONS",
     "OPTIONS",
     "RANGES",
     "RECIPES",
+    "WHOLE_FITS",
+    "Axis",
     "Recipe",
     "UnreadableImageError",
     "flatten",
     "is_url",
     "open_image",
+    "place",
     "preprocess",
     "read_options",
     "regular",

@@ -325,10 +325,10 @@ classify = pipeline("image-classification", model="path/to/this/repository", tru
 classify("photo.jpg")
 ```
 
-`trust_remote_code` runs the seven Python files of this repository: `architectures_mobilenet.py`,
+`trust_remote_code` runs the Python files of this repository: `architectures_mobilenet.py`,
 `configuration_mobilenet.py`, `cpu_mobilenet.py`, `image_processing_mobilenet.py`, `layers_mobilenet.py`,
-`modeling_mobilenet.py` and `preprocessing_mobilenet.py`. After `import mobilenet`, the installed package, it is not
-needed."""
+`modeling_mobilenet.py`, `preprocessing_mobilenet.py` and `segmentation_mobilenet.py`. After `import mobilenet`, the
+installed package, it is not needed."""
 
 _FINE_TUNE = """## Fine-tune
 

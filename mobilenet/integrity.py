@@ -29,6 +29,7 @@ CODE = (
     "layers_mobilenet.py",
     "modeling_mobilenet.py",
     "preprocessing_mobilenet.py",
+    "segmentation_mobilenet.py",
 )
 CLASSES = AUTO_MAP | {"AutoImageProcessor": "image_processing_mobilenet.MobileNetImageProcessor"}
 WEIGHTS = (".gguf", ".h5", ".onnx", ".pte", ".safetensors", ".tflite", ".xml")

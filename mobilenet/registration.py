@@ -2,19 +2,26 @@
 
 from typing import Any, NoReturn
 
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
 from transformers.models.auto import modeling_auto
 
 # What transformers offers by these names at its top needs torchvision, the first in 5.10, the second everywhere.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
-from .architectures_mobilenet import ARCHITECTURES
+from .architectures_mobilenet import ARCHITECTURES, SEGMENTATION_HEADS
 from .configuration_mobilenet import PRESETS, MobileNetConfig
 from .image_processing_mobilenet import RECIPES, MobileNetImageProcessor
 from .modeling_mobilenet import (
     MobileNetBackbone,
     MobileNetForImageClassification,
+    MobileNetForSemanticSegmentation,
     MobileNetModel,
     MobileNetPreTrainedModel,
 )
@@ -45,6 +52,11 @@ for auto_class, model_class, names in (
         MobileNetForImageClassification,
         modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     ),
+    (
+        AutoModelForSemanticSegmentation,
+        MobileNetForSemanticSegmentation,
+        modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+    ),
     (AutoBackbone, MobileNetBackbone, modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES),
 ):
     auto_class.register(MobileNetConfig, model_class, exist_ok=True)
@@ -57,9 +69,11 @@ __all__ = [
     "ARCHITECTURES",
     "PRESETS",
     "RECIPES",
+    "SEGMENTATION_HEADS",
     "MobileNetBackbone",
     "MobileNetConfig",
     "MobileNetForImageClassification",
+    "MobileNetForSemanticSegmentation",
     "MobileNetImageProcessor",
     "MobileNetModel",
     "MobileNetPreTrainedModel",

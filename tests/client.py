@@ -27,6 +27,7 @@ PACKAGE = (
     "layers_mobilenet",
     "modeling_mobilenet",
     "preprocessing_mobilenet",
+    "segmentation_mobilenet",
 )
 
 

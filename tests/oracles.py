@@ -12,10 +12,11 @@ from transformers import (
     MobileNetV1ForImageClassification,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
+    MobileNetV2ForSemanticSegmentation,
 )
 
 from benchmarks import peers
-from mobilenet import MobileNetConfig, MobileNetForImageClassification
+from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetForSemanticSegmentation
 
 
 # Real weights and photographs, which are no part of the project.
@@ -43,8 +44,25 @@ def randomize_norms(model: nn.Module) -> nn.Module:
 
 
 def native(config: MobileNetConfig) -> nn.Module:
-    """The network of transformers that a configuration describes, with random weights of a sound scale."""
-    common = {
+    """The classifier of transformers that a configuration describes, with random weights of a sound scale."""
+    if config.architecture == "mobilenet_v1":
+        model = MobileNetV1ForImageClassification(MobileNetV1Config(**_native_fields(config)))
+    else:
+        model = MobileNetV2ForImageClassification(_native_v2(config))
+    return _sound(model)
+
+
+def native_segmenter(config: MobileNetConfig) -> MobileNetV2ForSemanticSegmentation:
+    """The segmenter of transformers that a configuration describes, with random weights of a sound scale."""
+    return _sound(MobileNetV2ForSemanticSegmentation(_native_v2(config)))
+
+
+def _native_v2(config: MobileNetConfig) -> MobileNetV2Config:
+    return MobileNetV2Config(**_native_fields(config), output_stride=config.output_stride)
+
+
+def _native_fields(config: MobileNetConfig) -> dict[str, object]:
+    return {
         "depth_multiplier": config.width_multiplier,
         "num_channels": config.num_channels,
         "num_labels": config.num_labels,
@@ -52,22 +70,26 @@ def native(config: MobileNetConfig) -> nn.Module:
         "tf_padding": config.padding == "same",
         "layer_norm_eps": config.batch_norm_eps,
     }
-    if config.architecture == "mobilenet_v1":
-        model = MobileNetV1ForImageClassification(MobileNetV1Config(**common))
-    else:
-        model = MobileNetV2ForImageClassification(MobileNetV2Config(**common, output_stride=config.output_stride))
+
+
+def _sound(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
     return randomize_norms(model).eval()
 
 
-def copy_in_order(source: nn.Module, target: nn.Module) -> nn.Module:
+def copy_in_order(source: nn.Module, target: nn.Module, unused: str = "nothing") -> nn.Module:
     """Copy weights between two networks that define the same layers in the same order of execution.
 
     Independent of any name: a name table that swapped two layers would not agree with this.
+
+    Args:
+        source: Whose weights are copied.
+        target: Gets them.
+        unused: Part of the names of layers that the source has and never runs.
     """
-    tensors = list(source.state_dict().values())
+    tensors = [tensor for name, tensor in source.state_dict().items() if unused not in name]
     names = list(target.state_dict())
     assert len(tensors) == len(names)
     target.load_state_dict(dict(zip(names, tensors, strict=True)))
@@ -77,6 +99,11 @@ def copy_in_order(source: nn.Module, target: nn.Module) -> nn.Module:
 def ours_like(source: nn.Module, config: MobileNetConfig) -> MobileNetForImageClassification:
     """Our network with another's weights."""
     return copy_in_order(source, MobileNetForImageClassification(config))
+
+
+def segmenter_like(source: nn.Module, config: MobileNetConfig) -> MobileNetForSemanticSegmentation:
+    """Our segmenter with the weights of transformers' own, which carries a last 1x1 convolution that nothing uses."""
+    return copy_in_order(source, MobileNetForSemanticSegmentation(config), unused="mobilenet_v2.conv_1x1.")
 
 
 def import_timm() -> ModuleType:

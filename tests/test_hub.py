@@ -36,6 +36,7 @@ CODE = (
     "layers_mobilenet.py",
     "modeling_mobilenet.py",
     "preprocessing_mobilenet.py",
+    "segmentation_mobilenet.py",
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_mobilenet.MobileNetConfig",

@@ -28,6 +28,7 @@ CODE = (
     "layers_mobilenet.py",
     "modeling_mobilenet.py",
     "preprocessing_mobilenet.py",
+    "segmentation_mobilenet.py",
 )
 FILES = (*CODE, "config.json", "preprocessor_config.json", "model.safetensors")
 

@@ -31,6 +31,7 @@ CODE = (
     "layers_mobilenet",
     "modeling_mobilenet",
     "preprocessing_mobilenet",
+    "segmentation_mobilenet",
 )
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.onnx", "mobilenet/model.safetensors", "tests/model.bin")
 

@@ -82,6 +82,7 @@ def test_repository_is_complete(converted: Path) -> None:
         "modeling_mobilenet.py",
         "preprocessing_mobilenet.py",
         "preprocessor_config.json",
+        "segmentation_mobilenet.py",
     }
     for name in ("architectures", "configuration", "image_processing", "layers", "modeling"):
         source = SCRIPT.with_name(f"{name}_mobilenet.py")

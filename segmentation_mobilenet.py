@@ -1,0 +1,204 @@
+"""What makes a segmenter of a backbone: DeepLab V3 and LR-ASPP, in torch alone; and label maps of their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import accumulate
+from operator import mul
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .architectures_mobilenet import SEGMENTATION_HEADS
+from .configuration_mobilenet import MobileNetConfig
+from .layers_mobilenet import Conv2d, ConvNormAct
+from .preprocessing_mobilenet import Axis, place
+
+
+def taken_channels(config: MobileNetConfig) -> int:
+    """Channels of the feature map that a segmenter's head takes."""
+    last = config.stages[-1][-1]
+    return ((config.head_block if config.segmentation.takes_head else None) or last).out_channels
+
+
+class AtrousPyramidHead(nn.Module):
+    """DeepLab V3: look at a feature map at several scales, and classify each of its pixels.
+
+    Shape: (B, in, h, w) -> (B, num_labels, h, w)
+    Source: Chen et al., Section 3.3 (arXiv:1706.05587); the rows of SEGMENTATION_HEADS name the files
+    """
+
+    def __init__(self, config: MobileNetConfig) -> None:
+        super().__init__()
+        table, channels = config.segmentation, taken_channels(config)
+        unit = partial(ConvNormAct, config, act="relu", eps=table.norm_eps)
+        self.rates = table.rates
+        self.branches = nn.ModuleList(
+            unit(channels, table.channels, 3, dilation=rate) if rate > 1 else unit(channels, table.channels)
+            for rate in table.rates
+        )
+        self.project = unit(len(table.rates) * table.channels, table.channels)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.refine = unit(table.channels, table.channels, 3) if table.refines else nn.Identity()
+        self.classifier = Conv2d(table.channels, config.num_labels, 1)
+
+    def forward(self, x: Tensor, maps: Sequence[Tensor] = ()) -> Tensor:
+        """Logits of a feature map; other maps count for nothing."""
+        if self.training and x.shape[0] == 1 and 0 in self.rates and isinstance(self.project.norm, nn.BatchNorm2d):
+            raise ValueError(
+                "pixel_values must hold at least 2 images in training mode, as pooled features are normalized over "
+                "the batch, got 1."
+            )
+        parts = [
+            branch(x if rate else x.mean((-2, -1), keepdim=True))
+            for rate, branch in zip(self.rates, self.branches, strict=True)
+        ]
+        # To resize a single pixel is to repeat it.
+        parts = [
+            part if rate else part.expand(-1, -1, *x.shape[-2:]) for rate, part in zip(self.rates, parts, strict=True)
+        ]
+        return self.classifier(self.refine(self.dropout(self.project(torch.cat(parts, 1)))))
+
+
+class LiteAtrousPyramidHead(nn.Module):
+    """LR-ASPP: weigh the channels of a feature map by their means, classify, and add what finer features say.
+
+    Shape: (B, in, h, w) and the feature maps before -> (B, num_labels, H / low_stride, W / low_stride)
+    Source: MobileNetV3, Section 6.4 and Figure 10 (arXiv:1905.02244)
+    """
+
+    def __init__(self, config: MobileNetConfig) -> None:
+        super().__init__()
+        table, channels = config.segmentation, taken_channels(config)
+        blocks = [config.stem_block, *(block for stage in config.stages for block in stage)]
+        strides = accumulate((block.stride for block in blocks), mul)
+        self.low = next(index for index, stride in enumerate(strides) if stride >= table.low_stride)
+        self.align_corners = table.align_corners
+        self.project = ConvNormAct(config, channels, table.channels, act="relu", eps=table.norm_eps)
+        self.gate = Conv2d(channels, table.channels, 1, bias=False)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.low_classifier = Conv2d(blocks[self.low].out_channels, config.num_labels, 1)
+        self.classifier = Conv2d(table.channels, config.num_labels, 1)
+
+    def forward(self, x: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Logits of a feature map and of those that came before it: of the stem and of every block."""
+        low = maps[self.low]
+        y = self.project(x) * torch.sigmoid(self.gate(x.mean((-2, -1), keepdim=True)))
+        # A 1x1 convolution may come before the resizing too, where it has fewer pixels and leaves fewer channels.
+        return self.low_classifier(low) + resize(self.classifier(self.dropout(y)), low.shape[-2:], self.align_corners)
+
+
+HEADS = {"atrous pyramid": AtrousPyramidHead, "lite atrous pyramid": LiteAtrousPyramidHead}
+
+
+class Segments:
+    """What segments, for a module to inherit that has a backbone with the layers of Features."""
+
+    def add_segmentation_head(self, config: MobileNetConfig) -> None:
+        """Add the head that the configuration names.
+
+        Raises:
+            ValueError: It names none, or there are no labels.
+        """
+        if config.num_labels < 1:
+            raise ValueError(f"num_labels must be at least 1 for a segmenter, got {config.num_labels}.")
+        self.takes_head = config.segmentation.takes_head
+        self.segmentation_head = HEADS[config.segmentation.kind](config)
+
+    def segment(self, maps: Sequence[Tensor]) -> Tensor:
+        """Logits of the feature maps of the stem and of every block, of shape (B, num_labels, h, w)."""
+        x = self.backbone.head(maps[-1]) if self.takes_head else maps[-1]
+        return self.segmentation_head(x, maps)
+
+
+def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """Resize maps of shape (B, C, h, w), bilinearly.
+
+    Args:
+        x: Maps.
+        size: Height and width.
+        align_corners: Whether the centers of corner pixels stay in place, as in TensorFlow's of that name, or edges.
+    """
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, config: MobileNetConfig) -> Tensor:
+    """Mean cross entropy over pixels, with logits resized to the labels.
+
+    Args:
+        logits: Of shape (B, num_labels, h, w).
+        labels: Integers of shape (B, H, W); where they are config.semantic_loss_ignore_index, pixels do not count.
+        config: Of the network.
+
+    Raises:
+        ValueError: Labels have another shape, or there is one class alone.
+    """
+    if config.num_labels < 2:
+        raise ValueError(f"num_labels must be at least 2 for a loss, got {config.num_labels}.")
+    if labels.ndim != 3 or labels.shape[0] != logits.shape[0]:
+        raise ValueError(f"labels must have shape ({logits.shape[0]}, H, W), got {tuple(labels.shape)}.")
+    logits = resize(logits.float(), labels.shape[-2:], config.segmentation.align_corners)
+    ignored = config.semantic_loss_ignore_index
+    total = F.cross_entropy(logits, labels.long(), ignore_index=ignored, reduction="sum")
+    return total / (labels != ignored).sum().clamp(min=1)  # or it would not be a number where nothing counts
+
+
+# Logits that are resized at a time, in all: 64 MB.
+MAX_LOGITS = 1 << 24
+
+
+def label_map(logits: Tensor, size: Sequence[int], options: Mapping[str, Any]) -> Tensor:
+    """The class of each pixel of an image: of the largest logit, resized to where the network saw that pixel.
+
+    What a crop left out gets the class of the nearest pixel that it did not. Memory holds a band of rows at a time.
+
+    Args:
+        logits: Of one image, of shape (num_labels, h, w).
+        size: Height and width of the image.
+        options: How it was preprocessed, as read_options gives them.
+
+    Returns:
+        int64 of shape size.
+    """
+    height, width = size
+    axes = place(width, height, options)
+    (tops, bottoms, down), (lefts, rights, across) = (
+        _neighbors(axis, n, options["align_corners"], logits.device)
+        for axis, n in zip(axes, logits.shape[-2:], strict=True)
+    )
+    logits = logits.float()
+    result = torch.empty(height, width, dtype=torch.int64, device=logits.device)
+    step = max(1, MAX_LOGITS // (len(logits) * max(width, logits.shape[-1])))
+    for start in range(0, height, step):
+        band = slice(start, start + step)
+        rows = torch.lerp(logits[:, tops[band]], logits[:, bottoms[band]], down[band, None])
+        result[band] = torch.lerp(rows[..., lefts], rows[..., rights], across).argmax(0)
+    return result
+
+
+def _neighbors(axis: Axis, count: int, align_corners: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For each pixel along an axis: the two of so many logits around it, and how far it is from the first of them."""
+    pixels = torch.arange(axis.image, dtype=torch.float64)
+    seen = (pixels + 0.5) * axis.resized / axis.image - 0.5 + axis.offset
+    seen = seen.clamp(max(axis.offset, 0), min(axis.offset + axis.resized, axis.network) - 1)
+    if align_corners:
+        places = seen * (count - 1) / max(axis.network - 1, 1)
+    else:
+        places = (seen + 0.5) * count / axis.network - 0.5
+    places = places.clamp(0, count - 1)
+    first = places.long()
+    return first.to(device), (first + 1).clamp(max=count - 1).to(device), (places - first).float().to(device)
+
+
+__all__ = [
+    "SEGMENTATION_HEADS",
+    "AtrousPyramidHead",
+    "LiteAtrousPyramidHead",
+    "Segments",
+    "label_map",
+    "resize",
+    "segmentation_loss",
+]
