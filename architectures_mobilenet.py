@@ -496,6 +496,19 @@ MOBILENET_V4_HYBRID_LARGE = MOBILENET_V4_CONV_LARGE._replace(
     published=(((), (384,)),),
 )
 
+
+def reduced_tail(network: Architecture) -> Architecture:
+    """With half the channels from the last stage on, as a detector's backbone.
+
+    Source: MobileNetV3, Section 6.3 (arXiv:1905.02244); V3_LARGE_DETECTION and V3_SMALL_DETECTION of
+    slim/nets/mobilenet/mobilenet_v3.py.
+    """
+    tail = network.stages[-1]
+    rows = (*network.rows[: -len(tail)], *(row._replace(channels=row.channels // 2) for row in tail))
+    head = network.head._replace(channels=network.head.channels // 2)
+    return network._replace(title=f"{network.title} with a reduced tail", rows=rows, head=head, published=())
+
+
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "mobilenet_v1": MOBILENET_V1,
@@ -508,12 +521,171 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "mobilenet_v3_small": MOBILENET_V3_SMALL,
         "mobilenet_v3_large_minimalistic": minimalistic(MOBILENET_V3_LARGE),
         "mobilenet_v3_small_minimalistic": minimalistic(MOBILENET_V3_SMALL),
+        "mobilenet_v3_large_reduced_tail": reduced_tail(MOBILENET_V3_LARGE),
+        "mobilenet_v3_small_reduced_tail": reduced_tail(MOBILENET_V3_SMALL),
         "mobilenet_edgetpu": MOBILENET_EDGETPU,
         "mobilenet_v4_conv_small": MOBILENET_V4_CONV_SMALL,
         "mobilenet_v4_conv_medium": MOBILENET_V4_CONV_MEDIUM,
         "mobilenet_v4_conv_large": MOBILENET_V4_CONV_LARGE,
         "mobilenet_v4_hybrid_medium": MOBILENET_V4_HYBRID_MEDIUM,
         "mobilenet_v4_hybrid_large": MOBILENET_V4_HYBRID_LARGE,
+    }
+)
+
+
+class AnchorShape(NamedTuple):
+    """An anchor of every cell of a feature map."""
+
+    scale: float | str  # over the image: a number; "own", the map's; "between", the geometric mean with the next map's
+    ratio: float  # width over height
+
+
+class HardNegatives(NamedTuple):
+    """Which anchors without an object count in the loss: those of the largest classification loss."""
+
+    ratio: int  # negatives for each positive
+    minimum: int  # negatives of an image, at least
+
+
+class Focal(NamedTuple):
+    """The focal loss (arXiv:1708.02002), in which all anchors count."""
+
+    alpha: float  # weight of positives; that of negatives is 1 - alpha
+    gamma: float
+
+
+class Suppression(NamedTuple):
+    """How overlapping boxes are suppressed."""
+
+    nms_iou_threshold: float  # a box is suppressed that overlaps a better one by more
+    max_detections: int  # of an image
+    max_detections_per_class: int = 100
+    max_candidates_per_class: int | None = None  # before suppression; None for all
+    max_classes_per_box: int | None = None  # None: each class is treated by itself
+    score_threshold: float = 0.0
+    clip_boxes: bool = True  # to the image, before overlaps are computed
+
+
+class Detector(NamedTuple):
+    """A single-shot detector as its source has it: SSD (arXiv:1512.02325), or SSDLite (arXiv:1801.04381, Section 6.2).
+
+    Its maps are two of the backbone and what four extra layers make of the second, each half the size of the one
+    before. From each map, convolutions predict the classes and the box of every anchor.
+    """
+
+    title: str
+    source: str  # its pipeline configuration or code
+    architecture: str  # a key of ARCHITECTURES
+    image_size: int
+    # Maps of the backbone: "previous" and "last" are those of the last blocks of the last two stages, "expansion" is
+    # the expanded input within the first block of the last stage, "head" what comes before the pooling.
+    endpoints: tuple[str, str]
+    is_lite: bool  # whether what filters is depthwise
+    kernel_size: int  # of what predicts
+    loss: HardNegatives | Focal
+    suppression: Suppression
+    score: str = "sigmoid"  # or "softmax"
+    background: str | None = "one"  # target of class 0 where there is no object: "one" or "zero"; None: no such class
+    averages_code: bool = False  # whether the loss of a box is the mean over its four numbers, or their sum
+    class_bias: float = 0.0  # initial logits
+    extra_channels: tuple[int, ...] = (512, 256, 256, 128)  # before the width multiplier
+    first_anchors: tuple[AnchorShape, ...] = ()  # of the first map
+    anchors: tuple[AnchorShape, ...] = ()  # of the others
+    scales: tuple[float, float] = (0.2, 0.95)  # of the first and the last map; those between are spaced evenly
+    clips_anchors: bool = False  # whether no anchor is wider or higher than the image
+    box_scales: tuple[float, float] = (10.0, 5.0)  # of centers and of sizes: one over the variances of SSD
+    matched_iou: float = 0.5  # from which an anchor is matched with an object
+    config: tuple[tuple[str, Any], ...] = ()  # other fields of MobileNetConfig
+
+
+# SSD, Section 2.2 (arXiv:1512.02325), in the order of create_ssd_anchors in
+# object_detection/anchor_generators/multiple_grid_anchor_generator.py; ratios as the pipeline configurations print.
+_TF_FIRST = (AnchorShape(0.1, 1.0), AnchorShape("own", 2.0), AnchorShape("own", 0.5))
+_TF_OTHERS = (*(AnchorShape("own", ratio) for ratio in (1.0, 2.0, 0.5, 3.0, 0.3333)), AnchorShape("between", 1.0))
+# torchvision/models/detection/anchor_utils.py: DefaultBoxGenerator.
+_TORCHVISION = (
+    AnchorShape("own", 1.0),
+    AnchorShape("between", 1.0),
+    *(AnchorShape("own", ratio) for ratio in (2.0, 1 / 2, 3.0, 1 / 3)),
+)
+
+SSD_MOBILENET_V1 = Detector(
+    title="SSD MobileNet V1",
+    source="object_detection/samples/configs/ssd_mobilenet_v1_coco.config",
+    architecture="mobilenet_v1",
+    image_size=300,
+    endpoints=("previous", "last"),
+    is_lite=False,
+    kernel_size=1,
+    loss=HardNegatives(ratio=3, minimum=0),
+    suppression=Suppression(nms_iou_threshold=0.6, max_detections=100, score_threshold=1e-8),
+    first_anchors=_TF_FIRST,
+    anchors=_TF_OTHERS,
+)
+SSDLITE_MOBILENET_V3_LARGE = SSD_MOBILENET_V1._replace(
+    title="SSDLite MobileNet V3 large",
+    source="object_detection/samples/configs/ssdlite_mobilenet_v3_large_320x320_coco.config",
+    architecture="mobilenet_v3_large_reduced_tail",
+    image_size=320,
+    endpoints=("expansion", "head"),
+    is_lite=True,
+    kernel_size=3,
+    loss=Focal(alpha=0.75, gamma=2.0),
+    background="zero",
+    averages_code=True,
+    class_bias=-4.6,
+)
+
+# Of TensorFlow's object detection API, github.com/tensorflow/models/tree/master/research/object_detection, and of
+# torchvision. The hard example miner of the API also drops anchors that overlap by 99 %, which is left out here.
+DETECTORS: Mapping[str, Detector] = MappingProxyType(
+    {
+        "ssd_mobilenet_v1": SSD_MOBILENET_V1,
+        # Also of width 0.75, and quantized.
+        "ssd_mobilenet_v1_focal": SSD_MOBILENET_V1._replace(
+            title="SSD MobileNet V1 with focal loss",
+            source="object_detection/samples/configs/ssd_mobilenet_v1_300x300_coco14_sync.config",
+            loss=Focal(alpha=0.75, gamma=2.0),
+            background="zero",
+            averages_code=True,
+            class_bias=-4.6,
+        ),
+        "ssdlite_mobilenet_v2": SSDLITE_MOBILENET_V3_LARGE._replace(
+            title="SSDLite MobileNet V2",
+            source="object_detection/samples/configs/ssdlite_mobilenet_v2_coco.config",
+            architecture="mobilenet_v2",
+            image_size=300,
+            loss=HardNegatives(ratio=3, minimum=3),
+            background="one",
+            averages_code=False,
+            class_bias=0.0,
+        ),
+        "ssdlite_mobilenet_v3_large": SSDLITE_MOBILENET_V3_LARGE,
+        "ssdlite_mobilenet_v3_small": SSDLITE_MOBILENET_V3_LARGE._replace(
+            title="SSDLite MobileNet V3 small",
+            source="object_detection/samples/configs/ssdlite_mobilenet_v3_small_320x320_coco.config",
+            architecture="mobilenet_v3_small_reduced_tail",
+        ),
+        "ssdlite320_mobilenet_v3_large": SSDLITE_MOBILENET_V3_LARGE._replace(
+            title="torchvision's SSDLite MobileNet V3 large",
+            source="torchvision/models/detection/ssdlite.py",
+            loss=HardNegatives(ratio=3, minimum=0),
+            suppression=Suppression(
+                nms_iou_threshold=0.55,
+                max_detections=300,
+                max_detections_per_class=300,
+                max_candidates_per_class=300,
+                score_threshold=0.001,
+            ),
+            score="softmax",
+            background="one",
+            averages_code=False,
+            class_bias=0.0,
+            first_anchors=_TORCHVISION,
+            anchors=_TORCHVISION,
+            clips_anchors=True,
+            config=(("padding", "symmetric"),),
+        ),
     }
 )
 

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from .architectures_mobilenet import (
     ARCHITECTURES,
+    DETECTORS,
     SEGMENTATION_HEADS,
     Architecture,
     AtrousPyramid,
@@ -74,6 +75,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         for head in ("deeplab_v3", "lraspp")
     },
 }
+PRESETS |= {
+    name: {
+        "architecture": detector.architecture,
+        "image_size": detector.image_size,
+        "detector": name,
+        "num_labels": 90,  # of COCO, of which ten have no name
+        **dict(detector.config),
+    }
+    for name, detector in DETECTORS.items()
+}
 
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
 OUTPUT_STRIDES = (8, 16, 32)
@@ -132,6 +143,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "scale_stem": _FLAG,
     "shrink_head": _FLAG,
     "grow_head": _FLAG,
+    "detector": (f"{_one_of(*DETECTORS)[0]}, or None", lambda v: v is None or (isinstance(v, str) and v in DETECTORS)),
     "num_labels": (f"an integer from 0 to {MAX_LABELS}", lambda v: _is_integer(v) and 0 <= v <= MAX_LABELS),
     "out_features": ("a list of stages", lambda v: v is None or _is_list_of(v, lambda name: isinstance(name, str))),
     "out_indices": ("a list of integers", lambda v: v is None or _is_list_of(v, _is_integer)),
@@ -198,6 +210,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
             less, and in mobilenetv2_120d, it does not.
         shrink_head: Whether a width below 1 shrinks the last 1x1 convolution too; in no published checkpoint it does.
         grow_head: Whether a width above 1 widens the last 1x1 convolution; in timm's mobilenetv2_110d it does not.
+        detector: What makes the network a detector: a key of DETECTORS; None where it is none.
         segmentation_head: What makes a segmenter of the network, for MobileNetForSemanticSegmentation: a key of
             SEGMENTATION_HEADS.
         semantic_loss_ignore_index: Label of the pixels that do not count in a segmenter's loss.
@@ -258,6 +271,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         anti_aliasing: str = "none",
         scale_stem: bool = True,
         grow_head: bool = True,
+        detector: str | None = None,
         dilates_strided: bool = False,
         segmentation_head: str | None = None,
         semantic_loss_ignore_index: int = 255,
@@ -297,6 +311,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         self.pooling = pooling
         self.classifier_hidden_sizes = classifier_hidden_sizes
         self.classifier_hidden_act = classifier_hidden_act
+        self.detector = detector
         self.out_features = out_features
         if out_indices is not None:
             self.out_indices = out_indices
@@ -422,6 +437,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_mobilenet.MobileNetConfig",
     "AutoModel": "modeling_mobilenet.MobileNetModel",
     "AutoModelForImageClassification": "modeling_mobilenet.MobileNetForImageClassification",
+    "AutoModelForObjectDetection": "modeling_mobilenet.MobileNetForObjectDetection",
     "AutoModelForSemanticSegmentation": "modeling_mobilenet.MobileNetForSemanticSegmentation",
     "AutoBackbone": "modeling_mobilenet.MobileNetBackbone",
 }

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from .detection_mobilenet import suppress
 from .preprocessing_mobilenet import (
     FITS,
     LATER_OPTIONS,
     OPTIONS,
     RECIPES,
+    SUPPRESSION,
     UnreadableImageError,
     flatten,
     open_image,
@@ -58,6 +60,14 @@ class MobileNetImageProcessor(BaseImageProcessor):
         fast_decode: Whether to decode JPEG files of more than twice `size` at a half, a quarter or an eighth of their
             size, as far as twice `size` remains: several times as fast for photographs of many megapixels, at the
             price of values that differ a little. It holds for paths, URLs and bytes.
+        score_threshold: Of detections, which have a score above it, whatever `threshold` is asked for.
+        clip_boxes: Whether boxes of detections are clipped to the image before overlaps are computed.
+        max_candidates_per_class: How many boxes of each class compete; None for all.
+        max_classes_per_box: None where boxes suppress each other class by class. With a number, boxes of different
+            classes do, by their best scores, and each is detected for so many of its classes.
+        nms_iou_threshold: A box is suppressed whose intersection over union with a better one is more.
+        max_detections_per_class: How many detections of a class an image may have.
+        max_detections: How many detections an image may have.
 
     Raises:
         ValueError: An option is not what it allows; the message names option, allowed values and value.
@@ -171,6 +181,40 @@ class MobileNetImageProcessor(BaseImageProcessor):
             return BatchFeature({"pixel_values": batch})
         tensor = torch.from_numpy(batch)
         return BatchFeature({"pixel_values": tensor if device is None else tensor.to(device)})
+
+    def post_process_object_detection(
+        self, outputs: Any, threshold: float = 0.5, target_sizes: Any = None
+    ) -> list[dict[str, torch.Tensor]]:
+        """Make detections of what MobileNetForObjectDetection gives, without boxes that a better one covers.
+
+        Args:
+            outputs: `scores` of shape (B, anchors, num_labels) and `pred_boxes` of shape (B, anchors, 4).
+            threshold: Detections have scores above this.
+            target_sizes: Height and width of each image in pixels, of shape (B, 2); by default, boxes are relative to
+                the image.
+
+        Returns:
+            For each image `scores` of shape (n,), falling; `labels` of shape (n,), keys of config.id2label; `boxes`
+            of shape (n, 4), as (x0, y0, x1, y1).
+
+        Raises:
+            ValueError: target_sizes are not as many as there are images, or threshold is no number.
+        """
+        if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or threshold != threshold:
+            raise ValueError(f"threshold must be a number, got {threshold!r}.")
+        if target_sizes is not None and len(target_sizes) != len(outputs.scores):
+            raise ValueError(
+                f"target_sizes must hold a size for each of {len(outputs.scores)} images, got {len(target_sizes)}."
+            )
+        options = {name: getattr(self, name) for name in SUPPRESSION}
+        results = []
+        for index, (scores, boxes) in enumerate(zip(outputs.scores, outputs.pred_boxes, strict=True)):
+            found, labels, edges = suppress(scores, boxes, threshold, **options)
+            if target_sizes is not None:
+                height, width = (float(side) for side in target_sizes[index])
+                edges = edges * edges.new_tensor([width, height, width, height])
+            results.append({"scores": found, "labels": labels, "boxes": edges})
+        return results
 
     def _option(self, name: str, kwargs: dict[str, Any]) -> Any:
         value = kwargs.pop(name, None)

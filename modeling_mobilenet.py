@@ -1,9 +1,11 @@
-"""MobileNet for PyTorch: V1 to V4, as features, as a classifier, as a segmenter and as a backbone."""
+"""MobileNet for PyTorch: V1 to V4, as features, as a classifier, as a detector, as a segmenter and as a backbone."""
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -17,10 +19,18 @@ from transformers.modeling_outputs import (
     ImageClassifierOutputWithNoAttention,
     SemanticSegmenterOutput,
 )
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_mobilenet import MobileNetConfig
 from .cpu_mobilenet import channels_last
+from .detection_mobilenet import (
+    DETECTORS,
+    DetectionLayers,
+    PredictionConv,
+    check_labels,
+    detection_loss,
+    prediction_weights,
+)
 from .layers_mobilenet import LAYERS, Conv2d, ConvNormAct, Features, LayerScale, fuse, hidden_layers
 from .segmentation_mobilenet import Segments, segmentation_loss
 
@@ -66,9 +76,13 @@ class MobileNetPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Keep the scale of activations from layer to layer, with and without batch norm.
 
-        Source: He et al., Section 2.2 (arXiv:1502.01852), by the inputs of one filter: a depthwise filter has 9.
+        Source: He et al., Section 2.2 (arXiv:1502.01852), by the inputs of one filter: a depthwise filter has 9. Of
+            what predicts boxes: the detectors' own.
         """
-        if isinstance(module, Conv2d):
+        if isinstance(module, PredictionConv):
+            init.normal_(module.weight, std=0.03)
+            init.constant_(module.bias, module.initial_bias)
+        elif isinstance(module, Conv2d):
             init.kaiming_normal_(module.weight, nonlinearity="relu" if module.activated else "linear")
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -239,6 +253,89 @@ class MobileNetForImageClassification(MobileNetPreTrainedModel):
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=features.hidden_states)
 
 
+@dataclass
+class MobileNetObjectDetectionOutput(ModelOutput):
+    """What MobileNetForObjectDetection gives; its `forward` says what each field is."""
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    scores: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class MobileNetForObjectDetection(DetectionLayers, MobileNetPreTrainedModel):
+    """A MobileNet with the layers of a single-shot detector, SSD or SSDLite: config.detector says which.
+
+    What it gives is a box and scores for every anchor; MobileNetImageProcessor.post_process_object_detection makes
+    detections of them.
+    """
+
+    # Of a classifier's checkpoint, the features alone are of use.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^(backbone\.(head|pre_logits)|hidden|classifier)\."]
+
+    def __init__(self, config: MobileNetConfig) -> None:
+        super().__init__(config)
+        if config.detector is None:
+            raise ValueError(f"detector must be one of {', '.join(DETECTORS)}, got None.")
+        if config.num_labels < 1:
+            raise ValueError(f"num_labels must be at least 1 for a detector, got {config.num_labels}.")
+        if (weights := prediction_weights(config)) > MAX_WEIGHTS:
+            got = f"{weights} with {config.num_labels}"
+            raise ValueError(f"num_labels must give predictions of at most {MAX_WEIGHTS} weights, got {got}.")
+        self.num_labels = config.num_labels
+        self.backbone = MobileNetModel(
+            config, add_pooling_layer=False, add_head="head" in DETECTORS[config.detector].endpoints
+        )
+        self.add_detection_layers(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Sequence[dict[str, Tensor]] | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> MobileNetObjectDetectionOutput:
+        """Detect objects in a batch of images; arguments and errors are those of MobileNetModel, and one more.
+
+        Args:
+            labels: What is in each image: dicts of class_labels, integers of shape (n,), and boxes, of shape (n, 4),
+                as (cx, cy, w, h) relative to the image; n may be 0.
+
+        Returns:
+            loss: The sum of what loss_dict holds, if labels are given.
+            loss_dict: loss_classification and loss_localization, each over the number of matched anchors.
+            logits: Scores of every anchor before softmax or sigmoid, of shape (B, anchors, classes); the background
+                comes first where the detector has such a class.
+            pred_boxes: Boxes (cx, cy, w, h) relative to the image, float32 of shape (B, anchors, 4).
+            scores: Probabilities without the background, float32 of shape (B, anchors, num_labels).
+            hidden_states: Feature maps of the stem and of every block.
+
+        Raises:
+            ValueError: labels are not what they must be; the message says which, and why.
+        """
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states = [] if wanted else None
+        x = self.backbone._prepare(pixel_values, self.backbone.stem.conv.weight)
+        logits, codes, anchors = self.predict(self.backbone.endpoints(x, self.detector.endpoints, hidden_states))
+        boxes, scores = self.boxes_and_scores(logits, codes, anchors)
+        losses = None
+        if labels is not None:
+            labels = check_labels(labels, len(logits), self.config.num_labels, logits.device)
+            losses = detection_loss(self.detector, logits, codes, anchors, labels)
+        return MobileNetObjectDetectionOutput(
+            loss=None if losses is None else sum(losses.values()),
+            loss_dict=losses,
+            logits=logits,
+            pred_boxes=boxes,
+            scores=scores,
+            hidden_states=tuple(hidden_states) if wanted else None,
+        )
+
+
 class MobileNetForSemanticSegmentation(Segments, MobileNetPreTrainedModel):
     """A MobileNet that classifies pixels, with the head that `config.segmentation_head` names."""
 
@@ -292,7 +389,7 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
     has_attentions = False
     # The head's weights come with a classifier's checkpoint, and a backbone has no use for them.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
-        r"^((backbone\.)?(head|pre_logits)|hidden|classifier)\."
+        r"^((backbone\.)?(head|pre_logits)|hidden|classifier|extras|(box|class)_predictors)\."
     ]
 
     def __init__(self, config: MobileNetConfig) -> None:
@@ -333,12 +430,14 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
 
 MobileNetModel.register_for_auto_class("AutoModel")
 MobileNetForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+MobileNetForObjectDetection.register_for_auto_class("AutoModelForObjectDetection")
 MobileNetForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 MobileNetBackbone.register_for_auto_class("AutoBackbone")
 
 __all__ = [
     "MobileNetBackbone",
     "MobileNetForImageClassification",
+    "MobileNetForObjectDetection",
     "MobileNetForSemanticSegmentation",
     "MobileNetModel",
     "MobileNetPreTrainedModel",

@@ -76,6 +76,9 @@ RECIPES = {
     "teachable_machine": Recipe(Resampling.LANCZOS, 1.0, _HALF, _HALF),
     # tensorflow/lite-support: ImageClassifier of the TFLite Task Library
     "task_library": Recipe(Resampling.BILINEAR, 1.0, _HALF, _HALF, "stretch"),
+    # research/object_detection of tensorflow/models: fixed_shape_resizer, and preprocess of its MobileNets; likewise
+    # torchvision/models/detection/ssdlite.py
+    "ssd": Recipe(Resampling.BILINEAR, 1.0, _HALF, _HALF, "stretch"),
     # timm/models/mobilenetv3.py: most mobilenetv4_*; some, evaluated at a larger size than they were trained at;
     # mobilenetv4_conv_small.e3600_r256_in1k; mobilenetv3_large_100.miil_in21k
     "timm_95": Recipe(Resampling.BICUBIC, 0.95, _IMAGENET_MEAN, _IMAGENET_STD),
@@ -541,10 +544,13 @@ def _is_finite(value: Any) -> bool:
     )
 
 
-def _read_detail_size(name: str, value: Any) -> int | None:
-    if value is not None:
-        _positive(name, value)
-    return None if value is None else int(value)
+def _read_count(name: str, value: Any) -> int:
+    _positive(name, value)
+    return int(value)
+
+
+def _read_optional_count(name: str, value: Any) -> int | None:
+    return None if value is None else _read_count(name, value)
 
 
 def _read_pad_size(name: str, value: Any) -> dict[str, int] | None:
@@ -574,6 +580,12 @@ def _read_resample(name: str, value: Any) -> int:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}.") from None
 
 
+def _read_share(name: str, value: Any) -> float:
+    if not _is_finite(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}.")
+    return float(value)
+
+
 def _read_factor(name: str, value: Any) -> float:
     if not _is_finite(value) or value <= 0:
         raise ValueError(f"{name} must be a number above 0, got {value!r}.")
@@ -585,7 +597,7 @@ OPTIONS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "fast_decode": (False, _read_flag),
     "do_convert_rgb": (True, _read_flag),
     "do_grayscale": (False, _read_flag),
-    "detail_size": (None, _read_detail_size),
+    "detail_size": (None, _read_optional_count),
     "do_resize": (True, _read_flag),
     "size": (256, lambda name, value: _read_size(name, value, square=False)),
     "resample": (Resampling.BILINEAR, _read_resample),
@@ -596,11 +608,30 @@ OPTIONS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "do_normalize": (True, _read_flag),
     "image_mean": (_HALF, _read_channel_values),
     "image_std": (_HALF, _read_channel_values),
+    # Of detections, after the network.
+    "score_threshold": (0.0, _read_share),
+    "clip_boxes": (True, _read_flag),
+    "max_candidates_per_class": (None, _read_optional_count),
+    "max_classes_per_box": (None, _read_optional_count),
+    "nms_iou_threshold": (0.6, _read_share),
+    "max_detections_per_class": (100, _read_count),
+    "max_detections": (100, _read_count),
     "pad_size": (None, _read_pad_size),
     "align_corners": (False, _read_flag),
 }
+
+# What suppress of detection_mobilenet.py takes.
+SUPPRESSION = (
+    "score_threshold",
+    "clip_boxes",
+    "max_candidates_per_class",
+    "max_classes_per_box",
+    "nms_iou_threshold",
+    "max_detections_per_class",
+    "max_detections",
+)
 # Saved where they say something: classifiers have no use for them.
-LATER_OPTIONS = ("pad_size", "align_corners")
+LATER_OPTIONS = ("pad_size", "align_corners", *SUPPRESSION)
 
 
 def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -827,6 +858,7 @@ __all__ = [
     "OPTIONS",
     "RANGES",
     "RECIPES",
+    "SUPPRESSION",
     "WHOLE_FITS",
     "Axis",
     "Recipe",

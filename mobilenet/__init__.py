@@ -18,6 +18,7 @@ __all__ = [
     "MobileNetBackbone",
     "MobileNetConfig",
     "MobileNetForImageClassification",
+    "MobileNetForObjectDetection",
     "MobileNetForSemanticSegmentation",
     "MobileNetImageProcessor",
     "MobileNetModel",

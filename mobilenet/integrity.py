@@ -25,6 +25,7 @@ CODE = (
     "architectures_mobilenet.py",
     "configuration_mobilenet.py",
     "cpu_mobilenet.py",
+    "detection_mobilenet.py",
     "image_processing_mobilenet.py",
     "layers_mobilenet.py",
     "modeling_mobilenet.py",

@@ -7,6 +7,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
 )
 from transformers.models.auto import modeling_auto
@@ -21,6 +22,7 @@ from .image_processing_mobilenet import RECIPES, MobileNetImageProcessor
 from .modeling_mobilenet import (
     MobileNetBackbone,
     MobileNetForImageClassification,
+    MobileNetForObjectDetection,
     MobileNetForSemanticSegmentation,
     MobileNetModel,
     MobileNetPreTrainedModel,
@@ -53,6 +55,11 @@ for auto_class, model_class, names in (
         modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     ),
     (
+        AutoModelForObjectDetection,
+        MobileNetForObjectDetection,
+        modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+    ),
+    (
         AutoModelForSemanticSegmentation,
         MobileNetForSemanticSegmentation,
         modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
@@ -73,6 +80,7 @@ __all__ = [
     "MobileNetBackbone",
     "MobileNetConfig",
     "MobileNetForImageClassification",
+    "MobileNetForObjectDetection",
     "MobileNetForSemanticSegmentation",
     "MobileNetImageProcessor",
     "MobileNetModel",

@@ -23,6 +23,7 @@ PACKAGE = (
     "configuration_mobilenet",
     "cpu_mobilenet",
     "convert_checkpoint",
+    "detection_mobilenet",
     "image_processing_mobilenet",
     "layers_mobilenet",
     "modeling_mobilenet",

@@ -27,6 +27,7 @@ CODE = (
     "configuration_mobilenet",
     "convert_checkpoint",
     "cpu_mobilenet",
+    "detection_mobilenet",
     "image_processing_mobilenet",
     "layers_mobilenet",
     "modeling_mobilenet",

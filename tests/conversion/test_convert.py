@@ -76,6 +76,7 @@ def test_repository_is_complete(converted: Path) -> None:
         "config.json",
         "configuration_mobilenet.py",
         "cpu_mobilenet.py",
+        "detection_mobilenet.py",
         "image_processing_mobilenet.py",
         "layers_mobilenet.py",
         "model.safetensors",
