@@ -50,7 +50,7 @@ PARTS = 8
 
 
 class Crops(NamedTuple):
-    """A window on each image of a batch, all of shape (B,): sizes and centers in -1 to 1, and whether it is mirrored."""
+    """A window on each image of a batch, all of shape (B,): its size and center, and whether it is mirrored."""
 
     width: Tensor  # 1 for the whole image
     height: Tensor

@@ -31,7 +31,6 @@ class Classification(TrainingTask):
 
     labels = CLASSES
     trainer = ClassifierTrainer
-    plot = "confusion_matrix.png"
 
     def build(
         self, options: Options, names: list[str]

@@ -167,7 +167,6 @@ class Detection(TrainingTask):
     labels = BOXES
     trainer = DetectorTrainer
     packages = ("pycocotools",)
-    plot = "precision_recall.png"
 
     def build(self, options: Options, names: list[str]) -> tuple[MobileNetForObjectDetection, MobileNetImageProcessor]:
         """From scratch, from a classifier's backbone, or from a detector."""
@@ -207,7 +206,11 @@ class Detection(TrainingTask):
         """Average precision of what the processor makes of the network's outputs."""
         images, device = split.images(), device_of()
         names = [*network.config.id2label.values()]
-        network, normalize, scores = network.to(device).eval(), Normalize(processor).to(device), AveragePrecision(names)
+        network, normalize, scores = (
+            network.to(device).eval(),
+            Normalize(processor).to(device),
+            AveragePrecision(names),
+        )
         with progress_bar("measuring") as bar:
             for start in bar.track(range(0, len(images), batch_size)):
                 batch = images.batch(range(start, min(start + batch_size, len(images))))

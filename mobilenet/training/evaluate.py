@@ -10,7 +10,7 @@ from typing import NamedTuple
 from mobilenet.cards import metric_on_card
 from mobilenet.loading import Files, loading, read_config
 from mobilenet.pretrained import load_network
-from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task, task_of
+from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, task_of
 
 from .data import Reader, Storage, decode, folders_of, listed, load_splits
 from .options import BATCH_SIZES
@@ -29,7 +29,7 @@ class Evaluation(NamedTuple):
     metrics: dict[str, float]
     by_class: dict[str, float | None]
     on_card: float | None  # the first of the metrics, as the checkpoint's model card gives it for this split
-    task: Task = CLASSIFICATION  # of the checkpoint
+    task: str = "classification"  # of the checkpoint, as the option `task` calls it
 
 
 def evaluate_checkpoint(
@@ -91,5 +91,5 @@ def evaluate_checkpoint(
         measured.metrics,
         {name: measured.by_class[known[name]] for name in names},
         metric_on_card(model, dataset, split, subset, task.trainer.metric),
-        kind,
+        NAMES[kind],
     )

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
-from mobilenet.cards import HELD_OUT, write_card
+from mobilenet.cards import HELD_OUT, WORDS, write_card
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.repository import Claim, claimed, write_json
 
@@ -322,7 +322,7 @@ def _finish(
             split = Split(rows, lambda images=images: images, reader, options.skip_unreadable)
             scores = data.task.measure(written, processor, split, options.images_per_batch)
             measured[data.splits.get(role, HELD_OUT)] = scores.measured
-            scores.plot(repository / data.task.plot)  # of the last one
+            scores.plot(repository / WORDS[options.task].plot)  # of the last one
     write_card(repository, options, written, measured, command)
     claim.put(repository)
     if not options.keep_checkpoints:

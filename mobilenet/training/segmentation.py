@@ -121,7 +121,6 @@ class Segmentation(TrainingTask):
     """A mask of classes an image."""
 
     trainer = SegmenterTrainer
-    plot = "confusion_matrix.png"
 
     def __init__(self) -> None:
         self.labels = Masks()

@@ -51,7 +51,6 @@ class TrainingTask(ABC):
     labels: Labels  # how they are read, checked, decoded and split
     trainer: type[ImageTrainer]  # has the loss and the metric that is shown
     packages: tuple[str, ...] = ()  # that it needs beside those of every task
-    plot: str  # the file that Scores.plot writes
 
     @abstractmethod
     def build(self, options: Options, names: list[str]) -> tuple[PreTrainedModel, MobileNetImageProcessor]:

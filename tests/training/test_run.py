@@ -29,9 +29,10 @@ from mobilenet.cli.evaluate import evaluate
 from mobilenet.cli.train import train
 from mobilenet.repository import claimed
 from mobilenet.training import run as training
+from mobilenet.training.classification import start_classifier
 from mobilenet.training.evaluate import evaluate_checkpoint
 from mobilenet.training.options import Options
-from mobilenet.training.run import run, start_classifier
+from mobilenet.training.run import run
 from mobilenet.training.trainer import (
     ClassifierTrainer,
     checkpoints,
