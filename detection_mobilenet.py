@@ -351,7 +351,7 @@ def hard_negatives(loss: Tensor, positive: Tensor, rule: HardNegatives) -> Tenso
     Source: SSD, Section 2.2 (arXiv:1512.02325)
     """
     wanted = (rule.ratio * positive.sum(1, keepdim=True)).clamp(min=rule.minimum)
-    order = loss.masked_fill(positive, -math.inf).argsort(1, descending=True, stable=True)
+    order = loss.masked_fill(positive, -math.inf).argsort(dim=1, descending=True, stable=True)
     return (order.argsort(1) < wanted) & ~positive
 
 
@@ -464,7 +464,7 @@ def suppress(
     _, _, rows = _select(
         best, edges, threshold, nms_iou_threshold, max_detections, max_detections, max_candidates_per_class
     )
-    found, labels = scores[rows].sort(1, descending=True, stable=True)
+    found, labels = scores[rows].sort(dim=1, descending=True, stable=True)
     found, labels = found[:, :max_classes_per_box], labels[:, :max_classes_per_box]
     kept = found > threshold
     return found[kept], labels[kept], edges[rows][:, None].expand(-1, found.shape[1], -1)[kept]
@@ -485,7 +485,7 @@ def _select(
     edges = edges[rows]
     alive[~(alive > threshold)] = -math.inf
     if candidates is not None and candidates < len(rows):
-        rank = alive.argsort(1, descending=True, stable=True).argsort(1)
+        rank = alive.argsort(dim=1, descending=True, stable=True).argsort(1)
         alive[rank >= candidates] = -math.inf
     picked: list[tuple[Tensor, Tensor, Tensor]] = []
     best = scores.new_empty(0)
@@ -507,7 +507,7 @@ def _select(
         return scores.new_empty(0), classes.new_empty(0), rows.new_empty(0)
     values, labels, index = (torch.cat(parts) for parts in zip(*picked, strict=True))
     order = (labels * len(rows) + index).argsort()
-    order = order[values[order].argsort(descending=True, stable=True)][:total]
+    order = order[values[order].argsort(dim=0, descending=True, stable=True)][:total]
     return values[order], labels[order], rows[index[order]]
 
 

@@ -662,7 +662,7 @@ def preprocess(image: Any, options: Mapping[str, Any], input_data_format: str | 
     as_rgb = options["do_convert_rgb"] or options["do_grayscale"]
     if _is_encoded(image):
         try:
-            planes = _to_planes(open_image(image, _enough(options)), input_data_format, as_rgb)
+            planes = _to_planes(open_image(image, enough(options)), input_data_format, as_rgb)
         except UnreadableImageError:
             raise
         except ValueError as error:  # of values that have no colors
@@ -722,7 +722,7 @@ def place(width: int, height: int, options: Mapping[str, Any]) -> tuple[Axis, Ax
     return tuple(axes)
 
 
-def _enough(options: dict[str, Any]) -> tuple[int, int]:
+def enough(options: Mapping[str, Any]) -> tuple[int, int]:
     """Width and height from which an image can be reduced nearly as well as from its own: twice what is asked for."""
     if not (options["fast_decode"] and options["do_resize"]):
         return 0, 0

@@ -150,7 +150,9 @@ def segmentation_loss(logits: Tensor, labels: Tensor, config: MobileNetConfig) -
 MAX_LOGITS = 1 << 24
 
 
-def label_map(logits: Tensor, size: Sequence[int], options: Mapping[str, Any]) -> Tensor:
+def label_map(
+    logits: Tensor, size: Sequence[int], options: Mapping[str, Any], dtype: torch.dtype = torch.int64
+) -> Tensor:
     """The class of each pixel of an image: of the largest logit, resized to where the network saw that pixel.
 
     What a crop left out gets the class of the nearest pixel that it did not. Memory holds a band of rows at a time.
@@ -159,9 +161,10 @@ def label_map(logits: Tensor, size: Sequence[int], options: Mapping[str, Any]) -
         logits: Of one image, of shape (num_labels, h, w).
         size: Height and width of the image.
         options: How it was preprocessed, as read_options gives them.
+        dtype: Of the classes: where they are few, one byte a pixel is enough.
 
     Returns:
-        int64 of shape size.
+        Classes, of shape size.
     """
     height, width = size
     axes = place(width, height, options)
@@ -170,7 +173,7 @@ def label_map(logits: Tensor, size: Sequence[int], options: Mapping[str, Any]) -
         for axis, n in zip(axes, logits.shape[-2:], strict=True)
     )
     logits = logits.float()
-    result = torch.empty(height, width, dtype=torch.int64, device=logits.device)
+    result = torch.empty(height, width, dtype=dtype, device=logits.device)
     step = max(1, MAX_LOGITS // (len(logits) * max(width, logits.shape[-1])))
     for start in range(0, height, step):
         band = slice(start, start + step)

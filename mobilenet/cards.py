@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from .architectures_mobilenet import ARCHITECTURES
 from .preprocessing_mobilenet import regular
 from .repository import sha256
+from .tasks import CLASSIFICATION, Task
 from .text import clean, markdown, percent
 
 
@@ -243,7 +244,13 @@ def _evaluate_command(model: str, options: Any, split: str) -> str:
 
 
 def export_card(
-    source: str, target: str, config: Any, size: tuple[int, int], columns: Sequence[str], comparisons: Sequence[Any]
+    source: str,
+    target: str,
+    config: Any,
+    size: tuple[int, int],
+    columns: Sequence[str],
+    comparisons: Sequence[Any],
+    task: Task = CLASSIFICATION,
 ) -> ModelCard:
     """The card of an exported network.
 
@@ -254,11 +261,12 @@ def export_card(
         size: Height and width of the images.
         columns: Of the table of comparisons.
         comparisons: Its rows, which have cells.
+        task: What it is for.
     """
     is_js = target == "transformers.js"
     data = ModelCardData(
         library_name="transformers.js" if is_js else "transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=task.name,
         tags=["vision", "mobilenet", *([] if is_js else [target])],
         base_model=None if os.path.isdir(source) else source,
     )
@@ -269,10 +277,9 @@ def export_card(
         f"# {ARCHITECTURES[config.architecture].title} for {target}\n\n"
         f"Width {config.width_multiplier:g}, {config.num_labels} classes, batch norm folded, exported at "
         f"{height}x{width} pixels from {markdown(Path(source).name if os.path.isdir(source) else source)}.\n\n"
-        + (_USE_JS if is_js else _USE)
-        + "\n\n## Beside torch\n\nThe largest difference of logits, and the median time of one image.\n\n"
-        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        + "\n"
+        + (_USE_JS if is_js else _USE.replace("TASK", task.name).replace("COMMAND", task.command))
+        + f"\n\n## Beside torch\n\nThe largest difference of {' and '.join(task.outputs)}, and the median time of one "
+        "image.\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
     )
 
 
@@ -283,10 +290,10 @@ from transformers.exporters import ExportedModel
 
 folder = "path/to/this/repository"
 model = ExportedModel.from_pretrained(folder)
-classify = pipeline(
-    "image-classification", model=model, image_processor=mobilenet.MobileNetImageProcessor.from_pretrained(folder)
+COMMAND = pipeline(
+    "TASK", model=model, image_processor=mobilenet.MobileNetImageProcessor.from_pretrained(folder)
 )
-classify("photo.jpg")
+COMMAND("photo.jpg")
 ```"""
 
 _USE_JS = """```js

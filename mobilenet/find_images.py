@@ -26,6 +26,7 @@ class FoundImage(NamedTuple):
     name: str
     error: str | None = None
     data: bytes | None = None  # of its file, where it came from stdin
+    targets: tuple[str, ...] = ()  # files that it is drawn to
 
 
 def find(names: Iterable[str]) -> Iterator[FoundImage]:

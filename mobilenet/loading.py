@@ -184,8 +184,6 @@ def load(
         check_task(config, task)
         options = _preprocessing(files)
         options["fast_decode"] = fast_decode or options["fast_decode"]
-        if task is not CLASSIFICATION:
-            _check_sees_whole_images(options)
         labels = _labels(config)
         answer = _ANSWERS[task.name](config, labels)
         engine, manifest = _choose_engine(files, engine)
@@ -242,12 +240,6 @@ def _labels(config: Mapping[str, Any]) -> dict[int, str]:
     """Labels by index; none where the configuration has none."""
     labels = config.get("id2label") or {}
     return {int(index): str(label) for index, label in labels.items()}
-
-
-def _check_sees_whole_images(options: Mapping[str, Any]) -> None:
-    """Raise ValueError where an image processor crops: what is outside would have no box and no class."""
-    if options["do_center_crop"] and not (options["do_resize"] and options["size"] == options["crop_size"]):
-        raise ValueError("do_center_crop must be false, for whole images to be seen, got true.")
 
 
 def _check_answer(labels: Mapping[int, str], count: int, *outputs: np.ndarray) -> None:

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from .configuration_mobilenet import MobileNetConfig
 from .layers_mobilenet import Features, fuse, hidden_layers
-from .tasks import CLASSIFICATION, Task
+from .segmentation_mobilenet import Segments
+from .tasks import CLASSIFICATION, SEGMENTATION, Task
 
 
 class BareFeatures(Features, nn.Module):
     """The layers of MobileNetModel."""
 
-    def __init__(self, config: MobileNetConfig) -> None:
+    def __init__(self, config: MobileNetConfig, with_head: bool = True, with_pre_logits: bool = True) -> None:
         super().__init__()
-        self.add_layers(config)
+        self.add_layers(config, with_head, with_pre_logits)
 
 
 class BareClassifier(nn.Module):
@@ -42,8 +43,24 @@ class BareClassifier(nn.Module):
         return (self.classifier(self.hidden(self.backbone.pool(self.backbone.features(pixel_values)))),)
 
 
-# What runs a task's networks; others need all of transformers.
-BARE: dict[str, type[nn.Module]] = {CLASSIFICATION.name: BareClassifier}
+class BareSegmenter(Segments, nn.Module):
+    """The layers of MobileNetForSemanticSegmentation, for inference.
+
+    Shape: (B, num_channels, H, W) -> (B, num_labels, h, w)
+    """
+
+    def __init__(self, config: MobileNetConfig) -> None:
+        super().__init__()
+        self.backbone = BareFeatures(config, config.segmentation.takes_head, with_pre_logits=False)
+        self.add_segmentation_head(config)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
+        maps = []
+        self.backbone.features(pixel_values, maps)
+        return (self.segment(maps),)
+
+
+BARE: dict[str, type[nn.Module]] = {CLASSIFICATION.name: BareClassifier, SEGMENTATION.name: BareSegmenter}
 
 
 def check_weights(wrong: list[str]) -> None:

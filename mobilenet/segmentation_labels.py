@@ -13,14 +13,14 @@ IGNORED = 255  # the label of pixels that do not count: borders of objects, whic
 
 
 def color(label: int) -> tuple[int, int, int]:
-    """The color of a label from 0 to 255, as the masks of PASCAL VOC have it: RGB in 0 to 255.
+    """The color of a label, as the masks of PASCAL VOC have it: RGB in 0 to 255.
 
     Of every three bits of a label, from the lowest on, the first belongs to red, the second to green, the third to
     blue; what comes first counts most.
 
     Source: VOClabelcolormap of the development kit of VOC2012.
     """
-    return tuple(sum(((label >> 3 * place + channel) & 1) << 7 - place for place in range(3)) for channel in range(3))
+    return tuple(sum(((label >> 3 * place + channel) & 1) << 7 - place for place in range(8)) for channel in range(3))
 
 
 def palette() -> list[int]:

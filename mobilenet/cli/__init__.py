@@ -21,6 +21,8 @@ from mobilenet.text import clean
 # The subcommands: each is a function of its own name in a module of its own name, with a line of help for the list.
 COMMANDS = {
     "classify": "Name what images show.",
+    "detect": "Find objects in images: what they are, and where.",
+    "segment": "Tell the class of every pixel of images.",
     "convert": "Convert a MobileNet of any public source into a repository for transformers.",
     "train": "Train a MobileNet on labeled images and write a complete repository.",
     "evaluate": "Measure a checkpoint on labeled images.",

@@ -31,6 +31,9 @@ def export(
     min_agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Share of images on which int8 and bfloat16 must predict as torch.")
     ] = MIN_AGREEMENT,
+    nms: Annotated[
+        bool, typer.Option("--nms", help="Suppress overlapping boxes of a detector inside the ONNX graph.")
+    ] = False,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
     ] = None,
@@ -46,10 +49,12 @@ def export(
         int8=int8,
         images=images,
         min_agreement=min_agreement,
+        nms=nms,
         revision=revision,
         overwrite=overwrite,
     )
     console = Console()
     rows = (comparison.cells for comparison in comparisons)
-    console.print(table(module.Comparison.COLUMNS, rows), "difference: largest of logits; ms: one image, the median\n")
+    legend = "difference: largest of outputs; ms: one image, the median\n"
+    console.print(table(comparisons[0].columns, rows), legend)
     console.print(clean(f"{output} is written."), highlight=False, markup=False, soft_wrap=True)

@@ -30,8 +30,10 @@ from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.integrity import is_as_announced
 from mobilenet.pickles import TooLargeError, check_pickle
 from mobilenet.preprocessing_mobilenet import FITS, RANGES, RECIPES
+from mobilenet.tasks import Task
 
 from .rename import ConversionError, Table
+from .tasks import task_of
 
 
 class Origin(NamedTuple):
@@ -59,6 +61,22 @@ class Oracle(NamedTuple):
     logits: Callable[[Tensor], Tensor]  # of pixel values of shape (B, C, H, W)
     predictions: Callable[[Tensor], Tensor] | None = None  # what the source makes of them by itself; None: logits
     is_half: bool = False  # whether it computes in 16 bits
+
+
+class DetectionResults(NamedTuple):
+    """What a detector makes of a batch of images."""
+
+    scores: Tensor  # of every anchor, without background, of shape (B, anchors, num_labels)
+    boxes: Tensor  # of every anchor, as (cx, cy, w, h) relative to the image, of shape (B, anchors, 4)
+    detections: list[dict[str, Tensor]] | None  # of each image, as post_process_object_detection gives them
+
+
+class DetectionOracle(NamedTuple):
+    """The runtime of a source that detects."""
+
+    name: str
+    version: str
+    results: Callable[[Tensor], DetectionResults]  # of pixel values of shape (B, C, H, W)
 
 
 class NoOracleError(Exception):
@@ -133,7 +151,9 @@ class Checkpoint:
     config: dict[str, Any]  # fields of MobileNetConfig
     processor: MobileNetImageProcessor
     files: list[Path]  # what was read
-    oracle: Callable[[], Oracle]  # raises ImportError where it is not installed, NoOracleError where there is none
+    oracle: Callable[
+        [], Oracle | DetectionOracle
+    ]  # raises ImportError where it is not installed, NoOracleError where there is none
     labels: list[str] | None = None
     license: str | None = "apache-2.0"  # None where it is not known
     notes: list[str] = field(default_factory=list)  # for the model card
@@ -141,6 +161,11 @@ class Checkpoint:
     prediction: str | None = None  # a key of graph.PREDICTIONS: what the source makes of its logits
     feed: MobileNetImageProcessor | None = None  # what the source itself takes, where it scales pixels in part
     quantization: dict[str, Any] | None = None  # scales of a quantized source
+
+    @property
+    def task(self) -> Task:
+        """What the network is for."""
+        return task_of(self.config)
 
 
 def first_line(error: BaseException) -> str:

@@ -19,16 +19,18 @@ from mobilenet.cards import conversion_card
 from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.draw import draw_images
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
-from mobilenet.modeling_mobilenet import MobileNetForImageClassification
+from mobilenet.modeling_mobilenet import MobileNetForImageClassification, MobileNetPreTrainedModel
 from mobilenet.progress import warn
 from mobilenet.repository import staged
 from mobilenet.tables import table
+from mobilenet.tasks import CLASSIFICATION
 
 from . import Checkpoint, ConversionError, Options, read_source
 from .accuracy import Measured, advise, find_labeled, measure_recipes
-from .labels import known, read_labels
+from .labels import USUAL, known, read_labels
 from .parity import BATCH, Comparison, check_parity, find_images
 from .rename import rename
+from .tasks import network_class
 from .unfuse import unfuse_batch_norm
 
 
@@ -124,7 +126,7 @@ def convert(
             classes = slice(1 if drop_background else 0, None)
             comparisons, caveats = check_parity(folder, model, checkpoint, images, classes)
             checkpoint.warnings += caveats
-        if compare_on and checkpoint.labels and model.config.num_labels > 1:
+        if compare_on and checkpoint.labels and model.config.num_labels > 1 and checkpoint.task is CLASSIFICATION:
             names = [model.config.id2label[index] for index in range(model.config.num_labels)]
             labeled = find_labeled(Path(compare_on).expanduser(), names)
             if labeled:
@@ -145,7 +147,7 @@ def say_accuracy(measured: Sequence[Measured], count: int) -> None:
     Console(stderr=True).print(table(Measured.COLUMNS, rows, title=f"top-1 on {count} labeled images"))
 
 
-def write(folder: Path, model: MobileNetForImageClassification, checkpoint: Checkpoint) -> None:
+def write(folder: Path, model: MobileNetPreTrainedModel, checkpoint: Checkpoint) -> None:
     """Write everything but the card: code, configuration, weights, preprocessing, scales of a quantized source."""
     model.save_pretrained(folder)
     # safetensors lets nobody else read what it writes.
@@ -174,9 +176,9 @@ def choose_labels(checkpoint: Checkpoint, labels: str | None, drop_background: b
     elif labels:
         checkpoint.labels = read_labels(labels, count, drop_background)
     elif not checkpoint.labels:
-        checkpoint.labels = known(count)
+        checkpoint.labels = known(count, checkpoint.task)
         guess = (
-            f"the labels are those of ImageNet, since there are {count}"
+            f"the labels are those of {USUAL[checkpoint.task]}, since there are {count}"
             if checkpoint.labels
             else "labels are numbers (--labels names them)"
         )
@@ -190,7 +192,7 @@ def keep_gray(processor: MobileNetImageProcessor) -> None:
     processor.image_std = [sum(processor.image_std) / len(processor.image_std)]
 
 
-def build(checkpoint: Checkpoint, origin: str) -> MobileNetForImageClassification:
+def build(checkpoint: Checkpoint, origin: str) -> MobileNetPreTrainedModel:
     """Build the network that a checkpoint describes, with its weights and labels.
 
     Raises:
@@ -201,7 +203,7 @@ def build(checkpoint: Checkpoint, origin: str) -> MobileNetForImageClassificatio
         if checkpoint.labels:
             name_classes(config, checkpoint.labels)
         with torch.device("meta"):  # every weight comes from the checkpoint
-            model = MobileNetForImageClassification(config).eval()
+            model = network_class(checkpoint.config)(config).eval()
     except ValueError as error:
         raise ConversionError(f"{origin}: {error}") from error
     tensors = rename(checkpoint.tensors, checkpoint.table, model, origin)

@@ -16,13 +16,26 @@ from torch import Tensor
 
 from mobilenet.require import require
 
-from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, field_errors, first_line
+from .checkpoint import (
+    Checkpoint,
+    DetectionOracle,
+    DetectionResults,
+    NoOracleError,
+    Options,
+    Oracle,
+    Origin,
+    field_errors,
+    first_line,
+)
+from .detectors import DetectorMatch, Outputs, match_detector
 from .graph import (
     BYTES,
+    NOTE,
     SAME,
     Act,
     Conv,
     Graph,
+    Join,
     Match,
     Op,
     Other,
@@ -36,6 +49,7 @@ from .graph import (
     of_two,
     to_checkpoint,
 )
+from .labels import beside
 from .rename import ConversionError
 
 
@@ -51,6 +65,15 @@ _FUSED = {0: None, 1: "relu", 2: "relu_n1_to_1", 3: "relu6", 4: "tanh", 5: "sign
 _CONSTANTS = ("float32", "float16", "int32", "int64", *BYTES)
 _SAME = 0  # schema.Padding
 _MAX_LABELS = 1 << 20  # bytes
+# The operator that ends a detector: it makes boxes of what is predicted for each anchor, and suppresses some.
+POST_PROCESS = b"TFLite_Detection_PostProcess"
+
+
+def _post_process(model: Any) -> Any | None:
+    """The operator of a model that ends a detector."""
+    operators = model.subgraphs[0].operators
+    last = operators[-1] if operators else None
+    return last if last is not None and model.operatorCodes[last.opcodeIndex].customCode == POST_PROCESS else None
 
 
 class File(Reader):
@@ -80,14 +103,17 @@ class File(Reader):
         if len(model.subgraphs) != 1:
             raise ConversionError(f"{path}: must hold one graph, got {len(model.subgraphs)}.")
         graph = model.subgraphs[0]
-        if len(graph.inputs) != 1 or len(graph.outputs) != 1:
+        self.post_process = _post_process(model)
+        if len(graph.inputs) != 1 or (len(graph.outputs) != 1 and self.post_process is None):
             counts = f"{len(graph.inputs)} and {len(graph.outputs)}"
             raise ConversionError(
-                f"{path}: is no classifier, which has one input and one output: it has {counts}, as a detector has."
+                f"{path}: must have one input and one output, or end in {POST_PROCESS.decode()}, got {counts}."
             )
         self.model, self.values, self.buffers = model, graph.tensors, model.buffers
         self.types = {n: name.lower() for name, n in vars(schema.TensorType).items() if isinstance(n, int)}
         self.input, self.output = int(graph.inputs[0]), int(graph.outputs[0])
+        if self.post_process is not None:
+            self.output = int(self.post_process.inputs[0])
         for number in (self.input, self.output):
             if self.type(number) not in ("float32", *BYTES):
                 raise ConversionError(
@@ -96,6 +122,8 @@ class File(Reader):
         self.layouts: dict[int, str] = {}
         operators = {n: name for name, n in vars(schema.BuiltinOperator).items() if isinstance(n, int)}
         for index, operator in enumerate(graph.operators):
+            if operator is self.post_process:
+                continue
             code = model.operatorCodes[operator.opcodeIndex]
             kind = operators[max(code.builtinCode, code.deprecatedBuiltinCode)]
             self.add(f"{kind} {index}", kind, operator.builtinOptions, [int(n) for n in operator.inputs], operator)
@@ -159,6 +187,8 @@ class File(Reader):
             self.ops.append(Act(**common, function=_ACTIVATIONS[kind]))
         elif kind == "SOFTMAX":
             self.ops.append(Act(**common, function="softmax" if options.beta == 1 else f"softmax of {options.beta}"))
+        elif kind == "CONCATENATION":
+            self.ops.append(Join(**(common | {"inputs": data}), what=f"the operator {kind}"))
         elif kind == "GELU":
             self.ops.append(Act(**common, function="approximate gelu" if options.approximate else "gelu"))
         else:
@@ -361,6 +391,8 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     """
     with field_errors(origin.path):
         file = File(origin.path.read_bytes(), origin.path)
+        if file.post_process is not None:
+            return read_detector(file, options)
         found = match(file.graph, str(origin.path), file.graph.size)
         recorded = file.normalization()
     kind = f"a {'quantized' if found.quantization else 'float'} TFLite file"
@@ -374,6 +406,103 @@ def twin(data: bytes, path: Path, name: str, image_size: int) -> Oracle:
         file = File(data, path)
         found = match(file.graph, str(path), file.graph.size)
     return interpreter(file, found, image_size, name)
+
+
+def read_detector(file: File, options: Options) -> Checkpoint:
+    """Read a file that ends in the operator of detectors: its options and anchors are read too.
+
+    Source: tensorflow/lite/kernels/detection_postprocess.cc
+
+    Raises:
+        ConversionError: It holds another network, or anchors of another kind.
+    """
+    from flatbuffers import flexbuffers
+
+    operator, path = file.post_process, file.path
+    said = flexbuffers.Loads(bytes(operator.customOptions))
+    codes, scores, anchors = (int(number) for number in operator.inputs)
+    found = match_detector(
+        file.graph,
+        str(path),
+        Outputs(
+            codes=file.source(codes),
+            scores=file.source(scores),
+            anchors=file.real(anchors)[:, [1, 0, 3, 2]],
+            step=max(scale.scale) if (scale := file.scale(anchors)) else 0.0,
+            classes=int(said["num_classes"]),
+            box_scales=tuple(float(said[f"{axis}_scale"]) for axis in "xywh"),
+        ),
+    )
+    suppression = {
+        "score_threshold": max(0.0, float(said["nms_score_threshold"])),
+        "nms_iou_threshold": float(said["nms_iou_threshold"]),
+        "max_detections": int(said["max_detections"]),
+        "max_detections_per_class": int(said.get("detections_per_class", 100)),
+        "clip_boxes": False,
+    }
+    if not said.get("use_regular_nms", False):
+        suppression["max_classes_per_box"] = int(said["max_classes_per_detection"])
+    recorded, size, count = file.normalization(), file.graph.size, found.config["num_labels"]
+    values = dict(zip(("image_mean", "image_std"), recorded, strict=True)) if recorded and not options.recipe else {}
+    labels, _ = beside(path, count)
+    return Checkpoint(
+        kind=f"a {'quantized' if found.quantization else 'float'} TFLite file",
+        tensors=found.tensors,
+        table=found.table,
+        config=found.config | {"image_size": options.size(size)},
+        processor=options.processor("ssd", size, **values, **suppression),
+        files=[path],
+        oracle=lambda: detection_interpreter(file, found, options.size(size)),
+        labels=_labels(path, count) or labels,
+        license=None,
+        quantization=found.quantization,
+        notes=[NOTE] if found.quantization else [],
+    )
+
+
+def detection_interpreter(file: File, found: DetectorMatch, image_size: int) -> DetectionOracle:
+    """Run a TFLite file that ends in the operator of detectors on images of a size.
+
+    Raises:
+        NoOracleError: The file takes images of another size.
+    """
+    runtime, details, version = _runtime(file, image_size)
+    operator = file.post_process
+    given = details[file.input]
+    codes, scores, anchors = (details[int(number)] for number in operator.inputs)
+    boxes, classes, values, count = (details[int(number)] for number in operator.outputs)
+    of_y, of_x, of_h, of_w = found.box_scales
+
+    def get(tensor: dict[str, Any]) -> np.ndarray:
+        return _real(runtime.get_tensor(tensor["index"]), tensor)
+
+    def run(pixel_values: Tensor) -> DetectionResults:
+        results = []
+        cy, cx, ah, aw = get(anchors).T
+        for image in pixel_values.permute(0, 2, 3, 1).numpy():
+            runtime.set_tensor(given["index"], _quantized(image[None], given))
+            runtime.invoke()
+            y, x, h, w = get(codes)[0].T
+            all_boxes = np.stack(
+                (x / of_x * aw + cx, y / of_y * ah + cy, np.exp(w / of_w) * aw, np.exp(h / of_h) * ah), -1
+            )
+            number = int(get(count)[0])
+            edges = get(boxes)[0][:number][:, [1, 0, 3, 2]]
+            results.append(
+                (
+                    torch.from_numpy(get(scores)[0][:, -found.config["num_labels"] :].copy()),
+                    torch.from_numpy(all_boxes),
+                    {
+                        "scores": torch.from_numpy(get(values)[0][:number].copy()),
+                        "labels": torch.from_numpy(get(classes)[0][:number].astype(np.int64)),
+                        "boxes": torch.from_numpy(edges),
+                    },
+                )
+            )
+        all_scores, all_boxes, detections = zip(*results, strict=True)
+        return DetectionResults(torch.stack(all_scores), torch.stack(all_boxes), list(detections))
+
+    return DetectionOracle("LiteRT", version, run)
 
 
 def _labels(path: Path, count: int) -> list[str] | None:
@@ -396,20 +525,7 @@ def interpreter(file: File, found: Match, image_size: int, name: str = "LiteRT")
     Raises:
         NoOracleError: The file takes images of another size.
     """
-    if image_size != file.graph.size:
-        raise NoOracleError(f"the TFLite file takes images of {file.graph.size} pixels, not of {image_size}")
-    from importlib.metadata import version
-
-    from ai_edge_litert.interpreter import Interpreter
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # keeping every tensor takes memory; the logits need it
-            runtime = Interpreter(model_content=file.data, experimental_preserve_all_tensors=True)
-        runtime.allocate_tensors()
-    except (RuntimeError, ValueError) as error:
-        raise ConversionError(f"{file.path}: LiteRT does not run it: {first_line(error)}") from error
-    details = {tensor["index"]: tensor for tensor in runtime.get_tensor_details()}
+    runtime, details, version = _runtime(file, image_size)
     given = details[file.input]
     first = file.layouts.get(file.input, "NHWC") == "NCHW"
 
@@ -426,10 +542,28 @@ def interpreter(file: File, found: Match, image_size: int, name: str = "LiteRT")
 
     return Oracle(
         name,
-        version("ai-edge-litert"),
+        version,
         lambda pixel_values: run(found.logits, pixel_values),
         (lambda pixel_values: run(file.output, pixel_values)) if found.prediction else None,
     )
+
+
+def _runtime(file: File, image_size: int) -> tuple[Any, dict[int, dict[str, Any]], str]:
+    """An interpreter that keeps every tensor, its tensors by their numbers, and its version."""
+    if image_size != file.graph.size:
+        raise NoOracleError(f"the TFLite file takes images of {file.graph.size} pixels, not of {image_size}")
+    from importlib.metadata import version
+
+    from ai_edge_litert.interpreter import Interpreter
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # keeping every tensor takes memory; the logits need it
+            runtime = Interpreter(model_content=file.data, experimental_preserve_all_tensors=True)
+        runtime.allocate_tensors()
+    except (RuntimeError, ValueError) as error:
+        raise ConversionError(f"{file.path}: LiteRT does not run it: {first_line(error)}") from error
+    return runtime, {tensor["index"]: tensor for tensor in runtime.get_tensor_details()}, version("ai-edge-litert")
 
 
 def _quantized(values: np.ndarray, details: dict[str, Any]) -> np.ndarray:

@@ -181,6 +181,11 @@ class Other(Op):
     what: str
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Join(Other):
+    """Values one after another, as detectors join what they predict from several maps."""
+
+
 class Reader:
     """What the readers of all sources share: the operations so far, and which values are forms of others."""
 
@@ -468,19 +473,25 @@ def expected(config: MobileNetConfig) -> list[Step]:
     return list(steps())
 
 
-def table(config: Mapping[str, Any]) -> Table:
-    """The names that `match` gives to tensors: our own."""
-    model = MobileNetConfig(**config)
+def feature_rows(steps: Sequence[Step], has_batch_norm: bool) -> dict[str, Row]:
+    """Our own names of the layers that take steps."""
     rows = {}
-    for step in expected(model):
+    for step in steps:
         name = re.sub(r"stages\.\d+\.\d+", "stages.{stage}.{block}", step.name)
         # A convolution that is a block has no role in it.
         key = name.removeprefix("backbone.").replace("stages.{stage}.{block}.", "block.")
         key = key.replace("stages.{stage}.{block}", "conv")
         if step.kind == "conv":
-            rows[key] = Row(f"{name}.conv", f"{name}.norm" if model.has_batch_norm else None)
+            rows[key] = Row(f"{name}.conv", f"{name}.norm" if has_batch_norm else None)
         elif step.kind == "squeeze":
             rows |= {f"{key}.{part}": Row(f"{name}.{part}") for part in ("reduce", "expand")}
+    return rows
+
+
+def table(config: Mapping[str, Any]) -> Table:
+    """The names that `match` gives to tensors: our own."""
+    model = MobileNetConfig(**config)
+    rows = feature_rows(expected(model), model.has_batch_norm)
     last = model.pre_logits_block
     if last:
         norm = "backbone.pre_logits.norm" if last.has_norm and model.has_batch_norm else None
@@ -511,7 +522,7 @@ def match(graph: Graph, source: str, image_size: int) -> Match:
     Raises:
         ConversionError: There is none; the message names the first layer that has no place in it.
     """
-    return _Matcher(graph, source, graph.size or image_size).match()
+    return Matcher(graph, source, graph.size or image_size).match()
 
 
 def to_checkpoint(
@@ -554,12 +565,12 @@ def to_checkpoint(
         license="apache-2.0" if count in (1000, 1001) else None,
         quantization=found.quantization,
         prediction=found.prediction,
-        notes=[_NOTE] if found.quantization else [],
+        notes=[NOTE] if found.quantization else [],
         warnings=said,
     )
 
 
-_NOTE = """The weights are those of 8 bits, as real numbers. How the source quantizes is kept in `quantization.json`:
+NOTE = """The weights are those of 8 bits, as real numbers. How the source quantizes is kept in `quantization.json`:
 `activations` has type, scale, zero point and range of each layer's output by the layer's name (`pixel_values` is the
 input, `backbone.pooler_output` what the classifier sees, `backbone.stages.1.1` the sum that ends a block, `classifier`
 the logits; in MobileNet V3, `backbone.pooled` is what `backbone.pre_logits` sees, names that end in `conv` are values
@@ -567,9 +578,21 @@ before their activation, and `pooled`, `reduce` and `expand` those within squeez
 scale and zero point, one or one for each output channel. A real number is scale * (byte - zero_point)."""
 
 
-class _Matcher:
+class Matcher:
+    """Finds the network of ours that computes what a graph computes."""
+
     def __init__(self, graph: Graph, source: str, size: int) -> None:
         self.graph, self.source, self.size = graph, source, size
+
+    def steps(self, fields: Mapping[str, Any]) -> list[Step]:
+        """What a network does of which a graph must do the same."""
+        return expected(MobileNetConfig(**fields))
+
+    def candidates(self) -> Iterator[dict[str, Any]]:
+        """Fields of the networks that a graph may be of, at width 1."""
+        for architecture in ARCHITECTURES:
+            for output_stride in OUTPUT_STRIDES[::-1]:
+                yield {"architecture": architecture, "output_stride": output_stride}
 
     def refuse(self, layer: str, rule: str) -> ConversionError:
         """The error for a layer that has no place in our network."""
@@ -584,17 +607,8 @@ class _Matcher:
         scaling = self.scaling(items)
         config, steps = self.closest(items)
         body, rest = items[: len(steps)], items[len(steps) :]
-        pairs = list(zip(steps, body, strict=True))
+        fields, tensors, pairs, eps = self.features(config, steps, body)
         units = [(step, item) for step, item in pairs if step.kind == "conv"]
-        self.check_sums(steps, body)
-        fields = config | self.activations(units, config["architecture"]) | {"padding": self.padding(pairs)}
-        has_norm = all(unit.norm is not None for _, unit in units)
-        eps = units[0][1].norm.eps if has_norm else None
-        fields |= {"batch_norm_eps": eps} if has_norm else {"use_batch_norm": False}
-        tensors: dict[str, Tensor] = {}
-        for step, item in pairs:
-            if isinstance(item, (Unit, Squeeze)):
-                tensors |= item.tensors(step.name, eps) if isinstance(item, Unit) else item.tensors(step.name)
         self.pre_logits = MobileNetConfig(**fields).pre_logits_block
         head, head_tensors, prediction, logits, layers = self.head(rest, units[-1][1], eps)
         fields |= head
@@ -607,6 +621,23 @@ class _Matcher:
             scaling,
             self.quantization(named),
         )
+
+    def features(
+        self, config: dict[str, Any], steps: list[Step], body: list[Any]
+    ) -> tuple[dict[str, Any], dict[str, Tensor], list[tuple[Step, Any]], float | None]:
+        """What the layers say that take steps: fields, tensors, what takes each step, and the epsilon of the norms."""
+        pairs = list(zip(steps, body, strict=True))
+        units = [(step, item) for step, item in pairs if step.kind == "conv"]
+        self.check_sums(steps, body)
+        fields = config | self.activations(units, config["architecture"]) | {"padding": self.padding(pairs)}
+        has_norm = all(unit.norm is not None for _, unit in units)
+        eps = units[0][1].norm.eps if has_norm else None
+        fields |= {"batch_norm_eps": eps} if has_norm else {"use_batch_norm": False}
+        tensors: dict[str, Tensor] = {}
+        for step, item in pairs:
+            if isinstance(item, (Unit, Squeeze)):
+                tensors |= item.tensors(step.name, eps) if isinstance(item, Unit) else item.tensors(step.name)
+        return fields, tensors, pairs, eps
 
     def parse(self, ops: list[Op]) -> list[Any]:
         """Operations as units and what lies between them; each must follow the one before it."""
@@ -677,17 +708,15 @@ class _Matcher:
         # Which blocks end in a sum depends on the width.
         convs = [item for item in items if not isinstance(item, Add)]
         best: tuple[int, dict[str, Any], list[Step]] = (-1, {}, [])
-        for architecture in ARCHITECTURES:
-            for output_stride in OUTPUT_STRIDES[::-1]:
-                fields = {"architecture": architecture, "output_stride": output_stride}
-                steps = [step for step in expected(MobileNetConfig(**fields)) if step.kind != "add"]
-                same = _agreement(convs, steps)
-                if same > best[0]:
-                    best = same, fields, steps
+        for fields in self.candidates():
+            steps = [step for step in self.steps(fields) if step.kind != "add"]
+            same = _agreement(convs, steps)
+            if same > best[0]:
+                best = same, fields, steps
         same, fields, steps = best
         title = ARCHITECTURES[fields["architecture"]].title
         if same < len(steps):  # dilation, which is rare, would only confuse
-            steps = [step for step in expected(MobileNetConfig(fields["architecture"])) if step.kind != "add"]
+            steps = [step for step in self.steps(fields | {"output_stride": 32}) if step.kind != "add"]
             self.require(convs, steps, _agreement(convs, steps), title)
         fields, steps = self.width(fields | {"num_channels": self.graph.channels}, convs, title)
         self.require(items, steps, _agreement(items, steps), title)
@@ -709,14 +738,14 @@ class _Matcher:
         Raises:
             ConversionError: No multiplier does.
         """
-        steps = [step for step in expected(MobileNetConfig(**fields)) if step.kind != "add"]
+        steps = [step for step in self.steps(fields) if step.kind != "add"]
         last = max(index for index, step in enumerate(steps) if ".stages." in step.name)
         ratio = convs[last].out_channels / steps[last].out_channels
         nearest: tuple[int, Any] = (-1, None)
         for multiplier in candidates(ratio):
             for extra in ({}, {"shrink_head": True}, {"channel_divisor": 1}, {"channel_divisor": 8}):
                 chosen = fields | {"width_multiplier": multiplier} | extra
-                steps = expected(MobileNetConfig(**chosen))
+                steps = self.steps(chosen)
                 pairs = list(zip(convs, (step for step in steps if step.kind != "add"), strict=False))
                 fits = [(i.in_channels, i.out_channels) == (step.in_channels, step.out_channels) for i, step in pairs]
                 if all(fits):
@@ -920,7 +949,7 @@ class _Matcher:
                 outputs |= zip((f"{name}.{part}" for part in ("pooled", "reduce", "expand")), item.values, strict=True)
             elif isinstance(item, Unit) and item.act in PREDICTIONS:
                 outputs[name] = item.linear
-            elif isinstance(item, Unit) and name.startswith("backbone."):
+            elif isinstance(item, Unit) and not _is_linear(name):
                 outputs[f"{name}.conv"] = item.linear if item.linear != item.output else None
         activations, weights = {}, {}
         for name, value in outputs.items():
@@ -937,11 +966,16 @@ class _Matcher:
                     "max": high,
                 }
         for name, item in named:
-            convs = {f"{name}.conv" if name.startswith("backbone.") else name: getattr(item, "conv", None)}
+            convs = {name if _is_linear(name) else f"{name}.conv": getattr(item, "conv", None)}
             if isinstance(item, Squeeze):
                 convs = {f"{name}.reduce": item.reduce, f"{name}.expand": item.expand}
             weights |= {f"{key}.weight": conv.scale.to_dict() for key, conv in convs.items() if conv and conv.scale}
         return {"activations": activations, "weights": weights} if weights else None
+
+
+def _is_linear(name: str) -> bool:
+    """Whether a layer of ours is fully connected."""
+    return name == "classifier" or name.startswith("hidden.")
 
 
 def _sum(first: Pads | None, second: Pads) -> Pads:

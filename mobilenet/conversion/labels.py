@@ -1,4 +1,4 @@
-"""Names of classes: from a file, or of ImageNet."""
+"""Names of classes: from a file, of ImageNet, or of COCO."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mobilenet.preprocessing_mobilenet import regular
+from mobilenet.tasks import CLASSIFICATION, DETECTION, Task
 
 from .rename import ConversionError
 
@@ -26,9 +27,23 @@ def imagenet() -> list[str]:
     return Path(__file__).with_name("imagenet_labels.txt").read_text(encoding="utf-8").splitlines()
 
 
-def known(count: int) -> list[str] | None:
-    """The labels that a network of so many classes usually has: ImageNet's, with or without background."""
-    return ["background"] * (count - 1000) + imagenet() if count in _SETS else None
+def coco() -> list[str]:
+    """COCO's 90 labels in the order of its category ids from 1 on; "N/A" for the ten ids that its boxes do not have.
+
+    Source: the categories of instances_train2017.json (cocodataset.org); object_detection/data/mscoco_label_map.pbtxt
+    """
+    return Path(__file__).with_name("coco_labels.txt").read_text(encoding="utf-8").splitlines()
+
+
+# Whose labels those are that networks usually have.
+USUAL = {CLASSIFICATION: "ImageNet", DETECTION: "COCO"}
+
+
+def known(count: int, task: Task = CLASSIFICATION) -> list[str] | None:
+    """The labels that a network of so many classes usually has: ImageNet's, with or without background, or COCO's."""
+    if task is DETECTION:
+        return coco() if count == len(coco()) else None
+    return ["background"] * (count - 1000) + imagenet() if task is CLASSIFICATION and count in _SETS else None
 
 
 def beside(path: Path, count: int) -> tuple[list[str] | None, bool]:

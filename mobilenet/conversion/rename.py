@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from mobilenet.architectures_mobilenet import ARCHITECTURES, Block, Width
 from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.layers_mobilenet import LayerScale
-from mobilenet.modeling_mobilenet import MobileNetForImageClassification
+from mobilenet.modeling_mobilenet import MobileNetPreTrainedModel
 from mobilenet.repository import RepositoryError
+
+from .tasks import network_class
 
 
 class ConversionError(RepositoryError):
@@ -67,8 +69,9 @@ class Table(NamedTuple):
     """A source's names for one architecture.
 
     The keys of `rows` are our layers: "stem", "block.<role>", "head", "pre_logits" and "classifier". Instead of
-    "block" there may be what a source names apart: "first", the first block; "squeezed", those with
-    squeeze-and-excite; or a kind of block, which alone stands for the convolution or the norm that is the block's own.
+    "block" there may be what a source names apart: "block_12", the block of that index; "first", the first block;
+    "squeezed", those with squeeze-and-excite; or a kind of block, which alone stands for the convolution or the norm
+    that is the block's own.
     Names of blocks hold numbers: {index} counts all blocks from 0, {from_1} and {from_2} from 1 and 2; {previous} is
     index - 1, {even} 2 * index, {odd} 2 * index + 1; {stage} and {block} count our stages and the blocks in one, {row}
     and {repeat} the runs of the paper's rows with equal channels, and the blocks in one.
@@ -127,7 +130,8 @@ def _row(table: Table, role: str, block: Block | None, index: int | None) -> Row
     """What a table says of a layer of a block, or of one that is in none."""
     if block is None:
         return table.rows[role]
-    owners = ["first"] * (index == 0) + ["squeezed"] * (block.squeeze_channels > 0) + [block.kind, "block"]
+    owners = [f"block_{index}", *["first"] * (index == 0), *["squeezed"] * (block.squeeze_channels > 0)]
+    owners += [block.kind, "block"]
     keys = [f"{owner}.{role}".rstrip(".") for owner in owners]
     return next((table.rows[key] for key in keys if key in table.rows), None) or table.rows[keys[-1]]
 
@@ -182,10 +186,10 @@ def places(model: nn.Module, table: Table) -> dict[str, Place]:
 
 
 @cache
-def skeleton(**config: Any) -> MobileNetForImageClassification:
+def skeleton(**config: Any) -> MobileNetPreTrainedModel:
     """A network without memory for its weights, for its names and shapes."""
     with torch.device("meta"):
-        return MobileNetForImageClassification(MobileNetConfig(**config))
+        return network_class(config)(MobileNetConfig(**config))
 
 
 def _dropped(name: str, table: Table) -> bool:

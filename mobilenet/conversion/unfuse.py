@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from mobilenet.batch_norm import align_batch_norm
 from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.layers_mobilenet import LayerScale
-from mobilenet.modeling_mobilenet import MobileNetForImageClassification
+from mobilenet.modeling_mobilenet import MobileNetPreTrainedModel
 
 from .rename import ConversionError
 
 
 @torch.no_grad()
-def unfuse_batch_norm(
-    model: MobileNetForImageClassification, batches: Iterable[Tensor]
-) -> MobileNetForImageClassification:
+def unfuse_batch_norm(model: MobileNetPreTrainedModel, batches: Iterable[Tensor]) -> MobileNetPreTrainedModel:
     """Put back every batch norm and layer scale that folding took, without changing what the network computes.
 
     The norms take their statistics from what the convolutions put out for some images, so that training starts
@@ -34,7 +32,7 @@ def unfuse_batch_norm(
     if model.config.has_batch_norm:
         raise ConversionError("--unfuse is for networks whose batch norms are folded; these are not.")
     config = MobileNetConfig(**{**model.config.to_dict(), "use_batch_norm": True, "fused": False})
-    unfused = MobileNetForImageClassification(config).eval()
+    unfused = type(model)(config).eval()
     given, shared = model.state_dict(), unfused.state_dict()
     unfused.load_state_dict({name: tensor for name, tensor in given.items() if name in shared}, strict=False)
     for name, module in unfused.named_modules():

@@ -1,40 +1,43 @@
-"""An exported network beside torch: the same logits, the same top-1, and how fast."""
+"""An exported network beside torch: the same outputs, the same predictions, and how fast."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mobilenet.progress import track
 from mobilenet.repository import RepositoryError
+from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task
 
 
 class ExportError(RepositoryError):
     """A network that cannot be exported, or an export that does not predict as the network does."""
 
 
-# Largest difference of logits from torch's, over the largest logit, that float32 may show.
+# Largest difference of outputs from torch's, over the largest of them, that float32 may show.
 TOLERANCE = 1e-4
+
+Outputs = tuple[Tensor, ...]  # those that the task names
 
 
 class Engine(NamedTuple):
     """An exported network, loaded back."""
 
     name: str
-    run: Callable[[Tensor], Tensor]  # from pixel_values to logits
+    run: Callable[[Tensor], Outputs]  # from pixel_values
     is_exact: bool  # whether it computes in float32
     takes_any_size: bool
 
 
 class Timed(NamedTuple):
-    """Logits of images that came one by one."""
+    """Outputs of images that came one by one."""
 
-    logits: Tensor  # of shape (images, labels)
+    outputs: list[Outputs]
     milliseconds: float  # for one image, the median
 
 
@@ -43,12 +46,18 @@ class Comparison(NamedTuple):
 
     name: str
     images: int
-    difference: float  # largest difference of logits
-    agreement: float  # share of images with the same top-1
+    difference: float  # largest difference of outputs
+    agreement: float  # share of the same predictions, as the task has it
     milliseconds: float  # for one image, the median
     torch_milliseconds: float
+    agrees_in: str = "same top-1"  # what the agreement is about
 
     COLUMNS = ("engine", "images", "difference", "same top-1", "ms", "torch, ms", "speed")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The head of the table that it is a row of."""
+        return tuple(self.agrees_in if name == "same top-1" else name for name in self.COLUMNS)
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -64,14 +73,83 @@ class Comparison(NamedTuple):
         )
 
 
+class Agreement(NamedTuple):
+    """What counts as the same prediction."""
+
+    column: str
+    verdict: str  # of an engine, between its name and the share
+    share: Callable[[Outputs, Outputs, Mapping[str, Any]], tuple[float, float]]  # of one image: the same, and all
+
+
+def _same_classes(found: Outputs, expected: Outputs, options: Mapping[str, Any]) -> tuple[float, float]:
+    """Of logits of shape (1, labels, ...)."""
+    same = found[0].argmax(1) == expected[0].argmax(1)
+    return same.sum().item(), same.numel()
+
+
+# Objects of a lower score are not looked at; and to be the same, boxes must overlap so far.
+_MIN_SCORE, _MIN_IOU = 0.3, 0.7
+
+
+def _same_objects(found: Outputs, expected: Outputs, options: Mapping[str, Any]) -> tuple[float, float]:
+    """Of scores and boxes, or of rows that were suppressed already: those that the other has too, counted both ways."""
+    ours, theirs = (objects(outputs, options) for outputs in (found, expected))
+    same = 0
+    left = list(range(len(theirs)))
+    for row in ours:
+        alike = [i for i in left if theirs[i, 1] == row[1] and _iou(theirs[i, 3:], row[3:]) >= _MIN_IOU]
+        if alike:
+            left.remove(max(alike, key=lambda i: _iou(theirs[i, 3:], row[3:])))
+            same += 1
+    return 2.0 * same, float(len(ours) + len(theirs))
+
+
+def objects(outputs: Outputs, options: Mapping[str, Any], threshold: float = _MIN_SCORE) -> Tensor:
+    """Objects of one image, of shape (objects, 7): 0, class, score, and x0, y0, x1, y1 in 0 to 1."""
+    if len(outputs) == 1:  # an exported network has suppressed
+        rows = outputs[0]
+        return rows[rows[:, 2] >= threshold][: options["max_detections"]]
+    from mobilenet.detection_mobilenet import suppress
+    from mobilenet.preprocessing_mobilenet import SUPPRESSION
+
+    (scores,), (boxes,) = outputs
+    scores, labels, boxes = suppress(scores, boxes, threshold, **{name: options[name] for name in SUPPRESSION})
+    return torch.cat([torch.zeros(len(scores), 1), labels[:, None].float(), scores[:, None], boxes], 1)
+
+
+def _iou(a: Tensor, b: Tensor) -> float:
+    sides = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp(min=0)
+    both = sides.prod().item()
+    every = ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()).item() - both
+    return both / every if every > 0 else 0.0
+
+
+AGREEMENTS = {
+    CLASSIFICATION.name: Agreement("same top-1", "gives torch's prediction on", _same_classes),
+    DETECTION.name: Agreement("same objects", "finds torch's objects, and no others, for", _same_objects),
+    SEGMENTATION.name: Agreement("same class", "gives torch's class to the pixels of", _same_classes),
+}
+
+
 def compare(
     engine: Engine,
-    reference: Callable[[Tensor], Tensor],
+    reference: Callable[[Tensor], Outputs],
     images: Sequence[Tensor],
     expected: Timed,
     min_agreement: float,
+    task: Task = CLASSIFICATION,
+    options: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Hold an export against torch: image by image, in a batch, and at another size.
+
+    Args:
+        engine: The export.
+        reference: Torch's network.
+        images: Of shape (1, C, H, W).
+        expected: What torch makes of them.
+        min_agreement: Share of the same predictions that it must show where it computes in less than float32.
+        task: What the network is for.
+        options: Of the image processor.
 
     Raises:
         ExportError: They do not predict alike.
@@ -82,41 +160,57 @@ def compare(
         shapes.append((2, channels, height + 31, max(33, width - 32)))
     for shape in shapes:
         pixel_values = torch.randn(shape)
-        _check(engine, engine.run(pixel_values), reference(pixel_values))
+        _check(engine, engine.run(pixel_values), reference(pixel_values), task)
     measured = measure(engine.run, images, f"comparing {engine.name}")
-    _check(engine, measured.logits, expected.logits)
-    agreement = (measured.logits.argmax(-1) == expected.logits.argmax(-1)).double().mean().item()
+    difference = max(
+        _check(engine, found, torchs, task) for found, torchs in zip(measured.outputs, expected.outputs, strict=True)
+    )
+    agrees = AGREEMENTS[task.name]
+    shares = [
+        agrees.share(found, torchs, options or {})
+        for found, torchs in zip(measured.outputs, expected.outputs, strict=True)
+    ]
+    same, total = (sum(column) for column in zip(*shares, strict=True))
+    agreement = same / total if total else 1.0
     if not engine.is_exact and agreement < min_agreement:
         raise ExportError(
-            f"{engine.name} gives torch's prediction on {100 * agreement:.3g} % of {len(images)} images, "
+            f"{engine.name} {agrees.verdict} {100 * agreement:.3g} % of {len(images)} images, "
             f"{100 * min_agreement:.3g} % are asked for; nothing was written."
         )
-    difference = (measured.logits - expected.logits).abs().max().item()
     times = measured.milliseconds, expected.milliseconds
-    return Comparison(engine.name, len(images), difference, agreement, *times)
+    return Comparison(engine.name, len(images), difference, agreement, *times, agrees.column)
 
 
-def _check(engine: Engine, logits: Tensor, expected: Tensor) -> None:
-    if logits.shape != expected.shape or not logits.isfinite().all():
-        raise ExportError(
-            f"{engine.name} must give finite logits of shape {tuple(expected.shape)}, got {tuple(logits.shape)}; "
-            "nothing was written."
-        )
-    allowed = TOLERANCE * max(1, expected.abs().max().item())
-    difference = (logits - expected).abs().max().item()
-    if engine.is_exact and difference > allowed:
-        raise ExportError(
-            f"{engine.name} predicts otherwise than torch: logits differ by {difference:.3g}, {allowed:.3g} is "
-            "allowed; nothing was written."
-        )
+def _check(engine: Engine, outputs: Outputs, expected: Outputs, task: Task) -> float:
+    """The largest difference of outputs.
+
+    Raises:
+        ExportError: It is too large, or they are none.
+    """
+    largest = 0.0
+    for name, found, torchs in zip(task.outputs, outputs, expected, strict=True):
+        if found.shape != torchs.shape or not found.isfinite().all():
+            raise ExportError(
+                f"{engine.name} must give finite {name} of shape {tuple(torchs.shape)}, got {tuple(found.shape)}; "
+                "nothing was written."
+            )
+        allowed = TOLERANCE * max(1, torchs.abs().max().item())
+        difference = (found - torchs).abs().max().item()
+        if engine.is_exact and difference > allowed:
+            raise ExportError(
+                f"{engine.name} predicts otherwise than torch: {name} differ by {difference:.3g}, {allowed:.3g} is "
+                "allowed; nothing was written."
+            )
+        largest = max(largest, difference)
+    return largest
 
 
-def measure(run: Callable[[Tensor], Tensor], images: Sequence[Tensor], description: str) -> Timed:
+def measure(run: Callable[[Tensor], Outputs], images: Sequence[Tensor], description: str) -> Timed:
     """Run images of shape (1, C, H, W) one by one."""
     run(images[0])  # the first call allocates
-    logits, seconds = [], []
+    outputs, seconds = [], []
     for pixel_values in track(images, description):
         start = time.perf_counter()
-        logits.append(run(pixel_values))
+        outputs.append(run(pixel_values))
         seconds.append(time.perf_counter() - start)
-    return Timed(torch.cat(logits), 1000 * statistics.median(seconds))
+    return Timed(outputs, 1000 * statistics.median(seconds))

@@ -23,13 +23,15 @@ from mobilenet.architectures_mobilenet import ARCHITECTURES
 from mobilenet.cards import export_card
 from mobilenet.draw import draw_images
 from mobilenet.find_images import find
+from mobilenet.loading import Files, loading, read_config
 from mobilenet.pretrained import load_network
 from mobilenet.progress import status, track
-from mobilenet.repository import staged
+from mobilenet.repository import staged, write_json
 from mobilenet.require import require
+from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task, task_of
 
 from . import MIN_AGREEMENT, Target
-from .compare import Comparison, Engine, ExportError, compare, measure
+from .compare import Comparison, Engine, ExportError, Outputs, compare, measure
 from .exporter import Exporter
 
 
@@ -54,13 +56,15 @@ def export(
     images: str | os.PathLike | None = None,
     revision: str | None = None,
     min_agreement: float = MIN_AGREEMENT,
+    nms: bool = False,
     overwrite: bool = False,
 ) -> list[Comparison]:
     """Export a network, fused, with its labels and its image processor. Code that comes with it does not run.
 
-    ONNX takes any batch, height and width; OpenVINO any batch; ExecuTorch a batch of up to 32. The result is loaded
-    back and compared with torch; `transformers.exporters.ExportedModel.from_pretrained` loads it. transformers.js is
-    given its own layout, with a float32 and an int8 network.
+    ONNX takes any batch, height and width, but of a detector, whose anchors are made for one size; OpenVINO any
+    batch; ExecuTorch a batch of up to 32. The result is loaded back and compared with torch;
+    `transformers.exporters.ExportedModel.from_pretrained` loads it. transformers.js is given its own layout, with a
+    float32 and an int8 network, of classifiers alone.
 
     Args:
         source: Folder or Hub id of a MobileNet.
@@ -70,7 +74,9 @@ def export(
         images: Folder of images such as the network will see. int8 is calibrated on half of them and compared with
             torch on the other half; transformers.js needs it too. Without int8 it may be left out: drawn images do.
         revision: Branch, tag or commit of a Hub id.
-        min_agreement: Share of the images on which int8 and bfloat16 must give torch's prediction.
+        min_agreement: Share of the images on which int8 and bfloat16 must give torch's prediction; of a segmenter, of
+            pixels, and of a detector, of objects.
+        nms: Whether a detector's ONNX graph suppresses overlapping boxes itself.
         overwrite: Whether to replace a repository that exists.
 
     Returns:
@@ -85,6 +91,8 @@ def export(
         target = Target(target)
     except ValueError:
         raise ExportError(f"target must be one of {', '.join(t.value for t in Target)}, got {target!r}.") from None
+    if nms and target is not Target.ONNX:
+        raise ExportError(f"nms must be left out for {target.value}: ONNX alone has the operator.")
     quantizes = int8 or target is Target.TRANSFORMERS_JS
     if target is Target.TRANSFORMERS_JS and int8:
         raise ExportError("transformers.js is given a float32 and an int8 network in any case; leave out int8.")
@@ -93,23 +101,44 @@ def export(
     check_installed(target, quantizes)
     with staged(Path(output), overwrite, source) as folder, tempfile.TemporaryDirectory() as scratch, _quiet():
         with status("loading"):
-            network, processor = load_network(source, revision)
+            task = _find_task(source, revision, target, nms)
+            network, processor = load_network(source, revision, task=task)
             network.fuse()
         paths = draw_images(Path(scratch)) if images is None else _pick(images, 2 if quantizes else 1)
         tensors = [processor(path, return_tensors="pt").pixel_values for path in track(paths, "reading")]
-        if len(shapes := {tuple(tensor.shape[-2:]) for tensor in tensors}) > 1:
+        shapes = list(dict.fromkeys(tuple(tensor.shape[-2:]) for tensor in tensors))
+        if len(shapes) > 1 and not (task is SEGMENTATION and target is Target.ONNX):
             raise ExportError(f"images must leave the image processor in one size, got {len(shapes)} sizes.")
         calibrate_on, compare_on = (tensors[0::2], tensors[1::2]) if quantizes else ([], tensors)
-        exporter = Exporter(network, processor, *shapes, calibrate_on)
+        exporter = Exporter(network, processor, shapes[0], calibrate_on, task)
         if target is Target.TRANSFORMERS_JS:
             engines = write_transformers_js(exporter, folder)
         else:
             engines = write(exporter, target, int8, folder)
         expected = measure(exporter.run, compare_on, "comparing torch")
-        comparisons = [compare(engine, exporter.run, compare_on, expected, min_agreement) for engine in engines]
-        card = export_card(source, target.value, exporter.config, exporter.size, Comparison.COLUMNS, comparisons)
+        options = processor.to_dict()
+        comparisons = [
+            compare(engine, exporter.run, compare_on, expected, min_agreement, task, options) for engine in engines
+        ]
+        columns = comparisons[0].columns
+        card = export_card(source, target.value, exporter.config, exporter.size, columns, comparisons, task)
         card.save(folder / "README.md")
     return comparisons
+
+
+def _find_task(source: str, revision: str | None, target: Target, nms: bool) -> Task:
+    """What a network is for.
+
+    Raises:
+        ExportError: The target or an option is not for such a network.
+    """
+    with loading(source):
+        task = task_of(read_config(Files(source, revision)))
+    if task is not CLASSIFICATION and target is Target.TRANSFORMERS_JS:
+        raise ExportError(f"target must be onnx, openvino or executorch for {task.kind}, got {target.value}.")
+    if nms and task is not DETECTION:
+        raise ExportError(f"nms must be left out for {task.kind}.")
+    return task
 
 
 def check_installed(target: Target, quantizes: bool) -> None:
@@ -169,13 +198,21 @@ def write(exporter: Exporter, target: Target, int8: bool, folder: Path) -> list[
             raise ExportError(f"{folder.name} cannot be written: {error}") from error
         exporter.processor.save_pretrained(folder)
 
-    def load(**options: Any) -> Callable[[Tensor], Tensor]:
+    manifest = folder / "export.json"
+    write_json(manifest, {**json.loads(manifest.read_text(encoding="utf-8")), "task": exporter.task.name})
+
+    def load(**options: Any) -> Callable[[Tensor], Outputs]:
         exported = ExportedModel.from_pretrained(folder, **options)
-        return lambda pixel_values: exported(pixel_values=pixel_values).logits
+
+        def run(pixel_values: Tensor) -> Outputs:
+            outputs = exported(pixel_values=pixel_values)
+            return tuple(outputs[name] for name in exporter.task.outputs)
+
+        return run
 
     kind = "int8" if int8 else "float32"
     if target is Target.ONNX:
-        return [Engine(f"ONNX Runtime, {kind}", load(), not int8, True)]
+        return [Engine(f"ONNX Runtime, {kind}", load(), not int8, exporter.task is not DETECTION)]
     if target is Target.EXECUTORCH:
         return [Engine(f"ExecuTorch, {kind}", load(), not int8, False)]
     # OpenVINO computes in the precision that the processor is fastest in, unless it is told.
@@ -207,9 +244,9 @@ def write_transformers_js(exporter: Exporter, folder: Path) -> list[Engine]:
     (folder / "preprocessor_config.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
     (folder / "onnx").mkdir()
 
-    def load(path: Path) -> Callable[[Tensor], Tensor]:
+    def load(path: Path) -> Callable[[Tensor], Outputs]:
         session = InferenceSession(path)
-        return lambda pixel_values: torch.from_numpy(session.run(None, {"pixel_values": pixel_values.numpy()})[0])
+        return lambda pixel_values: (torch.from_numpy(session.run(None, {"pixel_values": pixel_values.numpy()})[0]),)
 
     engines = []
     for name, int8 in (("model.onnx", False), ("model_quantized.onnx", True)):

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from mobilenet.tasks import CLASSIFICATION, SEGMENTATION, Task
+
 from . import Target
 
 
@@ -28,17 +30,20 @@ class Exporter:
         processor: BaseImageProcessor,
         size: tuple[int, int],
         calibrate_on: Sequence[Tensor],
+        task: Task,
     ) -> None:
         self.network = network
         self.config = network.config
         self.processor = processor
         self.size = size  # height and width of the images
         self.calibrate_on = calibrate_on
+        self.task = task
 
     @torch.inference_mode()
-    def run(self, pixel_values: Tensor) -> Tensor:
-        """Logits of torch."""
-        return self.network(pixel_values).logits
+    def run(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of torch that the task names."""
+        outputs = self.network(pixel_values)
+        return tuple(outputs[name] for name in self.task.outputs)
 
     def export(self, target: Target, int8: bool) -> Any:
         """An ExportedModel of the fused network."""
@@ -47,7 +52,10 @@ class Exporter:
         quantizer = self._quantizer(target) if int8 else None
         is_bounded = target is Target.EXECUTORCH
         batch = torch.export.Dim("batch", max=EXECUTORCH_BATCH) if is_bounded else torch.export.Dim.DYNAMIC
-        options = {"dynamic_shapes": {"pixel_values": {0: batch}}, "quantizer": quantizer}
+        dynamic = {0: batch}
+        if self.task is SEGMENTATION and target is Target.ONNX:  # whose layers resize to the size at hand
+            dynamic |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+        options = {"dynamic_shapes": {"pixel_values": dynamic}, "quantizer": quantizer}
         sample = {"pixel_values": torch.randn(2, self.config.num_channels, *self.size)}
         network = copy.deepcopy(self.network)  # an exporter may change it
         if target is Target.OPENVINO:
@@ -55,7 +63,10 @@ class Exporter:
         if target is Target.EXECUTORCH:
             return exporters.ExecutorchExporter().export(network, sample, exporters.ExecutorchConfig(**options))
         exported = exporters.OnnxExporter().export(network, sample, exporters.OnnxConfig(**options))
-        _free_size(exported.program, self.config.padding == "same")
+        if self.task is CLASSIFICATION:
+            _free_size(exported.program, self.config.padding == "same")
+        elif self.task is SEGMENTATION:
+            _pad_in_convolutions(exported.program)
         return exported
 
     def _quantizer(self, target: Target) -> Any:
@@ -118,6 +129,24 @@ def _pt2e_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
     )
     config = dataclasses.replace(config, input_activation=activations, output_activation=activations)
     return PT2EQuantizer(xnnpack_quantizer.XNNPACKQuantizer().set_global(config), calibration)
+
+
+def _pad_in_convolutions(graph_model: Any) -> None:
+    """Let strided convolutions pad as TensorFlow does, which ONNX can, in place of operators that copy their inputs.
+
+    Those of a graph that takes images of any size compute their padding; this leaves nothing to compute.
+    """
+    from onnx_ir import AttrString
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+
+    for node in graph_model.graph:
+        pad = node.inputs[0].producer() if node.op_type == "Conv" else None
+        if pad is not None and pad.op_type == "Pad":
+            node.replace_input_with(0, pad.inputs[0])
+            node.attributes.pop("pads", None)
+            node.attributes["auto_pad"] = AttrString("auto_pad", "SAME_UPPER")
+    RemoveUnusedNodesPass()(graph_model)
+    ClearMetadataAndDocStringPass()(graph_model)
 
 
 def _free_size(graph_model: Any, pads_same: bool) -> None:

@@ -1,0 +1,233 @@
+"""Images with what networks see in them: boxes with labels, overlays, masks with a palette. Pillow alone draws."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from .output import Detection, Segment
+from .preprocessing_mobilenet import to_rgb
+from .segmentation_labels import color, palette
+from .text import clean
+
+
+Color = tuple[int, int, int]
+
+# Labels are this share of the longer side high, but no less than so many pixels.
+_TEXT_SHARE, _MIN_TEXT = 0.022, 13
+# A smaller image is enlarged, so that labels fit.
+_MIN_SIDE = 480
+_OPACITY = 0.55
+_SMALLEST_LABELED = 0.005  # share of an image that a class must have to be labeled
+
+
+def label_color(index: int) -> Color:
+    """A color for boxes of a class: hues by the golden ratio lie far apart, however many there are."""
+    hue = (0.02 + index * 0.6180339887) % 1
+    saturation, value = ((0.85, 1.0), (0.6, 1.0), (1.0, 0.8))[index // 7 % 3]
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
+
+
+def _on(ground: Color) -> Color:
+    """Black or white, whichever is legible on it: the luma of ITU-R BT.601 tells."""
+    red, green, blue = ground
+    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
+
+
+@lru_cache(maxsize=64)
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+class _Box(NamedTuple):
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+    def overlaps(self, other: _Box) -> bool:
+        return self.x0 < other.x1 and other.x0 < self.x1 and self.y0 < other.y1 and other.y0 < self.y1
+
+
+class _Canvas:
+    """An image that is drawn on, in sizes that fit it."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image = image
+        longest = max(image.size)
+        self.draw = ImageDraw.Draw(image)
+        self.font = _font(max(_MIN_TEXT, round(_TEXT_SHARE * longest)))
+        self.line = max(2, round(longest / 320))
+        self.pad = max(2, round(self.font.size / 4)) if hasattr(self.font, "size") else 2
+
+    def measure(self, text: str) -> tuple[float, float, float]:
+        """Width and height of a label, and how far its text lies below its top."""
+        left, _, right, bottom = self.draw.textbbox((0, 0), text, font=self.font)
+        ascent, descent = self.font.getmetrics() if hasattr(self.font, "getmetrics") else (bottom, 0)
+        return right - left + 2 * self.pad, ascent + descent + self.pad, -left
+
+    def label(self, text: str, x: float, y: float, ground: Color) -> None:
+        """Write a text on a ground, whose upper left corner is given."""
+        width, height, shift = self.measure(text)
+        self.draw.rectangle((x, y, x + width - 1, y + height - 1), fill=ground)
+        self.draw.text((x + self.pad + shift, y + self.pad / 2), text, font=self.font, fill=_on(ground))
+
+    def inside(self, width: float, height: float, x: float, y: float) -> _Box:
+        """A rectangle, moved into the image as far as it fits."""
+        x = max(0, min(x, self.image.width - width))
+        y = max(0, min(y, self.image.height - height))
+        return _Box(x, y, x + width, y + height)
+
+
+def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
+    """An image with boxes, labels and scores; the best on top.
+
+    Args:
+        image: Upright, of any mode. One whose sides are under 480 pixels is enlarged, so that labels are legible.
+        detections: Best first, in pixels of the image.
+    """
+    scale = -(-_MIN_SIDE // max(image.size))
+    image = to_rgb(image)
+    image = image.resize((scale * image.width, scale * image.height)) if scale > 1 else image.copy()
+    canvas = _Canvas(image)
+    boxes = [_Box(*(scale * edge for edge in detection.box)) for detection in detections]
+    places = _place_labels(canvas, boxes, detections)
+    for detection, box in reversed(list(zip(detections, boxes, strict=True))):
+        x1, y1 = max(box.x0, box.x1 - 1), max(box.y0, box.y1 - 1)
+        canvas.draw.rectangle((box.x0, box.y0, x1, y1), outline=label_color(detection.index), width=canvas.line)
+    for detection, place in reversed(list(zip(detections, places, strict=True))):
+        canvas.label(_caption(detection), place.x0, place.y0, label_color(detection.index))
+    return image
+
+
+def _caption(detection: Detection) -> str:
+    return f"{clean(detection.label)} {100 * detection.score:.0f} %"
+
+
+def _place_labels(canvas: _Canvas, boxes: Sequence[_Box], detections: Sequence[Detection]) -> list[_Box]:
+    """Where labels go: above a box, inside at its top, or below, as far as another label is not there."""
+    places: list[_Box] = []
+    for box, detection in zip(boxes, detections, strict=True):
+        width, height, _ = canvas.measure(_caption(detection))
+        tops = [box.y0 - height] if box.y0 >= height else []
+        tops += [box.y0, box.y1, box.y1 - height]
+        choices = [canvas.inside(width, height, box.x0, top) for top in tops]
+        free = [place for place in choices if not any(place.overlaps(other) for other in places)]
+        places.append((free or choices)[0])
+    return places
+
+
+def to_mask(label_map: np.ndarray) -> Image.Image:
+    """A label map as an image: of mode P with the palette of PASCAL VOC, or of 16 bits beyond 256 classes.
+
+    Args:
+        label_map: Integers of shape (H, W).
+    """
+    if label_map.dtype != np.uint8:
+        return Image.fromarray(label_map.astype(np.uint16))
+    mask = Image.fromarray(label_map).convert("L")
+    mask.putpalette(palette())
+    return mask
+
+
+def encode(image: Image.Image, suffix: str) -> bytes:
+    """An image as a file.
+
+    Args:
+        image: The image.
+        suffix: ".jpg" or ".png".
+    """
+    file = io.BytesIO()
+    if suffix == ".jpg":
+        image.save(file, "JPEG", quality=90)
+    else:
+        image.save(file, "PNG", compress_level=6 if image.mode == "P" else 3)
+    return file.getvalue()
+
+
+def draw_segments(
+    image: Image.Image, label_map: np.ndarray, segments: Iterable[Segment], background: int | None = None
+) -> Image.Image:
+    """An image under the colors of its classes, with their borders and names.
+
+    Args:
+        image: Upright, of any mode.
+        label_map: The class of each pixel, of shape (H, W), the image's.
+        segments: Classes in it, largest first.
+        background: A class that is left as it is.
+    """
+    image = to_rgb(image)
+    colored = _colored(label_map)
+    shown = Image.blend(image, colored, _OPACITY)
+    if background is not None:
+        shown.paste(image, mask=Image.fromarray(label_map == background))
+    longest = max(image.size)
+    border = Image.fromarray(_border(label_map, max(1, round(longest / 500))))
+    shown.paste((255, 255, 255), mask=border)
+    canvas = _Canvas(shown)
+    small = _reduced(label_map)
+    scale_x, scale_y = shown.width / small.width, shown.height / small.height
+    values = np.asarray(small)
+    for segment in segments:
+        if segment.index == background or segment.area < _SMALLEST_LABELED:
+            continue
+        place = _deepest(values == segment.index)
+        if place is None:
+            continue
+        text = f"{clean(segment.label)} {100 * segment.area:.0f} %"
+        width, height, _ = canvas.measure(text)
+        x, y = (place[0] + 0.5) * scale_x - width / 2, (place[1] + 0.5) * scale_y - height / 2
+        where = canvas.inside(width, height, x, y)
+        canvas.label(text, where.x0, where.y0, color(segment.index))
+    return shown
+
+
+def _colored(label_map: np.ndarray) -> Image.Image:
+    if label_map.dtype == np.uint8:
+        return to_mask(label_map).convert("RGB")
+    colors = np.array([color(index) for index in range(int(label_map.max()) + 1)], np.uint8)
+    return Image.fromarray(colors[label_map])
+
+
+def _border(label_map: np.ndarray, width: int) -> np.ndarray:
+    """Whether a pixel of another class is near, to the right or below."""
+    border = np.zeros(label_map.shape, bool)
+    for step in range(1, width + 1):
+        border[:, :-step] |= label_map[:, step:] != label_map[:, :-step]
+        border[:-step] |= label_map[step:] != label_map[:-step]
+    return border
+
+
+_REDUCED = 128
+
+
+def _reduced(label_map: np.ndarray) -> Image.Image:
+    """A label map of at most 128 pixels a side."""
+    image = Image.fromarray(label_map if label_map.dtype == np.uint8 else label_map.astype(np.int32))
+    scale = min(1, _REDUCED / max(image.size))
+    size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
+    return image.resize(size, Image.Resampling.NEAREST)
+
+
+def _deepest(region: np.ndarray) -> tuple[int, int] | None:
+    """Column and row of a pixel that lies furthest from a region's border; None for no pixel."""
+    if not region.any():
+        return None
+    # A frame of one pixel, which the filter takes away first.
+    left = Image.fromarray(np.pad(region, 1)).convert("L")
+    while (less := left.filter(ImageFilter.MinFilter(3))).getbbox() is not None:
+        left = less
+    rows, columns = np.nonzero(np.asarray(left)[1:-1, 1:-1])
+    middle = len(rows) // 2
+    return int(columns[middle]), int(rows[middle])
+
+
+def background_of(labels: Mapping[int, str]) -> int | None:
+    """The class that stands for nothing; None where there is none."""
+    return 0 if labels.get(0) == "background" else None
