@@ -72,10 +72,8 @@ def test_roboflow_folders(tmp_path: Path) -> None:
     for split, count, seed in (("train", 4, 0), ("valid", 2, 1), ("test", 2, 2)):
         content = draw_coco(tmp_path / split, count, split, seed)
         content["categories"].insert(0, {"id": 0, "name": "shape", "supercategory": "none"})
-        for image in (tmp_path / split / "images" / split).iterdir():
-            image.rename(tmp_path / "set" / split / image.name) if (tmp_path / "set" / split).mkdir(
-                parents=True, exist_ok=True
-            ) else image.rename(tmp_path / "set" / split / image.name)
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / split / "images" / split).rename(tmp_path / "set" / split)
         (tmp_path / "set" / split / "_annotations.coco.json").write_text(json.dumps(content))
     splits = load_splits(str(tmp_path / "set"), labels=BOXES)
     assert sorted(splits) == ["test", "train", "validation"]
@@ -106,7 +104,11 @@ MANY, TEXT, NUMBER = datasets.Sequence, datasets.Value("string"), datasets.Value
     ("objects", "kind", "names"),
     [
         (
-            lambda boxes: {"id": [0] * len(boxes), "bbox": [box for _, box in boxes], "category": [k for k, _ in boxes]},
+            lambda boxes: {
+                "id": [0] * len(boxes),
+                "bbox": [box for _, box in boxes],
+                "category": [k for k, _ in boxes],
+            },
             {"id": MANY(datasets.Value("int64")), "bbox": MANY(MANY(NUMBER, 4)), "category": MANY(NAMED)},
             list(SHAPES),
         ),
@@ -169,7 +171,10 @@ def broken(part: str, **fields: object) -> Callable[[dict], None]:
         (lambda content: content.update(categories={}), "must hold a list of categories, got dict"),
         (lambda content: content.pop("images"), "must hold a list of images, got NoneType"),
         (lambda content: content.update(images=[], annotations=[]), "must hold images, got none"),
-        (lambda content: content["annotations"].insert(0, 7), "must give each of its annotations a image_id; .* has 7"),
+        (
+            lambda content: content["annotations"].insert(0, 7),
+            "must give each of its annotations a image_id; .* has 7",
+        ),
     ],
 )
 def test_broken_annotations_are_one_error(tmp_path: Path, change: Callable[[dict], None], message: str) -> None:
@@ -221,7 +226,9 @@ def test_folders_without_annotations_and_splits_with_others(tmp_path: Path) -> N
 def test_columns_without_boxes_are_named(tmp_path: Path) -> None:
     kind = {"points": MANY(MANY(NUMBER)), "category": MANY(NAMED)}
     path = parquet(tmp_path, lambda boxes: {"points": [box for _, box in boxes], "category": [0] * len(boxes)}, kind)
-    with pytest.raises(ValueError, match="objects must have bbox, as one of bbox, bboxes, boxes, got points, category"):
+    with pytest.raises(
+        ValueError, match="objects must have bbox, as one of bbox, bboxes, boxes, got points, category"
+    ):
         load_splits(str(path), labels=BOXES)
     with pytest.raises(ValueError, match="label_column must be one of image, objects, id, got 'boxes'"):
         load_splits(str(path), label_column="boxes", labels=BOXES)

@@ -120,11 +120,23 @@ def repaint(change: Callable[[Image.Image], Image.Image]) -> Callable[[Path], No
         (repaint(lambda mask: mask.resize((80, 96))), r"000\.png has 80x96, but its image 96x80"),
         (repaint(lambda mask: mask.point(lambda v: 7 * v)), r"must have values from 0 to 3, or 255, got \d"),
         (lambda folder: (folder / "masks" / "000.png").write_bytes(b"no"), r"masks/000\.png: not an image"),
-        (lambda folder: (folder / "masks" / "000.png").unlink(), r"must hold a mask for each file .* none for 000\.png"),
-        (lambda folder: (folder / "images" / "001.png").unlink(), "must hold a image for each file .* none for 001.png"),
-        (lambda folder: (folder / "images").rename(folder / "pictures"), "must hold a folder images and a folder masks"),
+        (
+            lambda folder: (folder / "masks" / "000.png").unlink(),
+            r"must hold a mask for each file .* none for 000\.png",
+        ),
+        (
+            lambda folder: (folder / "images" / "001.png").unlink(),
+            "must hold a image for each file .* none for 001.png",
+        ),
+        (
+            lambda folder: (folder / "images").rename(folder / "pictures"),
+            "must hold a folder images and a folder masks",
+        ),
         (lambda folder: (folder / "classes.txt").write_text("a\na\n"), "must name the classes 0, 1, 2 and so on"),
-        (lambda folder: (folder / "labels.json").write_text("[]"), r"name its classes once, got classes\.txt, labels\.js"),
+        (
+            lambda folder: (folder / "labels.json").write_text("[]"),
+            r"name its classes once, got classes\.txt, labels\.js",
+        ),
     ],
 )
 def test_broken_folders_are_one_error(tmp_path: Path, change: Callable[[Path], None], message: str) -> None:
