@@ -14,17 +14,28 @@ SHAPES = {"circle": (220, 60, 50), "square": (60, 170, 70), "triangle": (60, 90,
 SIZE = (96, 80)  # width and height
 
 
-def draw(count: int, seed: int = 0) -> Iterator[tuple[Image.Image, Image.Image, list[tuple[int, list[int]]]]]:
-    """Images of one to three shapes on noise, with their masks (0 is the ground) and boxes (x, y, width, height)."""
+def draw(
+    count: int, seed: int = 0, large: bool = False
+) -> Iterator[tuple[Image.Image, Image.Image, list[tuple[int, list[int]]]]]:
+    """Images of one to three shapes on noise, with their masks (0 is the ground) and boxes (x, y, width, height).
+
+    Or of one large shape.
+    """
     random = np.random.default_rng(seed)
     for _ in range(count):
         ground = random.normal(150, 12, (SIZE[1], SIZE[0], 3)).clip(0, 255).astype(np.uint8)
         image, mask = Image.fromarray(ground), Image.new("L", SIZE)
         pens = ImageDraw.Draw(image), ImageDraw.Draw(mask)
         objects = []
-        for cell in random.permutation(3)[: random.integers(1, 4)]:
-            kind, side = int(random.integers(3)), int(random.integers(22, 31))
-            left, top = int(cell * 32 + random.integers(0, 32 - side + 1)), int(random.integers(0, SIZE[1] - side))
+        cells, width, sides = (
+            ((0,), 96, (48, 73)) if large else (random.permutation(3)[: random.integers(1, 4)], 32, (22, 31))
+        )
+        for cell in cells:
+            kind, side = int(random.integers(3)), int(random.integers(*sides))
+            left, top = (
+                int(cell * width + random.integers(0, width - side + 1)),
+                int(random.integers(0, SIZE[1] - side)),
+            )
             right, bottom = left + side - 1, top + side - 1
             for pen, color in zip(pens, (list(SHAPES.values())[kind], kind + 1), strict=True):
                 if kind == 0:
@@ -59,11 +70,11 @@ def write(folder: Path, content: dict, split: str = "train") -> None:
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
-def draw_scenes(folder: Path, count: int, seed: int = 0) -> Path:
+def draw_scenes(folder: Path, count: int, seed: int = 0, large: bool = False) -> Path:
     """Write images and masks, one folder each, and the names of the classes."""
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
-    for number, (image, mask, _) in enumerate(draw(count, seed)):
+    for number, (image, mask, _) in enumerate(draw(count, seed, large)):
         image.save(folder / "images" / f"{number:03}.png")
         mask.save(folder / "masks" / f"{number:03}.png")
     (folder / "classes.txt").write_text("\n".join(("ground", *SHAPES)) + "\n")

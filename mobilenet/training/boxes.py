@@ -30,6 +30,7 @@ PARTS = {
 }
 # An entry of a decoded label: class, whether it is a crowd, left, top, right and bottom as shares of the image.
 ENTRY = 6
+MAX_VALUE = 1e9  # in pixels, of what a box may say
 NO_BOX = -100.0  # fills an image's entries up; what the Trainer pads with, too
 
 
@@ -80,13 +81,12 @@ class Boxes(Labels):
         if not any(label and label[CATEGORY] for label in rows[LABEL][:]):
             raise ValueError("images to train on must have boxes, but none has any.")
 
-    def check(self, labels: np.ndarray, names: Sequence[str]) -> None:
+    def check(self, labels: np.ndarray, names: Sequence[str]) -> str | None:
         seen = labels[..., 0]
         absent = [name for index, name in enumerate(names) if not (seen == index).any()]
         if len(absent) == len(names):
             raise ValueError("images to train on must have boxes, but none has any.")
-        if absent:
-            print(f"Note: there are no boxes to train on of {listed(absent)}.")
+        return f"there are no boxes to train on of {listed(absent)}." if absent else None
 
     def decode(
         self, label: dict[str, Any] | None, image: Image.Image, size: tuple[int, int], read: Callable[[Any], Any]
@@ -121,7 +121,7 @@ def _clip(box: Sequence[float], width: int, height: int) -> tuple[float, float, 
     Raises:
         ValueError: The box has no area in the image.
     """
-    if len(box) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)) or not all(map(math.isfinite, box)):
         raise ValueError(f"a box must be four numbers, x, y, width and height, got {box}")
     x, y, w, h = box
     shown = f"[{', '.join(f'{v:g}' for v in box)}]"
@@ -131,6 +131,11 @@ def _clip(box: Sequence[float], width: int, height: int) -> tuple[float, float, 
     if left >= right or top >= bottom:
         raise ValueError(f"the box {shown} lies outside of the image of {width}x{height} pixels")
     return left / width, top / height, right / width, bottom / height
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float holds; NaN is one here."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) > MAX_VALUE
 
 
 def _feature(names: Sequence[str]) -> dict[str, Any]:
@@ -187,12 +192,11 @@ def _as_lists(column: list[Any], parts: dict[str, tuple[str, Any]]) -> list[dict
             label = {part: [one[name] for one in row] for part, (name, _) in parts.items()}
         else:
             label = {part: list((row or {}).get(name) or []) for part, (name, _) in parts.items()}
-        if len(label[BOX]) != len(label[CATEGORY]):
-            raise ValueError(
-                f"row {len(labels)} must have a category for each box, got {len(label[CATEGORY])} for "
-                f"{len(label[BOX])}."
-            )
         crowd = label.get(CROWD) or [False] * len(label[BOX])
+        for part, values in ((CATEGORY, label[CATEGORY]), (CROWD, crowd)):
+            if len(values) != len(label[BOX]):
+                got = f"{len(values)} for {len(label[BOX])}"
+                raise ValueError(f"row {len(labels)} must have a value of {part} for each box, got {got}.")
         labels.append({**label, CROWD: [bool(value) for value in crowd], "size": None})
     return labels
 
@@ -347,7 +351,7 @@ def _rows(
                     f"{file} must describe what its annotations name, but {what} {annotation[what]!r} of annotation "
                     f"{annotation.get('id')!r} is not there."
                 )
-        if not all(isinstance(value, (int, float)) for value in annotation["bbox"]):
+        if not all(map(_is_number, annotation["bbox"])):
             raise ValueError(f"{file} must give boxes as numbers, got {annotation['bbox']!r:.80}.")
         label[BOX].append([float(value) for value in annotation["bbox"]])
         label[CATEGORY].append(category)
@@ -362,4 +366,4 @@ def _rows(
 def _size(image: dict[str, Any]) -> list[int] | None:
     """Width and height, where an image has them."""
     size = [image.get("width"), image.get("height")]
-    return size if all(isinstance(value, int) and value > 0 for value in size) else None
+    return size if all(isinstance(value, int) and 0 < value < MAX_VALUE for value in size) else None

@@ -94,8 +94,8 @@ class Labels(ABC):
         """Raise ValueError unless rows can be trained on, before they are decoded."""
 
     @abstractmethod
-    def check(self, labels: np.ndarray, names: Sequence[str]) -> None:
-        """Raise ValueError unless decoded labels can be trained on."""
+    def check(self, labels: np.ndarray, names: Sequence[str]) -> str | None:
+        """Raise ValueError unless decoded labels can be trained on; say what is odd about them, if anything is."""
 
     @abstractmethod
     def decode(self, label: Any, image: Image.Image, size: tuple[int, int], read: Callable[[Any], Any]) -> Any:

@@ -94,15 +94,14 @@ class Masks(Labels):
         if len(self.classes) < 2:
             raise ValueError(f"there must be at least two classes, got {', '.join(self.classes) or 'none'}.")
 
-    def check(self, labels: np.ndarray, names: Sequence[str]) -> None:
+    def check(self, labels: np.ndarray, names: Sequence[str]) -> str | None:
         present = np.zeros(256, bool)
         for mask in labels:
             present[np.unique(mask)] = True
         absent = [name for index, name in enumerate(names) if not present[index]]
         if len(absent) == len(names):
             raise ValueError(f"masks to train on must hold classes, but all their pixels have the value {IGNORED}.")
-        if absent:
-            print(f"Note: there are no pixels to train on of {listed(absent)}.")
+        return f"there are no pixels to train on of {listed(absent)}." if absent else None
 
     def decode(
         self, label: dict[str, Any] | None, image: Image.Image, size: tuple[int, int], read: Callable[[Any], Any]

@@ -94,7 +94,9 @@ def _run(options: Options, state: PartialState, claim: Claim | None) -> bool:
         train, validation, test = (
             _decode(options, data, split, processor, state) for split in ("train", "validation", "test")
         )
-    task.labels.check(train.labels, data.names)  # some of them may be of no readable image
+    note = task.labels.check(train.labels, data.names)  # some of them may be of no readable image
+    if note and state.is_main_process:
+        print(f"Note: {note}")
     state.wait_for_everyone()
     frozen = [] if options.last_stages is None else freeze(model, options.last_stages)
     trainer = task.trainer(

@@ -138,6 +138,31 @@ def test_columns_of_objects(tmp_path: Path, objects: Callable, kind: object, nam
     assert_entries(read(path).labels, expected(3))
 
 
+def test_folders_with_metadata(tmp_path: Path) -> None:
+    """As `imagefolder` of datasets has them: a line of JSON for each image."""
+    lines = []
+    for index, (image, _, objects) in enumerate(draw(3)):
+        (tmp_path / "set" / "train").mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "set" / "train" / f"{index}.png")
+        boxes = {"bbox": [box for _, box in objects], "categories": [kind for kind, _ in objects]}
+        lines.append(json.dumps({"file_name": f"{index}.png", "objects": boxes}))
+    (tmp_path / "set" / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    assert_entries(read(tmp_path / "set").labels, expected(3))
+    assert BOXES.names(load_splits(str(tmp_path / "set"), labels=BOXES)["train"]) == ["0", "1", "2"]
+
+
+def test_objects_that_do_not_fit_together(tmp_path: Path) -> None:
+    kind = {"bbox": MANY(MANY(NUMBER)), "category": MANY(NAMED), "iscrowd": MANY(datasets.Value("bool"))}
+    for objects, message in (
+        (lambda boxes: {"bbox": [[1, 2, 3, 4]], "category": [], "iscrowd": []}, "row 0 must have a value of category"),
+        (lambda boxes: {"bbox": [[1, 2, 3, 4]], "category": [0], "iscrowd": [0, 1]}, "got 2 for 1"),
+        (lambda boxes: {"bbox": [None], "category": [0], "iscrowd": [0]}, "a box must be four numbers, .* got None"),
+        (lambda boxes: {"bbox": [[1, 2, 3, None]], "category": [0], "iscrowd": [0]}, "a box must be four numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(parquet(tmp_path, objects, kind))
+
+
 def test_boxes_are_clipped_to_the_image(tmp_path: Path) -> None:
     content = draw_coco(tmp_path / "set", 1)
     content["annotations"] = [{**content["annotations"][0], "bbox": [-10.5, 60, 40, 30], "id": 1}]
@@ -159,6 +184,7 @@ def broken(part: str, **fields: object) -> Callable[[dict], None]:
         (broken("annotations", bbox=[5, 5, 9]), r"000\.png: a box must be four numbers, .* got \[5\.0, 5\.0, 9\.0\]"),
         (broken("annotations", bbox=[5, 5, float("nan"), 9]), r"000\.png: a box must be four numbers"),
         (broken("annotations", bbox=["5", 5, 9, 9]), r"must give boxes as numbers, got \['5', 5, 9, 9\]"),
+        (broken("annotations", bbox=[10**400, 5, 9, 9]), r"must give boxes as numbers, got \[1000"),
         (broken("annotations", bbox=None), "must give each of its annotations a bbox; number 0 has None"),
         (broken("annotations", category_id=8), "category_id 8 of annotation 0 is not there"),
         (broken("annotations", image_id=8), "image_id 8 of annotation 0 is not there"),

@@ -1,5 +1,6 @@
 """Detectors in training: variation of boxes, average precision, what a run starts from, what it leaves."""
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from shapes import SHAPES, draw, draw_coco, options
 from transformers import Trainer, TrainingArguments, pipeline
+from typer.testing import CliRunner
 
 from mobilenet import (
     MobileNetConfig,
@@ -19,6 +21,7 @@ from mobilenet import (
     MobileNetForObjectDetection,
     MobileNetImageProcessor,
 )
+from mobilenet.cli import app
 from mobilenet.training.augment import AugmentBoxes
 from mobilenet.training.boxes import NO_BOX
 from mobilenet.training.detection import AveragePrecision, Detection, entries_of, targets
@@ -251,6 +254,9 @@ def test_a_run_leaves_a_complete_repository(tmp_path: Path) -> None:
     assert (measured.split, measured.images, measured.task) == ("validation", 4, "detection")
     assert measured.on_card == pytest.approx(measured.metrics["mean_average_precision"], abs=1e-6)
     assert list(measured.by_class) == list(SHAPES)
+    shown = CliRunner().invoke(app, ["evaluate", str(tmp_path / "out"), str(tmp_path / "set")])
+    assert re.search(r"mean average precision on the card +[\d.]+ %", shown.stdout)
+    assert re.search(r"class +average precision\b.*triangle", shown.stdout, re.DOTALL)
     detect = pipeline("object-detection", model=str(tmp_path / "out"), trust_remote_code=False)
     assert isinstance(detect(str(tmp_path / "set" / "images" / "val" / "000.png")), list)
 
