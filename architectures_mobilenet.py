@@ -650,6 +650,15 @@ DETECTORS: Mapping[str, Detector] = MappingProxyType(
             averages_code=True,
             class_bias=-4.6,
         ),
+        # The published checkpoint has plain extra layers, though its configuration asks for depthwise ones.
+        "ssd_mobilenet_v2": SSD_MOBILENET_V1._replace(
+            title="SSD MobileNet V2",
+            source="object_detection/samples/configs/ssd_mobilenet_v2_coco.config",
+            architecture="mobilenet_v2",
+            endpoints=("expansion", "head"),
+            kernel_size=3,
+            loss=HardNegatives(ratio=3, minimum=3),
+        ),
         "ssdlite_mobilenet_v2": SSDLITE_MOBILENET_V3_LARGE._replace(
             title="SSDLite MobileNet V2",
             source="object_detection/samples/configs/ssdlite_mobilenet_v2_coco.config",

@@ -57,10 +57,11 @@ PRESETS: dict[str, dict[str, Any]] = {
             "width_multiplier": width,
             "image_size": 513,
             "output_stride": stride,
+            "channel_divisor": divisor,
             "segmentation_head": "deeplab_v3_light",
             "num_labels": 21,
         }
-        for width, stride in ((1.0, 8), (0.5, 16))
+        for width, stride, divisor in ((1.0, 8, 8), (0.5, 16, 1))
     },
     **{
         f"{head}_mobilenet_v3_large_520": {
@@ -127,6 +128,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "batch_norm_eps": ("a number above 0", lambda v: _is_number(v) and v > 0),
     "batch_norm_momentum": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "classifier_dropout": ("a drop probability from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "use_pre_logits": _FLAG,
     "pooling": _one_of("avg", "max"),
     "classifier_hidden_sizes": (
         "a list of at most 8 integers from 1 to 65536",
@@ -143,6 +145,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "scale_stem": _FLAG,
     "shrink_head": _FLAG,
     "grow_head": _FLAG,
+    "anchor_step": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "detector": (f"{_one_of(*DETECTORS)[0]}, or None", lambda v: v is None or (isinstance(v, str) and v in DETECTORS)),
     "num_labels": (f"an integer from 0 to {MAX_LABELS}", lambda v: _is_integer(v) and 0 <= v <= MAX_LABELS),
     "out_features": ("a list of stages", lambda v: v is None or _is_list_of(v, lambda name: isinstance(name, str))),
@@ -201,6 +204,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
             trained V1 with 0.0003 and V2 with 0.003 over millions of steps; the default follows within tens of steps.
         classifier_dropout: Probability of dropping a feature before the classifier. Default: 0.001 for V1, 0.2 for
             the others, as their reference implementations train; of a segmenter, as its head's does.
+        use_pre_logits: Whether V3 and V4 have their 1x1 convolution between the pooling and the classifier, which
+            Keras leaves out with a network's top.
         pooling: What makes features of the last feature map: "avg", or "max" for its largest values.
         classifier_hidden_sizes: Widths of fully connected layers between the pooled features and the classifier; by
             default there are none.
@@ -211,6 +216,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         shrink_head: Whether a width below 1 shrinks the last 1x1 convolution too; in no published checkpoint it does.
         grow_head: Whether a width above 1 widens the last 1x1 convolution; in timm's mobilenetv2_110d it does not.
         detector: What makes the network a detector: a key of DETECTORS; None where it is none.
+        anchor_step: What the anchors of a detector are multiples of, as in a file that is quantized; 0 for exact ones.
         segmentation_head: What makes a segmenter of the network, for MobileNetForSemanticSegmentation: a key of
             SEGMENTATION_HEADS.
         semantic_loss_ignore_index: Label of the pixels that do not count in a segmenter's loss.
@@ -229,6 +235,8 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     """
 
     model_type: ClassVar[str] = "mobilenet"
+    # As register_for_auto_class sets it, which first imports half a second's worth of transformers.
+    _auto_class: ClassVar[str] = "AutoConfig"
     attribute_map: ClassVar[dict[str, str]] = {"depth_multiplier": "width_multiplier"}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -264,6 +272,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         out_features: list[str] | None = None,
         out_indices: list[int] | None = None,
         *,  # what follows, older configurations lack, and is saved where it says something
+        use_pre_logits: bool = True,
         pooling: str = "avg",
         classifier_hidden_sizes: Sequence[int] = (),
         classifier_hidden_act: str = "relu",
@@ -272,6 +281,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         scale_stem: bool = True,
         grow_head: bool = True,
         detector: str | None = None,
+        anchor_step: float = 0.0,
         dilates_strided: bool = False,
         segmentation_head: str | None = None,
         semantic_loss_ignore_index: int = 255,
@@ -308,10 +318,12 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         if repeat_multiplier != 1 and not table.repeats:
             expected = f"1 for {architecture}, which prints every block"
             raise ValueError(f"repeat_multiplier must be {expected}, got {repeat_multiplier!r}.")
+        self.use_pre_logits = use_pre_logits
         self.pooling = pooling
         self.classifier_hidden_sizes = classifier_hidden_sizes
         self.classifier_hidden_act = classifier_hidden_act
         self.detector = detector
+        self.anchor_step = anchor_step
         self.out_features = out_features
         if out_indices is not None:
             self.out_indices = out_indices
@@ -384,7 +396,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     @property
     def pre_logits_block(self) -> Block | None:
         """The 1x1 convolution between the pooling and the classifier; None for V1 and V2, which have none."""
-        row = self.table.pre_logits
+        row = self.table.pre_logits if self.use_pre_logits else None
         return row and next(row.blocks(self.head_block.out_channels, self._last_width, self.hidden_act))
 
     @property
@@ -441,5 +453,3 @@ AUTO_MAP = {
     "AutoModelForSemanticSegmentation": "modeling_mobilenet.MobileNetForSemanticSegmentation",
     "AutoBackbone": "modeling_mobilenet.MobileNetBackbone",
 }
-
-MobileNetConfig.register_for_auto_class()

@@ -54,7 +54,8 @@ class Predictor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(self.depthwise(x))
         # Without a copy of what is in the channels-last format.
-        return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.numbers)
+        batch, channels, height, width = x.shape
+        return x.permute(0, 2, 3, 1).reshape(batch, height * width * (channels // self.numbers), self.numbers)
 
 
 class ExtraLayer(nn.Module):
@@ -87,7 +88,7 @@ class DetectionLayers:
         Raises:
             ValueError: The backbone has no such maps.
         """
-        self.detector = DETECTORS[config.detector]
+        self.detector, self.anchor_step = DETECTORS[config.detector], config.anchor_step
         self.classes = config.num_labels + (self.detector.background is not None)
         self.extras = nn.ModuleList(ExtraLayer(config, *sizes) for sizes in extra_channels(config))
         self.box_predictors = nn.ModuleList()
@@ -113,7 +114,7 @@ class DetectionLayers:
         logits = torch.cat([predict(x) for predict, x in zip(self.class_predictors, maps, strict=True)], 1)
         codes = torch.cat([predict(x) for predict, x in zip(self.box_predictors, maps, strict=True)], 1)
         sizes = tuple((x.shape[-2], x.shape[-1]) for x in maps)
-        return logits, codes, find_anchors(self.detector, sizes, codes.device)
+        return logits, codes, find_anchors(self.detector, sizes, self.anchor_step, codes.device)
 
     def boxes_and_scores(self, logits: Tensor, codes: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """What the predictions mean, in float32.
@@ -174,12 +175,15 @@ def anchor_shapes(detector: Detector) -> list[tuple[AnchorShape, ...]]:
     return [detector.first_anchors, *[detector.anchors] * others]
 
 
-def generate_anchors(detector: Detector, sizes: Sequence[tuple[int, int]], device: Any = "cpu") -> Tensor:
+def generate_anchors(
+    detector: Detector, sizes: Sequence[tuple[int, int]], step: float = 0.0, device: Any = "cpu"
+) -> Tensor:
     """The anchors of all cells: map by map, row by row, cell by cell, in the order of their shapes.
 
     Args:
         detector: Says which.
         sizes: Height and width of each map.
+        step: What they are rounded to multiples of; 0 for nothing.
         device: Where to make them.
 
     Returns:
@@ -205,19 +209,20 @@ def generate_anchors(detector: Detector, sizes: Sequence[tuple[int, int]], devic
         y = ((torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height)[:, None].expand(-1, width)
         centers = torch.stack((x, y), -1).reshape(-1, 1, 2).expand(-1, len(shapes), -1)
         result.append(torch.cat((centers, forms.expand(height * width, -1, -1)), -1).reshape(-1, 4))
-    return torch.cat(result)
+    result = torch.cat(result)
+    return (result / step).round() * step if step else result
 
 
 @lru_cache(maxsize=16)  # of detectors and sizes of images, which are few
-def _known_anchors(detector: Detector, sizes: tuple[tuple[int, int], ...]) -> np.ndarray:
-    return generate_anchors(detector, sizes).numpy()
+def _known_anchors(detector: Detector, sizes: tuple[tuple[int, int], ...], step: float) -> np.ndarray:
+    return generate_anchors(detector, sizes, step).numpy()
 
 
-def find_anchors(detector: Detector, sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+def find_anchors(detector: Detector, sizes: tuple[tuple[int, int], ...], step: float, device: torch.device) -> Tensor:
     """What `generate_anchors` gives, which is remembered where torch records no calls."""
     if makes_graph():
-        return generate_anchors(detector, sizes, device)
-    return torch.from_numpy(_known_anchors(detector, sizes).copy()).to(device)
+        return generate_anchors(detector, sizes, step, device)
+    return torch.from_numpy(_known_anchors(detector, sizes, step).copy()).to(device)
 
 
 def decode(codes: Tensor, anchors: Tensor, detector: Detector) -> Tensor:
@@ -431,7 +436,7 @@ def suppress(
         boxes: Of shape (anchors, 4).
         threshold: Scores count above this.
         nms_iou_threshold: A box is suppressed whose intersection over union with a better one is more.
-        max_detections: How many there may be.
+        max_detections: How many there may be; with max_classes_per_box, of how many boxes.
         max_detections_per_class: How many of a class there may be.
         max_candidates_per_class: How many of each class compete; None for all.
         max_classes_per_box: By default, each class is treated by itself. With a number, boxes of different classes

@@ -36,23 +36,20 @@ class Recipe(NamedTuple):
 # How an image of any shape becomes a square: options for a side in pixels, and for the shortest edge to crop from.
 # "whole" keeps its shape.
 FITS = {
-    "crop": lambda side, edge: {"size": {"shortest_edge": edge}, "crop_size": side},
-    "stretch": lambda side, edge: {
-        "size": {"height": side, "width": side},
-        "crop_size": side,
-        "do_center_crop": False,
-    },
-    "pad": lambda side, edge: {"size": {"longest_edge": side}, "crop_size": side},
-    "corner": lambda side, edge: {
-        "size": {"longest_edge": side},
-        "crop_size": side,
-        "do_center_crop": False,
-        "pad_size": side,
-    },
-    "whole": lambda side, edge: {"size": {"shortest_edge": side}, "crop_size": side, "do_center_crop": False},
+    "crop": lambda side, edge: _fit({"shortest_edge": edge}, side),
+    "stretch": lambda side, edge: _fit({"height": side, "width": side}, side, do_center_crop=False),
+    "pad": lambda side, edge: _fit({"longest_edge": side}, side),
+    "corner": lambda side, edge: _fit({"longest_edge": side}, side, do_center_crop=False, pad_size=side),
+    "whole": lambda side, edge: _fit({"shortest_edge": side}, side, do_center_crop=False),
 }
-# Those of which a label map lies over all of the image.
-WHOLE_FITS = ("stretch", "pad", "corner", "whole")
+
+
+def _fit(size: dict[str, int], side: int, **options: Any) -> dict[str, Any]:
+    return {"size": size, "crop_size": side, "do_center_crop": True, "pad_size": None, **options}
+
+
+SQUARE_FITS = ("crop", "stretch", "pad")  # of classifiers
+WHOLE_FITS = ("stretch", "pad", "corner", "whole")  # that show all of an image, as segmenters shall see it
 
 
 _HALF = (0.5, 0.5, 0.5)
@@ -858,6 +855,7 @@ __all__ = [
     "OPTIONS",
     "RANGES",
     "RECIPES",
+    "SQUARE_FITS",
     "SUPPRESSION",
     "WHOLE_FITS",
     "Axis",

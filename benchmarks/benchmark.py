@@ -27,7 +27,7 @@ import torch
 import typer
 from PIL import Image
 from rich.console import Console
-from subjects import GPU_SUBJECTS, Setup, agreement
+from subjects import FAMILY, GPU_SUBJECTS, SUBJECTS, Setup, agreement
 
 
 Varied = dict[str, Any]
@@ -76,6 +76,14 @@ def sections(quick: bool) -> list[Section]:
     found = [
         Section("The network alone: latency", NETWORKS, {"batch 1, ms": {"batch": 1, "size": 224}}, "ms"),
         Section("The network alone: throughput", NETWORKS, {"batch 32": {"batch": 32, "size": 224}}),
+        *(
+            Section(
+                f"MobileNet {network} alone",
+                [name for name in SUBJECTS if name.startswith(f"{network}: ")],
+                {f"batch {batch}": {"batch": batch, "size": 224} for batch in (1, 4 if quick else 32)},
+            )
+            for network in FAMILY
+        ),
         Section(
             "The image processor alone",
             ("transformers, processor", "ours, processor", "ours, processor, fast_decode"),
@@ -244,6 +252,16 @@ CLAIMS = (
     ("ours, ONNX Runtime", "transformers", "latency", "batch 1, ms"),
     ("ours, ONNX Runtime", "timm, its own export, ONNX Runtime", "latency", "batch 1, ms"),
     ("ours, ONNX Runtime", "timm, its own export, ONNX Runtime", "throughput", "batch 32"),
+    *(
+        (f"{network}: {ours}", f"{network}: {theirs}", f"{network} alone", f"batch {batch}")
+        for network in FAMILY
+        for ours, theirs in (
+            ("ours, fused", "timm, channels last"),
+            ("ours, fused", "timm"),
+            ("ours, ONNX Runtime", "timm, its own export, ONNX Runtime"),
+        )
+        for batch in (1, 32)
+    ),
     ("ours, ONNX Runtime, int8", "ours, ONNX Runtime", "latency", "batch 1, ms"),
     ("ours, ONNX Runtime, int8", "ours, ONNX Runtime", "throughput", "batch 32"),
     ("ours, OpenVINO, bfloat16", "transformers", "latency", "batch 1, ms"),

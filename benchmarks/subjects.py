@@ -206,6 +206,61 @@ def _(setup: Setup) -> Prepare:
     return prepare
 
 
+# --- V3 and V4 alone, of random weights: by preset, timm's name and size ------------------------------------------
+
+FAMILY = {
+    "V3 large": ("mobilenet_v3_large_1.0_224", "mobilenetv3_large_100"),
+    "V4 conv medium": ("mobilenet_v4_conv_medium_256", "mobilenetv4_conv_medium"),
+}
+
+
+def _family(network: str, preset: str, name: str) -> dict[str, Callable[[Setup], Prepare]]:
+    """The subjects of a network, by their names."""
+
+    def theirs() -> torch.nn.Module:
+        return import_timm().create_model(name, num_classes=1000).eval()
+
+    def ours(setup: Setup) -> Any:
+        from mobilenet import MobileNetConfig, MobileNetForImageClassification
+
+        return MobileNetForImageClassification(MobileNetConfig.from_preset(preset)).eval()
+
+    def their_export(setup: Setup) -> Prepare:
+        model = theirs()
+        from timm.utils.onnx import onnx_export
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "timm.onnx")
+            onnx_export(model, str(path), batch_size=2, input_size=(3, 224, 224), dynamic_size=True)
+            return _in_onnxruntime(path, setup)
+
+    def our_export(setup: Setup) -> Prepare:
+        from mobilenet import MobileNetImageProcessor
+        from mobilenet.export.export import export
+
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            ours(setup).save_pretrained(Path(folder, "model"))
+            MobileNetImageProcessor().save_pretrained(Path(folder, "model"))
+            export(str(Path(folder, "model")), Path(folder, "onnx"))
+            return _in_onnxruntime(Path(folder, "onnx", "model.onnx"), setup)
+
+    last = torch.channels_last
+    found = {
+        "timm, channels last": lambda setup: _in_eager(theirs().to(memory_format=last), channels_last=True),
+        "timm": lambda setup: _in_eager(theirs()),
+        "ours": lambda setup: _in_eager(ours(setup)),
+        "ours, fused": lambda setup: _in_eager(ours(setup).fuse()),
+        "ours, fused, bfloat16": lambda setup: _in_eager(ours(setup).fuse().to(torch.bfloat16), torch.bfloat16),
+        "timm, its own export, ONNX Runtime": their_export,
+        "ours, ONNX Runtime": our_export,
+    }
+    return {f"{network}: {subject}": load for subject, load in found.items()}
+
+
+for _network, _names in FAMILY.items():
+    SUBJECTS |= _family(_network, *_names)
+
+
 # --- The image processor alone -----------------------------------------------------------------------------------
 
 

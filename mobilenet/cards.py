@@ -14,10 +14,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 
-from .architectures_mobilenet import ARCHITECTURES
+from .architectures_mobilenet import ARCHITECTURES, DETECTORS
 from .preprocessing_mobilenet import regular
 from .repository import sha256
-from .tasks import CLASSIFICATION, Task
+from .tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task
 from .text import clean, markdown, percent
 
 
@@ -308,6 +308,8 @@ await classify("photo.jpg");
 
 # Of conversions
 
+SSD = "1512.02325"  # on arXiv
+
 
 def conversion_card(
     config: Any,
@@ -327,24 +329,32 @@ def conversion_card(
         comparisons: Its rows, which have cells.
         caveats: What was not compared.
     """
-    architecture = ARCHITECTURES[config.architecture]
+    architecture, task = ARCHITECTURES[config.architecture], checkpoint.task
+    papers, title, metrics = [architecture.paper], architecture.title, ["accuracy"]
+    if task is DETECTION:
+        papers, title, metrics = [SSD, *papers], DETECTORS[config.detector].title, None
+    elif task is SEGMENTATION:
+        papers.append(config.segmentation.paper)
+        title, metrics = f"{config.segmentation.title} on {title}", ["mean_iou"]
+    papers = list(dict.fromkeys(papers))
     data = ModelCardData(
         license=checkpoint.license,
         library_name="transformers",
-        pipeline_tag="image-classification" if config.num_labels else "image-feature-extraction",
-        tags=["vision", "mobilenet", f"arxiv:{architecture.paper}"],
-        datasets=["imagenet-1k"] if config.num_labels in (1000, 1001) else None,
-        metrics=["accuracy"],
+        pipeline_tag=task.name if config.num_labels else "image-feature-extraction",
+        tags=["vision", "mobilenet", *(f"arxiv:{paper}" for paper in papers)],
+        datasets=["imagenet-1k"] if task is CLASSIFICATION and config.num_labels in (1000, 1001) else None,
+        metrics=metrics,
         base_model=origin.given if origin.revision else None,
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {architecture.title}, width {config.width_multiplier:g}, {config.image_size} pixels",
+        f"# {title}, width {config.width_multiplier:g}, {config.image_size} pixels",
         f"Converted from {checkpoint.kind}. "
         + (f"{config.num_labels} classes. " if config.num_labels else "Features, without a classifier. ")
-        + f"Paper: [arXiv:{architecture.paper}](https://arxiv.org/abs/{architecture.paper}).",
-        _USE_CONVERTED,
-        *([_FINE_TUNE] if config.has_batch_norm else []),
+        + f"Paper{'s' * (len(papers) > 1)}: "
+        + f"{', '.join(f'[arXiv:{paper}](https://arxiv.org/abs/{paper})' for paper in papers)}.",
+        _USE_CONVERTED.format(task=task.name, verb=task.command),
+        *([_FINE_TUNE.format(source=_TRAINED_BY[task.name])] if config.has_batch_norm else []),
         "## Source",
         _source(origin, checkpoint),
         "## Parity",
@@ -361,8 +371,8 @@ _USE_CONVERTED = """## Use
 ```python
 from transformers import pipeline
 
-classify = pipeline("image-classification", model="path/to/this/repository", trust_remote_code=True)
-classify("photo.jpg")
+{verb} = pipeline("{task}", model="path/to/this/repository", trust_remote_code=True)
+{verb}("photo.jpg")
 ```
 
 `trust_remote_code` runs the Python files of this repository: `architectures_mobilenet.py`,
@@ -372,7 +382,12 @@ classify("photo.jpg")
 
 _FINE_TUNE = """## Fine-tune
 
-`mobilenet train images --model path/to/this/repository --output fine-tuned`, or any training loop for PyTorch."""
+`mobilenet train {source} --model path/to/this/repository --output fine-tuned`, or any training loop for PyTorch."""
+_TRAINED_BY = {
+    CLASSIFICATION.name: "images",
+    DETECTION.name: "images --task detection",
+    SEGMENTATION.name: "images --task segmentation",
+}
 
 
 def _source(origin: Any, checkpoint: Any) -> str:

@@ -3,94 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-
-# annotations/instances_val2017.json of COCO (arXiv:1405.0312): of 91 categories, these have boxes.
-CATEGORIES = {
-    "person": 1,
-    "bicycle": 2,
-    "car": 3,
-    "motorcycle": 4,
-    "airplane": 5,
-    "bus": 6,
-    "train": 7,
-    "truck": 8,
-    "boat": 9,
-    "traffic light": 10,
-    "fire hydrant": 11,
-    "stop sign": 13,
-    "parking meter": 14,
-    "bench": 15,
-    "bird": 16,
-    "cat": 17,
-    "dog": 18,
-    "horse": 19,
-    "sheep": 20,
-    "cow": 21,
-    "elephant": 22,
-    "bear": 23,
-    "zebra": 24,
-    "giraffe": 25,
-    "backpack": 27,
-    "umbrella": 28,
-    "handbag": 31,
-    "tie": 32,
-    "suitcase": 33,
-    "frisbee": 34,
-    "skis": 35,
-    "snowboard": 36,
-    "sports ball": 37,
-    "kite": 38,
-    "baseball bat": 39,
-    "baseball glove": 40,
-    "skateboard": 41,
-    "surfboard": 42,
-    "tennis racket": 43,
-    "bottle": 44,
-    "wine glass": 46,
-    "cup": 47,
-    "fork": 48,
-    "knife": 49,
-    "spoon": 50,
-    "bowl": 51,
-    "banana": 52,
-    "apple": 53,
-    "sandwich": 54,
-    "orange": 55,
-    "broccoli": 56,
-    "carrot": 57,
-    "hot dog": 58,
-    "pizza": 59,
-    "donut": 60,
-    "cake": 61,
-    "chair": 62,
-    "couch": 63,
-    "potted plant": 64,
-    "bed": 65,
-    "dining table": 67,
-    "toilet": 70,
-    "tv": 72,
-    "laptop": 73,
-    "mouse": 74,
-    "remote": 75,
-    "keyboard": 76,
-    "cell phone": 77,
-    "microwave": 78,
-    "oven": 79,
-    "toaster": 80,
-    "sink": 81,
-    "refrigerator": 82,
-    "book": 84,
-    "clock": 85,
-    "vase": 86,
-    "scissors": 87,
-    "teddy bear": 88,
-    "hair drier": 89,
-    "toothbrush": 90,
-}
+from pathlib import Path
 
 
 def categories_of(labels: Mapping[int, str]) -> dict[int, int]:
     """Categories of labels by their indices: COCO's own where most labels are COCO's, and otherwise from 1 on."""
-    known = {index: CATEGORIES[label] for index, label in labels.items() if label in CATEGORIES}
+    # Its lines are numbered as COCO's categories are (arXiv:1405.0312), 10 of which have no boxes.
+    names = (Path(__file__).parent / "conversion" / "coco_labels.txt").read_text(encoding="utf-8").splitlines()
+    numbers = {name: number for number, name in enumerate(names, 1) if name != "N/A"}
+    known = {index: numbers[label] for index, label in labels.items() if label in numbers}
     return {index: index + 1 for index in labels} | (known if 2 * len(known) > len(labels) else {})

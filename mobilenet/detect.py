@@ -21,7 +21,8 @@ from .tasks import DETECTION
 from .visualize import draw_boxes
 
 
-Suppress = Callable[[np.ndarray, np.ndarray, tuple[int, int]], list[Detection]]
+# From an image's width and height, and the network's outputs for it, to what is in it.
+FindObjects = Callable[..., list[Detection]]
 
 
 def detect_images(
@@ -82,11 +83,14 @@ def detect(
     find_objects = _suppression(detector, threshold)
 
     def predict(batch: list[ReadImage]) -> list[DetectionResult]:
-        scores, boxes = detector.network(np.concatenate([image.pixels for image in batch]))
-        return [finish(*row) for row in zip(batch, scores, boxes, strict=True)]
+        outputs = detector.network(np.concatenate([image.pixels for image in batch]))
+        if len(outputs) == 1:  # objects of the whole batch
+            (rows,) = outputs
+            outputs = [[rows[rows[:, 0] == place] for place in range(len(batch))]]
+        return [finish(*row) for row in zip(batch, *outputs, strict=True)]
 
-    def finish(image: ReadImage, scores: np.ndarray, boxes: np.ndarray) -> DetectionResult:
-        detections = find_objects(scores, boxes, image.size)
+    def finish(image: ReadImage, *outputs: np.ndarray) -> DetectionResult:
+        detections = find_objects(image.size, *outputs)
         drawn = ()
         if drawings is not None:
             try:
@@ -102,22 +106,26 @@ def detect(
     return infer(images, read, predict, fail, batch_size)
 
 
-def _suppression(detector: Model, threshold: float) -> Suppress:
-    """From a network's scores and boxes, and an image's width and height, to what is in it."""
-    torch = import_module("torch")
-    suppress = import_module(".detection_mobilenet", __package__).suppress
+def _suppression(detector: Model, threshold: float) -> FindObjects:
+    """What finds objects in the outputs of a network, whether boxes that overlap are suppressed in it or not."""
     options = {name: detector.options[name] for name in SUPPRESSION}
 
-    @torch.inference_mode()
-    def find_objects(scores: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> list[Detection]:
-        found = suppress(torch.from_numpy(scores), torch.from_numpy(boxes), threshold, **options)
+    def find_objects(size: tuple[int, int], first: np.ndarray, boxes: np.ndarray | None = None) -> list[Detection]:
+        if boxes is None:
+            rows = first[first[:, 2] > threshold][: options["max_detections"]]
+            found = rows[:, 2], rows[:, 1].astype(int), rows[:, 3:]
+        else:
+            torch = import_module("torch")  # which an exported network may do without
+            suppress = import_module(".detection_mobilenet", __package__).suppress
+            tensors = suppress(torch.from_numpy(first), torch.from_numpy(boxes), threshold, **options)
+            found = [tensor.numpy() for tensor in tensors]
+        scores, indices, corners = found[0], found[1], found[2].astype(np.float64)
         down, across = place(*size, detector.options)
-        corners = found[2].double()
         for axis, edges in ((across, corners[:, 0::2]), (down, corners[:, 1::2])):
-            edges.mul_(axis.network).sub_(axis.offset).mul_(axis.image / axis.resized).clamp_(0, axis.image)
+            edges[:] = np.clip((edges * axis.network - axis.offset) * (axis.image / axis.resized), 0, axis.image)
         return [
             Detection(index, detector.label(index), score, tuple(box))
-            for score, index, box in zip(found[0].tolist(), found[1].tolist(), corners.tolist(), strict=True)
+            for score, index, box in zip(scores.tolist(), indices.tolist(), corners.tolist(), strict=True)
         ]
 
     return find_objects
@@ -149,10 +157,11 @@ def run(
         drawings: Where images with boxes go.
     """
     check_threshold(threshold)
+    categories = categories_of(detector.labels) if layout is Layout.COCO else None
     return report(
         partial(find, names) if drawings is None else drawings.find,
         lambda images: detect(images, detector, threshold, batch_size, drawings),
-        lambda out: writer(layout, out, form=DETECTED, categories=categories_of(detector.labels)),
+        lambda out: writer(layout, out, form=DETECTED, categories=categories),
         file,
         batch_size,
         "-" not in names,

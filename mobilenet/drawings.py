@@ -24,7 +24,8 @@ _JPEG = (".jfif", ".jpe", ".jpeg", ".jpg")
 
 def drawn_suffix(name: str) -> str:
     """The suffix of what an image is drawn to."""
-    return ".jpg" if os.path.splitext(name)[1].lower() in _JPEG else ".png"
+    path = urlsplit(name).path if is_url(name) else name
+    return ".jpg" if os.path.splitext(path)[1].lower() in _JPEG else ".png"
 
 
 class Drawings:

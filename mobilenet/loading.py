@@ -264,10 +264,18 @@ def _scores(config: Mapping[str, Any], labels: Mapping[int, str]) -> Callable[..
     return answer
 
 
-def _boxes(config: Mapping[str, Any], labels: Mapping[int, str]) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
-    """A detector's scores, of shape (B, anchors, labels), and boxes, of shape (B, anchors, 4)."""
+def _boxes(config: Mapping[str, Any], labels: Mapping[int, str]) -> Callable[..., tuple[np.ndarray, ...]]:
+    """A detector's scores, of shape (B, anchors, labels), and boxes, of shape (B, anchors, 4).
 
-    def answer(scores: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    Or objects, of shape (objects, 7): place in the batch, label, score, and x0, y0, x1, y1 relative to the image.
+    """
+
+    def answer(scores: np.ndarray, boxes: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+        if boxes is None:
+            if scores.ndim != 2 or scores.shape[1] != 7:
+                raise ValueError(f"objects of 7 numbers, got {scores.shape}.")
+            _check_answer({}, 0, scores)
+            return (scores,)
         if scores.ndim != 3 or boxes.shape != (*scores.shape[:2], 4):
             raise ValueError(f"scores and a box for each anchor, got {scores.shape} and {boxes.shape}.")
         _check_answer(labels, scores.shape[2], scores, boxes)
@@ -341,9 +349,14 @@ def _exported(files: Files, engine: Engine, manifest: dict[str, Any], task: Task
     if path is None:
         raise FileNotFoundError(f"it holds no {name}.")
     try:
-        return open_network(path, task.outputs)
+        return open_network(path, _exported_outputs(manifest, task))
     except Exception as error:  # of protobuf, ONNX Runtime, OpenVINO
         raise ValueError(f"its network for {engine.value} is broken: {error}") from error
+
+
+def _exported_outputs(manifest: Mapping[str, Any], task: Task) -> Sequence[str]:
+    """Those of a graph's outputs that are used: the task's, or objects, where a detector's graph suppresses boxes."""
+    return ("detections",) if task is DETECTION and manifest.get("outputs") == ["detections"] else task.outputs
 
 
 def _torch(files: Files, config: dict[str, Any], device: Any, dtype: Precision, task: Task) -> tuple[str, Network]:

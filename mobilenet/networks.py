@@ -13,9 +13,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .configuration_mobilenet import MobileNetConfig
+from .detection_mobilenet import DETECTORS, DetectionLayers
 from .layers_mobilenet import Features, fuse, hidden_layers
 from .segmentation_mobilenet import Segments
-from .tasks import CLASSIFICATION, SEGMENTATION, Task
+from .tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task
 
 
 class BareFeatures(Features, nn.Module):
@@ -60,7 +61,31 @@ class BareSegmenter(Segments, nn.Module):
         return (self.segment(maps),)
 
 
-BARE: dict[str, type[nn.Module]] = {CLASSIFICATION.name: BareClassifier, SEGMENTATION.name: BareSegmenter}
+class BareDetector(DetectionLayers, nn.Module):
+    """The layers of MobileNetForObjectDetection, for inference.
+
+    Shape: (B, num_channels, H, W) -> (B, anchors, num_labels), (B, anchors, 4)
+    """
+
+    def __init__(self, config: MobileNetConfig) -> None:
+        super().__init__()
+        if config.detector is None:
+            raise ValueError(f"detector must be one of {', '.join(DETECTORS)} for a detector, got None.")
+        with_head = "head" in DETECTORS[config.detector].endpoints
+        self.backbone = BareFeatures(config, with_head, with_pre_logits=False)
+        self.add_detection_layers(config)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.backbone.endpoints(pixel_values, self.detector.endpoints)
+        boxes, scores = self.boxes_and_scores(*self.predict(maps))
+        return scores, boxes
+
+
+BARE: dict[str, type[nn.Module]] = {
+    CLASSIFICATION.name: BareClassifier,
+    DETECTION.name: BareDetector,
+    SEGMENTATION.name: BareSegmenter,
+}
 
 
 def check_weights(wrong: list[str]) -> None:

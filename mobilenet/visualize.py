@@ -13,22 +13,23 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .output import Detection, Segment
 from .preprocessing_mobilenet import to_rgb
-from .segmentation_labels import color, palette
+from .segmentation_labels import palette
 from .text import clean
 
 
 Color = tuple[int, int, int]
 
-# Labels are this share of the longer side high, but no less than so many pixels.
-_TEXT_SHARE, _MIN_TEXT = 0.022, 13
+# Labels are this share of the longer side high, but no more than one of the shorter, and no less than so many pixels.
+_TEXT_SHARE, _MAX_TEXT_SHARE, _MIN_TEXT = 0.022, 0.2, 13
+_MAX_LETTERS = 60
 # A smaller image is enlarged, so that labels fit.
 _MIN_SIDE = 480
-_OPACITY = 0.55
+_OPACITY = 0.5
 _SMALLEST_LABELED = 0.005  # share of an image that a class must have to be labeled
 
 
 def label_color(index: int) -> Color:
-    """A color for boxes of a class: hues by the golden ratio lie far apart, however many there are."""
+    """A color for a class in photographs: hues by the golden ratio lie far apart, however many there are."""
     hue = (0.02 + index * 0.6180339887) % 1
     saturation, value = ((0.85, 1.0), (0.6, 1.0), (1.0, 0.8))[index // 7 % 3]
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
@@ -51,8 +52,15 @@ class _Box(NamedTuple):
     x1: float
     y1: float
 
-    def overlaps(self, other: _Box) -> bool:
-        return self.x0 < other.x1 and other.x0 < self.x1 and self.y0 < other.y1 and other.y0 < self.y1
+    @property
+    def area(self) -> float:
+        return (self.x1 - self.x0) * (self.y1 - self.y0)
+
+    def shared(self, other: _Box) -> float:
+        """The area that two have in common."""
+        width = min(self.x1, other.x1) - max(self.x0, other.x0)
+        height = min(self.y1, other.y1) - max(self.y0, other.y0)
+        return max(0, width) * max(0, height)
 
 
 class _Canvas:
@@ -62,7 +70,7 @@ class _Canvas:
         self.image = image
         longest = max(image.size)
         self.draw = ImageDraw.Draw(image)
-        self.font = _font(max(_MIN_TEXT, round(_TEXT_SHARE * longest)))
+        self.font = _font(max(_MIN_TEXT, round(min(_TEXT_SHARE * longest, _MAX_TEXT_SHARE * min(image.size)))))
         self.line = max(2, round(longest / 320))
         self.pad = max(2, round(self.font.size / 4)) if hasattr(self.font, "size") else 2
 
@@ -92,9 +100,7 @@ def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Ima
         image: Upright, of any mode. One whose sides are under 480 pixels is enlarged, so that labels are legible.
         detections: Best first, in pixels of the image.
     """
-    scale = -(-_MIN_SIDE // max(image.size))
-    image = to_rgb(image)
-    image = image.resize((scale * image.width, scale * image.height)) if scale > 1 else image.copy()
+    image, scale = _enlarged(image)
     canvas = _Canvas(image)
     boxes = [_Box(*(scale * edge for edge in detection.box)) for detection in detections]
     places = _place_labels(canvas, boxes, detections)
@@ -106,20 +112,39 @@ def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Ima
     return image
 
 
+def _enlarged(image: Image.Image) -> tuple[Image.Image, int]:
+    """An image in RGB to draw on, and how many times as large it is."""
+    scale = -(-_MIN_SIDE // max(image.size))
+    image = to_rgb(image)
+    return (image.resize((scale * image.width, scale * image.height)) if scale > 1 else image.copy()), scale
+
+
 def _caption(detection: Detection) -> str:
-    return f"{clean(detection.label)} {100 * detection.score:.0f} %"
+    return _label(detection.label, detection.score)
+
+
+def _label(name: str, share: float) -> str:
+    name = clean(name)
+    shown = name if len(name) <= _MAX_LETTERS else f"{name[: _MAX_LETTERS - 1]}…"
+    return f"{shown} {100 * share:.0f} %"
 
 
 def _place_labels(canvas: _Canvas, boxes: Sequence[_Box], detections: Sequence[Detection]) -> list[_Box]:
-    """Where labels go: above a box, inside at its top, or below, as far as another label is not there."""
+    """Where labels go: above a box, below, beside or inside, wherever they hide least of labels and small boxes."""
     places: list[_Box] = []
     for box, detection in zip(boxes, detections, strict=True):
         width, height, _ = canvas.measure(_caption(detection))
-        tops = [box.y0 - height] if box.y0 >= height else []
-        tops += [box.y0, box.y1, box.y1 - height]
-        choices = [canvas.inside(width, height, box.x0, top) for top in tops]
-        free = [place for place in choices if not any(place.overlaps(other) for other in places)]
-        places.append((free or choices)[0])
+        corners = (
+            *((box.x0, box.y0 - height), (box.x0, box.y0), (box.x1 - width, box.y0 - height), (box.x0, box.y1)),
+            *((box.x1, box.y0), (box.x0 - width, box.y0), (box.x1 - width, box.y1), (box.x0, box.y1 - height)),
+        )
+        choices = [canvas.inside(width, height, *corner) for corner in corners]
+        small = [other for other in boxes if other.area < 4 * width * height]
+
+        def hidden(choice: _Box, small: Sequence[_Box] = small) -> float:
+            return 3 * sum(map(choice.shared, places)) + sum(map(choice.shared, small))
+
+        places.append(min(choices, key=hidden))
     return places
 
 
@@ -157,12 +182,14 @@ def draw_segments(
     """An image under the colors of its classes, with their borders and names.
 
     Args:
-        image: Upright, of any mode.
+        image: Upright, of any mode. One whose sides are under 480 pixels is enlarged, so that labels are legible.
         label_map: The class of each pixel, of shape (H, W), the image's.
         segments: Classes in it, largest first.
         background: A class that is left as it is.
     """
-    image = to_rgb(image)
+    image, scale = _enlarged(image)
+    if scale > 1:
+        label_map = label_map.repeat(scale, 0).repeat(scale, 1)
     colored = _colored(label_map)
     shown = Image.blend(image, colored, _OPACITY)
     if background is not None:
@@ -180,19 +207,22 @@ def draw_segments(
         place = _deepest(values == segment.index)
         if place is None:
             continue
-        text = f"{clean(segment.label)} {100 * segment.area:.0f} %"
+        text = _label(segment.label, segment.area)
         width, height, _ = canvas.measure(text)
         x, y = (place[0] + 0.5) * scale_x - width / 2, (place[1] + 0.5) * scale_y - height / 2
         where = canvas.inside(width, height, x, y)
-        canvas.label(text, where.x0, where.y0, color(segment.index))
+        canvas.label(text, where.x0, where.y0, label_color(segment.index))
     return shown
 
 
 def _colored(label_map: np.ndarray) -> Image.Image:
-    if label_map.dtype == np.uint8:
-        return to_mask(label_map).convert("RGB")
-    colors = np.array([color(index) for index in range(int(label_map.max()) + 1)], np.uint8)
-    return Image.fromarray(colors[label_map])
+    """A label map in colors that are lighter than those of a mask, and stand out from photographs."""
+    colors = np.array([label_color(index) for index in range(int(label_map.max()) + 1)], np.uint8)
+    if label_map.dtype != np.uint8:
+        return Image.fromarray(colors[label_map])
+    image = Image.fromarray(label_map).convert("L")
+    image.putpalette(colors.tobytes())
+    return image.convert("RGB")
 
 
 def _border(label_map: np.ndarray, width: int) -> np.ndarray:

@@ -52,9 +52,22 @@ def native(config: MobileNetConfig) -> nn.Module:
     return _sound(model)
 
 
+@torch.no_grad()
 def native_segmenter(config: MobileNetConfig) -> MobileNetV2ForSemanticSegmentation:
-    """The segmenter of transformers that a configuration describes, with random weights of a sound scale."""
-    return _sound(MobileNetV2ForSemanticSegmentation(_native_v2(config)))
+    """The segmenter of transformers that a configuration describes, with random weights of a sound scale.
+
+    Every norm has statistics of its own that fit its inputs, and logits have a deviation of 1: in a random network of
+    so many layers, what float32 rounds grows to some 2e-4 of it.
+    """
+    model = _sound(MobileNetV2ForSemanticSegmentation(_native_v2(config)))
+    # One batch replaces the statistics of its norms; noise of one kind has next to no variance once it is pooled.
+    kinds = torch.linspace(-1, 1, 8)[:, None, None, None]
+    model.train()(torch.randn(8, config.num_channels, 97, 130) * (1 + kinds) + 2 * kinds)
+    model.eval()
+    classifier = model.segmentation_head.classifier.convolution
+    classifier.bias.zero_()
+    classifier.weight /= logits(model, torch.randn(2, config.num_channels, 97, 130)).std()
+    return model
 
 
 def _native_v2(config: MobileNetConfig) -> MobileNetV2Config:

@@ -3,6 +3,7 @@ import re
 from typing import ClassVar
 
 import pytest
+from mobilenet.architectures_mobilenet import DETECTORS
 from transformers import AutoConfig
 
 from mobilenet import ARCHITECTURES, PRESETS, MobileNetConfig
@@ -13,7 +14,8 @@ def test_presets_are_those_that_were_published():
     counts = {"mobilenet_v1": 16, "mobilenet_v2": 22, "mobilenet_v3": 6, "mobilenet_edgetpu": 1, "mobilenet_v4": 11}
     for family, count in counts.items():
         assert sum(name.startswith(family) for name in PRESETS) == count
-    assert len(PRESETS) == sum(counts.values()) + 1
+    # Beside the network of courses, four segmenters and the detectors.
+    assert len(PRESETS) == sum(counts.values()) + 1 + 4 + len(DETECTORS)
     assert {"mobilenet_v1_0.25_128", "mobilenet_v2_1.4_224", "mobilenet_v2_0.35_96"} <= PRESETS.keys()
     assert {"mobilenet_v3_large_1.0_224", "mobilenet_v3_small_0.75_224"} <= PRESETS.keys()
     assert {"mobilenet_v3_large_minimalistic_1.0_224", "mobilenet_edgetpu_1.0_224"} <= PRESETS.keys()

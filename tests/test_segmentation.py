@@ -61,9 +61,12 @@ def test_logits_equal_transformers(output_stride: int, width: float, padding: st
     for size in ((97, 130), (161, 95), (64, 33)):
         images = torch.randn(2, 3, *size)
         expected = logits(theirs, images)
-        assert expected.std() > 0.1
+        assert expected.std() > 0.5
         torch.testing.assert_close(logits(ours, images), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits(ours.fuse(), images), expected, atol=1e-4, rtol=0)
+    ours, theirs, images = ours.double(), theirs.double(), images.double()
+    expected = logits(theirs, images)
+    for network in (ours, ours.fuse()):  # no difference can pass for rounding
+        torch.testing.assert_close(logits(network, images), expected, atol=1e-9, rtol=0)
 
 
 def test_the_loss_is_transformers_own_where_edges_stay_in_place() -> None:
@@ -187,7 +190,7 @@ def test_half_precision_runs_and_agrees(head: str, tmp_path: Path) -> None:
     images = torch.randn(2, 3, 64, 64)
     expected, scores = logits(model, images), logits(half, images)
     assert scores.dtype == torch.bfloat16
-    assert (scores.float() - expected).abs().max() < 0.08 * expected.abs().max()
+    assert (scores.float() - expected).abs().max() < 0.12 * expected.abs().max()
     labels = torch.randint(0, 5, (2, 64, 64))
     assert half(images, labels=labels).loss.dtype == torch.float32
 
@@ -304,36 +307,38 @@ def test_a_label_map_is_the_same_in_bands(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize(("width", "height"), [(200, 131), (90, 161), (640, 480)])
 def test_label_maps_lie_over_the_image(fit: str, aligned: bool, width: int, height: int) -> None:
-    """A network that sees nothing but brightness, at output stride 8, finds the edges of a rectangle."""
-    box = (int(0.3 * width), int(0.35 * height), int(0.7 * width), int(0.62 * height))
-    image = Image.new("L", (width, height), 40)
-    image.paste(220, box)
+    """A network that sees no more than how far right and down a pixel is, at output stride 8, tells four quarters."""
+    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
+    image = np.zeros((height, width, 3), np.float32)
+    image[..., 0], image[..., 1] = x, y[:, None]
     options = {**FITS[fit](257, 293), "align_corners": aligned}
     processor = MobileNetImageProcessor(**options)
     pixels = processor(image, return_tensors="pt").pixel_values
     side = [-(-size // 8) for size in pixels.shape[-2:]]
-    bright = F.interpolate(pixels[:, :1], size=side, mode="bilinear", align_corners=aligned)
-    middle = 2 * 130 / 255 - 1
-    output = type("Output", (), {"logits": torch.cat([middle - bright, bright - middle], 1)})
+    right, down = F.interpolate(pixels, size=side, mode="bilinear", align_corners=aligned)[0, :2]
+    right, down = right - (2 * 0.4 - 1), down - (2 * 0.62 - 1)
+    scores = torch.stack([a * right + b * down for b in (-1, 1) for a in (-1, 1)])
+    output = type("Output", (), {"logits": scores[None]})
     (found,) = processor.post_process_semantic_segmentation(output, target_sizes=[(height, width)])
-    assert found.shape == (height, width)
-    rows, columns = (found.float().sum(axis) for axis in (1, 0))
-    rows, columns = rows > rows.max() / 2, columns > columns.max() / 2
-    # A pixel of the logits is as large as this in the image.
-    scale = max(axis.image / axis.resized for axis in place(width, height, read_options(options)))
-    for edges, (start, stop) in ((columns, box[0::2]), (rows, box[1::2])):
-        (places,) = edges.nonzero(as_tuple=True)
-        # The edges are found where they are, on both sides alike: nothing is shifted.
-        assert abs((places[0] + places[-1] + 1) / 2 - (start + stop) / 2) <= 0.6 * max(scale, 1) + 0.5
-        assert abs(places[0] - start) <= 4 * scale + 1
-        assert abs(places[-1] + 1 - stop) <= 4 * scale + 1
+    expected = torch.from_numpy((x > 0.4) + 2 * (y > 0.62)[:, None])
+    # Where nothing is shifted, no more than a pixel of what the network saw can be wrong.
+    reach = 0.5 + max(axis.image / axis.resized for axis in place(width, height, read_options(options)))
+    clear = (np.abs(x - 0.4) * width > reach) & (np.abs(y - 0.62) * height > reach)[:, None]
+    # The padding is next to the border, and what the network gives for it has a say there.
+    inner = [
+        np.minimum(part, 1 - part) * size > 8 * reach * ("pad" in fit or fit == "corner")
+        for part, size in ((x, width), (y, height))
+    ]
+    clear &= inner[0] & inner[1][:, None]
+    assert clear.mean() > 0.6
+    assert torch.equal(found[clear], expected[clear])
 
 
 def test_padding_is_taken_off_and_gets_no_say() -> None:
     """Where an image ends, its own last pixels count: the logits of the padding may be what they want."""
     processor = MobileNetImageProcessor(**FITS["corner"](64, 0), align_corners=False)
     scores = torch.zeros(1, 2, 64, 64)
-    scores[:, 0], scores[:, 1, 32:] = 1, 9
+    scores[:, 0, :32], scores[:, 1, 32:] = 1, 1
     output = type("Output", (), {"logits": scores})
     (found,) = processor.post_process_semantic_segmentation(output, [(50, 100)])
     assert not found.any()

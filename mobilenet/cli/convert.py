@@ -133,5 +133,5 @@ def convert(
     )
     console = Console()
     if comparisons:
-        console.print(table(module.Comparison.COLUMNS, (comparison.cells for comparison in comparisons)))
+        console.print(table(module.columns(comparisons), (comparison.cells for comparison in comparisons)))
     console.print(clean(f"{output} is written."), highlight=False, markup=False, soft_wrap=True)

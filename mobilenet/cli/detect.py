@@ -48,7 +48,10 @@ def detect(
         raise typer.BadParameter("name a folder or a Hub id of a detector.", param_hint="--model")
     layout = options.choose_layout(json=as_json, csv=as_csv, coco=as_coco)
     check_threshold(threshold)
-    drawings = None if draw is None else Drawings(draw, images, draws_to, overwrite)
+    drawings = None
+    if draw is not None:
+        options.end_tidily()
+        drawings = Drawings(draw, images, draws_to, overwrite)
     with options.results_file(output, overwrite) as file:
         detector = load(model, revision, engine, fast_decode, device, dtype, DETECTION)
         typer.echo(f"Engine: {detector.engine}", err=True)

@@ -44,7 +44,10 @@ def segment(
     if not model:
         raise typer.BadParameter("name a folder or a Hub id of a segmenter.", param_hint="--model")
     layout = options.choose_layout(json=as_json, csv=as_csv)
-    drawings = None if draw is None else Drawings(draw, images, draws_to, overwrite)
+    drawings = None
+    if draw is not None:
+        options.end_tidily()
+        drawings = Drawings(draw, images, draws_to, overwrite)
     with options.results_file(output, overwrite) as file:
         segmenter = load(model, revision, engine, fast_decode, device, dtype, SEGMENTATION)
         typer.echo(f"Engine: {segmenter.engine}", err=True)

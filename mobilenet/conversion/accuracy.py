@@ -12,7 +12,7 @@ from torch import nn
 
 from mobilenet.find_images import EXTENSIONS
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
-from mobilenet.preprocessing_mobilenet import FITS, RANGES
+from mobilenet.preprocessing_mobilenet import FITS, RANGES, SQUARE_FITS
 from mobilenet.progress import track
 
 from .checkpoint import Checkpoint
@@ -89,7 +89,7 @@ def measure_recipes(model: nn.Module, checkpoint: Checkpoint, images: Sequence[t
     images = images[::step][:MAX_IMAGES]
     side = checkpoint.processor.crop_size["height"]
     candidates = {"as written": checkpoint.processor}
-    for fit, options in FITS.items():
+    for fit, options in ((fit, FITS[fit]) for fit in SQUARE_FITS):
         for name, (mean, std) in RANGES.items():
             # What the file scales by itself is known; how images become squares is not.
             chosen = {"image_mean": checkpoint.processor.image_mean, "image_std": checkpoint.processor.image_std}

@@ -32,8 +32,7 @@ from mobilenet.pickles import TooLargeError, check_pickle
 from mobilenet.preprocessing_mobilenet import FITS, RANGES, RECIPES
 from mobilenet.tasks import Task
 
-from .rename import ConversionError, Table
-from .tasks import task_of
+from .rename import ConversionError, Table, task_of
 
 
 class Origin(NamedTuple):
@@ -58,8 +57,9 @@ class Oracle(NamedTuple):
 
     name: str
     version: str
-    logits: Callable[[Tensor], Tensor]  # of pixel values of shape (B, C, H, W)
-    predictions: Callable[[Tensor], Tensor] | None = None  # what the source makes of them by itself; None: logits
+    logits: Callable[[Tensor], Tensor]  # of pixel values of shape (B, C, H, W), as our network gives them
+    # What the source makes of them by itself: a segmenter's is a label map of shape (B, H, W). None: logits.
+    predictions: Callable[[Tensor], Tensor] | None = None
     is_half: bool = False  # whether it computes in 16 bits
 
 

@@ -23,14 +23,13 @@ from mobilenet.modeling_mobilenet import MobileNetForImageClassification, Mobile
 from mobilenet.progress import warn
 from mobilenet.repository import staged
 from mobilenet.tables import table
-from mobilenet.tasks import CLASSIFICATION
+from mobilenet.tasks import CLASSIFICATION, SEGMENTATION
 
 from . import Checkpoint, ConversionError, Options, read_source
 from .accuracy import Measured, advise, find_labeled, measure_recipes
-from .labels import USUAL, known, read_labels
-from .parity import BATCH, Comparison, check_parity, find_images
-from .rename import rename
-from .tasks import network_class
+from .labels import DATASETS, known, read_labels
+from .parity import BATCH, Comparison, check_parity, columns, find_images
+from .rename import network_class, rename
 from .unfuse import unfuse_batch_norm
 
 
@@ -101,6 +100,8 @@ def convert(
         options = Options(recipe, image_size, pixel_range, mean, std, fit)
         origin, checkpoint = read_source(source, revision, options)
         choose_labels(checkpoint, labels, drop_background)
+        if checkpoint.task is SEGMENTATION:
+            checkpoint.processor.align_corners = MobileNetConfig(**checkpoint.config).segmentation.align_corners
         if checkpoint.config["num_channels"] == 1:
             for processor in filter(None, (checkpoint.processor, checkpoint.feed)):
                 keep_gray(processor)
@@ -136,7 +137,7 @@ def convert(
         for warning in checkpoint.warnings:
             warn(warning)
         with writing(folder):
-            card = conversion_card(model.config, origin, checkpoint, Comparison.COLUMNS, comparisons, caveats)
+            card = conversion_card(model.config, origin, checkpoint, columns(comparisons), comparisons, caveats)
             card.save(folder / "README.md")
     return comparisons
 
@@ -178,7 +179,7 @@ def choose_labels(checkpoint: Checkpoint, labels: str | None, drop_background: b
     elif not checkpoint.labels:
         checkpoint.labels = known(count, checkpoint.task)
         guess = (
-            f"the labels are those of {USUAL[checkpoint.task]}, since there are {count}"
+            f"the labels are those of {DATASETS[checkpoint.task.name]}, since there are {count}"
             if checkpoint.labels
             else "labels are numbers (--labels names them)"
         )

@@ -76,8 +76,8 @@ def detection_steps(config: MobileNetConfig) -> list[Step]:
     return steps
 
 
-def map_names(config: MobileNetConfig) -> list[str]:
-    """The steps whose results are the maps of a detector."""
+def map_ends(config: MobileNetConfig, steps: list[Step]) -> list[int]:
+    """Which steps give the maps of a detector."""
     last = len(config.stages) - 1
     blocks = [f"backbone.stages.{stage}.{len(config.stages[stage]) - 1}" for stage in (last - 1, last)]
     names = {
@@ -88,7 +88,8 @@ def map_names(config: MobileNetConfig) -> list[str]:
     }
     detector = DETECTORS[config.detector]
     extras = [f"extras.{index}" for index in range(len(detector.extra_channels))]
-    return [*(names[name] for name in detector.endpoints), *extras]
+    found = [*(names[name] for name in detector.endpoints), *extras]
+    return [max(i for i, step in enumerate(steps) if f"{step.name}.".startswith(f"{name}.")) for name in found]
 
 
 def detection_table(fields: Mapping[str, Any]) -> Table:
@@ -144,12 +145,11 @@ class DetectorMatcher(Matcher):
         if len(items) > len(steps):
             raise self.refuse(items[len(steps)].name, "comes after the last map")
         outputs = {value: index for value, index in self.outputs.items() if value != self.graph.input}
-        fields, tensors, pairs, eps = self.features(config, steps, items)
+        fields, tensors, pairs, eps = self.take_steps(config, steps, items)
         named = [(step.name, item) for step, item in pairs]
         model = MobileNetConfig(**fields)
         detector = DETECTORS[model.detector]
-        starts = [max(i for i, step in enumerate(steps) if step.name.startswith(name)) for name in map_names(model)]
-        if [outputs.get(value) for value in maps] != starts:
+        if [outputs.get(value) for value in maps] != map_ends(model, steps):
             raise self.refuse("what predicts", f"takes other maps than {detector.title} does")
         for kind, branches in (("box", boxes), ("class", classes)):
             for index, branch in enumerate(branches):
@@ -159,7 +159,8 @@ class DetectorMatcher(Matcher):
                 for layer, unit in found:
                     tensors |= unit.tensors(layer, eps if layer.endswith(".depthwise") else None)
         fields["num_labels"] = self.labels(classes, detector)
-        self.check_boxes(detector, steps)
+        fields |= {"anchor_step": self.given.step} if self.given.step else {}
+        self.check_boxes(model, steps)
         quantization = self.quantization(named)
         for name in [name for name in tensors if name.startswith("box_predictors.") and ".depthwise." not in name]:
             tensors[name] = _reordered(tensors[name])
@@ -243,29 +244,24 @@ class DetectorMatcher(Matcher):
                 )
         return self.given.classes
 
-    def check_boxes(self, detector: Detector, steps: list[Step]) -> None:
+    def check_boxes(self, config: MobileNetConfig, steps: list[Step]) -> None:
         """Raise ConversionError unless boxes mean what ours do: by their anchors, and relative to these."""
+        detector = DETECTORS[config.detector]
         of_centers, of_sizes = detector.box_scales
         if self.given.box_scales != (of_centers, of_centers, of_sizes, of_sizes):
             scales = ", ".join(f"{scale:g}" for scale in self.given.box_scales)
             raise self.refuse("the last operator", f"scales boxes by {scales}, and must by {of_centers}, {of_sizes}")
-        names = map_names(MobileNetConfig(architecture=detector.architecture, detector=_name(detector)))
         sizes, size = [], self.size
-        ends = {max(i for i, step in enumerate(steps) if step.name.startswith(name)) for name in names}
+        ends = map_ends(config, steps)
         for index, step in enumerate(steps):
             size = -(-size // step.stride)
             sizes += [(size, size)] * (index in ends)
-        ours = generate_anchors(detector, sizes)
-        theirs = self.given.anchors
-        tolerance = ANCHOR_TOLERANCE + self.given.step / 2
+        ours = generate_anchors(detector, sizes, self.given.step)
+        theirs, tolerance = self.given.anchors, ANCHOR_TOLERANCE + self.given.step
         if ours.shape != theirs.shape or not ((ours - theirs).abs() <= tolerance).all():
             far = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else None
             got = f"{len(theirs)} of them" if far is None else f"some that differ by {far:.3g}"
             raise self.refuse("the last operator", f"must have the {len(ours)} anchors of {detector.title}, got {got}")
-
-
-def _name(detector: Detector) -> str:
-    return next(name for name, each in DETECTORS.items() if each is detector)
 
 
 def _reordered(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Google's checkpoints on the Hub, and others of transformers' own MobileNetV1 and V2 classifiers."""
+"""Google's checkpoints on the Hub, and others of transformers' own MobileNetV1 and V2: classifiers and segmenters."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from mobilenet.architectures_mobilenet import ARCHITECTURES
 from mobilenet.configuration_mobilenet import MAX_LABELS
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
+from mobilenet.tasks import CLASSIFICATION, SEGMENTATION
 
 from .checkpoint import Checkpoint, Options, Oracle, Origin, field_errors, read_json, read_torch, weights_file
 from .labels import check
@@ -49,6 +50,32 @@ TABLES = {
     ),
 }
 
+# Of transformers' own MobileNetV2ForSemanticSegmentation: what MobileNetV2 has before its head, and DeepLab's. It
+# carries the head too, which nothing uses.
+SEGMENTERS = {
+    "mobilenet_v2": Table(
+        {"architecture": "mobilenet_v2", "segmentation_head": "deeplab_v3_light"},
+        {
+            **TABLES["mobilenet_v2"].rows,
+            "segmentation_head.branches.0": _unit("segmentation_head.conv_pool"),
+            "segmentation_head.branches.1": _unit("segmentation_head.conv_aspp"),
+            "segmentation_head.project": _unit("segmentation_head.conv_projection"),
+            "segmentation_head.classifier": Row("segmentation_head.classifier.convolution"),
+        },
+        TORCH,
+        dropped=(r"mobilenet_v2\.conv_1x1\..+",),
+    ),
+}
+# By what the names of classes end in: their tables, the recipe of those that say no other, and the task.
+KINDS = {
+    "ForImageClassification": (TABLES, "google", CLASSIFICATION),
+    "ForSemanticSegmentation": (SEGMENTERS, "deeplab", SEGMENTATION),
+}
+WHOLE = (
+    "The source's image processor crops. This one shows images whole instead, in the top left corner of a gray "
+    "square, as DeepLab's demo does, so that each of their pixels gets a label."
+)
+
 # Written into every configuration as the probability of dropping, but taken from where it was that of keeping.
 _KEEP = {"mobilenet_v1": 0.999, "mobilenet_v2": 0.8}
 # What the tables of the papers say; no published checkpoint says otherwise.
@@ -81,39 +108,56 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         theirs = _native(model_type, "Config").from_pretrained(folder)
     except Exception as error:  # each version of transformers raises something else
         raise ConversionError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
-    expected = _native(model_type, "ForImageClassification").__name__
-    files = [folder / "config.json", weights_file(folder)]
+    files, notes = [folder / "config.json", weights_file(folder)], []
     with field_errors(files[0]):
-        if theirs.architectures and expected not in theirs.architectures:
-            raise ConversionError(f"{origin.given}: must hold a {expected}, got {', '.join(theirs.architectures)}.")
+        kind = _kind(model_type, theirs.architectures or [], origin)
+        tables, recipe, task = KINDS[kind]
         for name, value in _FIXED.items():
             if getattr(theirs, name, value) != value:
                 raise ConversionError(f"{files[0]}: {name} must be {value}, got {getattr(theirs, name)}.")
         if theirs.hidden_act is None:  # none at all, where ours would be that of the table
             raise ConversionError(f"{files[0]}: hidden_act must be the name of an activation, got None.")
-        config = _translate(theirs) | {"image_size": options.size(theirs.image_size)}
-        processor = options.processor("google", theirs.image_size)
+        config = tables[model_type].config | _translate(theirs) | {"image_size": options.size(theirs.image_size)}
+        processor = options.processor(recipe, theirs.image_size)
         labels = check([theirs.id2label[i] for i in range(theirs.num_labels)], theirs.num_labels, files[0])
     recorded: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file() and options == Options():
         files.append(folder / "preprocessor_config.json")
         recorded = read_json(files[-1])
     with field_errors(files[-1]):
-        processor = recorded_processor(recorded, processor)
+        whole, processor = processor, recorded_processor(recorded, processor)
+    if task is SEGMENTATION and recorded and processor.do_center_crop:
+        processor, notes = whole, [WHOLE]
     return Checkpoint(
-        kind=f"transformers' {expected}",
+        kind=f"transformers' {_native(model_type, kind).__name__}",
         tensors=read_torch(files[1]),
-        table=TABLES[model_type],
+        table=tables[model_type],
         config=config,
         processor=processor,
         files=files,
-        oracle=lambda: native_oracle(model_type, folder),
+        oracle=lambda: native_oracle(model_type, folder, kind),
         labels=labels,
+        notes=notes,
     )
+
+
+def _kind(model_type: str, architectures: list[str], origin: Origin) -> str:
+    """What the name of a checkpoint's class ends in, a key of KINDS; a classifier's, where it names none.
+
+    Raises:
+        ConversionError: It is of another class.
+    """
+    known = {_native(model_type, kind).__name__: kind for kind, (tables, *_) in KINDS.items() if model_type in tables}
+    if found := [known[name] for name in architectures if name in known]:
+        return found[0]
+    if architectures:
+        raise ConversionError(f"{origin.given}: must hold a {' or a '.join(known)}, got {', '.join(architectures)}.")
+    return "ForImageClassification"
 
 
 def _translate(theirs: Any) -> dict[str, Any]:
     dropout = theirs.classifier_dropout_prob
+    is_segmenter = any(name.endswith("ForSemanticSegmentation") for name in theirs.architectures or [])
     fields = {
         "architecture": theirs.model_type,
         "width_multiplier": theirs.depth_multiplier,
@@ -122,7 +166,7 @@ def _translate(theirs: Any) -> dict[str, Any]:
         "hidden_act": theirs.hidden_act,
         "padding": "same" if theirs.tf_padding else "symmetric",
         "batch_norm_eps": theirs.layer_norm_eps,
-        "classifier_dropout": round(1 - dropout, 6) if dropout == _KEEP[theirs.model_type] else dropout,
+        "classifier_dropout": _meant(dropout, theirs.model_type, is_segmenter),
         "num_labels": theirs.num_labels,
     }
     if theirs.problem_type:
@@ -133,7 +177,16 @@ def _translate(theirs: Any) -> dict[str, Any]:
             "channel_divisor": theirs.depth_divisible_by,
             "shrink_head": not theirs.finegrained_output,
         }
+    if is_segmenter:
+        fields["semantic_loss_ignore_index"] = theirs.semantic_loss_ignore_index
     return fields
+
+
+def _meant(dropout: float, model_type: str, is_segmenter: bool) -> float | None:
+    """The probability of dropping that was meant; None where it is that of a segmenter's head."""
+    if dropout != _KEEP[model_type]:
+        return dropout
+    return None if is_segmenter else round(1 - dropout, 6)
 
 
 def recorded_processor(recorded: dict[str, Any], default: MobileNetImageProcessor) -> MobileNetImageProcessor:
@@ -145,15 +198,15 @@ def recorded_processor(recorded: dict[str, Any], default: MobileNetImageProcesso
     )
 
 
-def native_oracle(model_type: str, folder: Path) -> Oracle:
-    """Load a checkpoint with transformers' own class."""
-    model = _native(model_type, "ForImageClassification").from_pretrained(folder, dtype=torch.float32).eval()
+def native_oracle(model_type: str, folder: Path, kind: str = "ForImageClassification") -> Oracle:
+    """Load a checkpoint with transformers' own class, whose name ends in a key of KINDS."""
+    model = _native(model_type, kind).from_pretrained(folder, dtype=torch.float32).eval()
 
     def logits(pixel_values: Tensor) -> Tensor:
         return model(pixel_values).logits
 
     return Oracle(
-        f"transformers' {type(model).__name__.removesuffix('ForImageClassification')}",
+        f"transformers' {type(model).__name__.removesuffix(kind)}",
         transformers.__version__,
         logits,
     )

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ from .graph import (
 )
 from .labels import beside
 from .preprocessing import find, published
-from .rename import Convention, ConversionError, Part, Row, Table, closest, infer_config
+from .rename import Convention, ConversionError, Part, Row, Table, closest, infer_config, places, skeleton
 
 
 KERAS = Convention(
@@ -58,15 +59,39 @@ KERAS = Convention(
     },
     linear={"weight": Part("/kernel", "IO"), "bias": Part("/bias", "O")},
 )
-# The classifier of V1 is a 1x1 convolution.
+# The classifiers of V1 and V3 are 1x1 convolutions; of V3, others have biases too.
 KERAS_V1 = KERAS._replace(linear={"weight": Part("/kernel", "HWIO"), "bias": Part("/bias", "O")})
+KERAS_V3 = KERAS_V1._replace(conv=KERAS_V1.linear)
 
 
 def _unit(name: str) -> Row:
     return Row(name, f"{name}_BN")
 
 
-# keras/src/applications/mobilenet.py and mobilenet_v2.py
+def _v3(architecture: str, join: str, norm: str, squeeze: str, upper: bool) -> Table:
+    """Names of MobileNetV3's layers.
+
+    Args:
+        architecture: The network.
+        join: What stands between the name of a block and that of a layer in it.
+        norm: What follows the name of a convolution in that of its batch norm.
+        squeeze: The name of the first convolution of squeeze-and-excite in a block.
+        upper: Whether names of layers outside of blocks begin with a capital.
+    """
+
+    def unit(name: str) -> Row:
+        return Row(name, name + norm)
+
+    conv, logits = ("Conv", "Logits") if upper else ("conv", "logits")
+    rows = {"stem": unit(conv), "head": unit(f"{conv}_1"), "pre_logits": Row(f"{conv}_2"), "classifier": Row(logits)}
+    for owner, name in (("first", "expanded_conv"), ("block", "expanded_conv_{index}")):
+        rows |= {f"{owner}.{role}": unit(f"{name}{join}{role}") for role in ("expand", "depthwise", "project")}
+        rows[f"{owner}.squeeze.reduce"] = Row(f"{name}{join}{squeeze}")
+        rows[f"{owner}.squeeze.expand"] = Row(f"{name}{join}{squeeze}_1")
+    return Table({"architecture": architecture}, rows, KERAS_V3)
+
+
+# keras/src/applications/mobilenet.py, mobilenet_v2.py and mobilenet_v3.py
 TABLES = (
     Table(
         {"architecture": "mobilenet_v1"},
@@ -105,6 +130,13 @@ TABLES = (
             "classifier": Row("Logits"),
         },
         KERAS,
+    ),
+    # So do the published weights_mobilenet_v3_*.h5, whose names are the second of these.
+    *(
+        _v3(f"mobilenet_v3_{size}{kind}", *style)
+        for style in (("_", "_bn", "squeeze_excite_conv", False), ("/", "/BatchNorm", "squeeze_excite/Conv", True))
+        for size in ("large", "small")
+        for kind in ("", "_minimalistic")
     ),
 )
 
@@ -662,9 +694,11 @@ def _read_weights(origin: Origin, stored: Stored, options: Options) -> Checkpoin
         raise ConversionError(
             f"{origin.path}: holds weights without a graph, whose layers are called "
             f"{', '.join(dict.fromkeys(way[-1] for way in list(stored.weights)[:4]))} and so on: holds no MobileNet "
-            "or MobileNetV2 of Keras applications. Save the whole model (model.save) to convert it by its graph."
+            "of Keras applications. Save the whole model (model.save) to convert it by its graph."
         )
-    classifier = chosen.rows["classifier"].conv
+    pre_logits, classifier = chosen.rows.get("pre_logits"), chosen.rows["classifier"].conv
+    if pre_logits and f"{pre_logits.conv}/kernel" not in tensors:
+        chosen = chosen._replace(config=chosen.config | {"use_pre_logits": False})
     own_head = f"{classifier}/kernel" in tensors
     fields: dict[str, Any] = {}
     if not own_head:
@@ -722,10 +756,13 @@ def _keras() -> Any:
 def _applications(path: Path, fields: dict[str, Any], other_head: tuple[dict[str, Tensor], Table] | None) -> Oracle:
     """Keras applications' network with a file's weights; with another head than its own, weights go by names."""
     keras = _keras()
-    build = {
-        "mobilenet_v1": keras.applications.MobileNet,
-        "mobilenet_v2": keras.applications.MobileNetV2,
-    }[fields["architecture"]]
+    generation, *variant = fields["architecture"].removeprefix("mobilenet_").split("_")
+    name = {"v1": "MobileNet", "v2": "MobileNetV2", "v3": "MobileNetV3"}[generation]
+    build = getattr(keras.applications, name + "".join(variant[:1]).capitalize())
+    if generation == "v3":
+        if other_head and fields.get("use_pre_logits", True):
+            raise NoOracleError("Keras applications have no MobileNetV3 with such a classifier")
+        build = partial(build, minimalistic="minimalistic" in variant, include_preprocessing=False)
     size, count = fields["image_size"], fields["num_labels"]
     common = {
         "input_shape": (size, size, fields["num_channels"]),
@@ -740,17 +777,25 @@ def _applications(path: Path, fields: dict[str, Any], other_head: tuple[dict[str
                 named = Path(shutil.copy(weights, Path(folder, weights.name + suffix))) if suffix else weights
                 model.load_weights(named)
     else:
-        tensors, table = other_head
+        tensors, table = _in_new_names(*other_head)
         model = build(**common, include_top=False, pooling="avg")
         if count:
-            name = table.rows["classifier"].conv
-            model = keras.Sequential([model, keras.layers.Dense(count, name=name)])
+            model = keras.Sequential([model, keras.layers.Dense(count, name=table.rows["classifier"].conv)])
         model.build((None, size, size, fields["num_channels"]))
         for layer in model._flatten_layers():
             if layer.weights and not getattr(layer, "layers", None):
                 values = [tensors[f"{layer.name}/{weight.name}"].numpy() for weight in layer.weights]
                 layer.set_weights([v.reshape(w.shape) for v, w in zip(values, layer.weights, strict=True)])
-    return Oracle(f"Keras' {build.__name__}", keras.__version__, lambda x: _run(keras, model, x))
+    return Oracle(f"Keras' {name}", keras.__version__, lambda x: _run(keras, model, x))
+
+
+def _in_new_names(tensors: Mapping[str, Tensor], table: Table) -> tuple[dict[str, Tensor], Table]:
+    """Tensors by the names that Keras has for them now, which come first among its tables."""
+    new = next(each for each in TABLES if each.config["architecture"] == table.config["architecture"])
+    network = skeleton(**table.config)
+    given = {place.name: name for name, place in places(network, table).items()}
+    names = {name: given[place.name] for name, place in places(network, new).items()}
+    return {name: tensors[other] for name, other in names.items() if other in tensors}, new
 
 
 def _run(keras: Any, model: Any, pixel_values: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""TensorFlow slim's checkpoints: a prefix such as mobilenet_v1_1.0_224.ckpt, or the archive that it comes in."""
+"""TensorFlow slim's checkpoints: a prefix such as mobilenet_v1_1.0_224.ckpt, or the archive that it comes in.
+
+So are those of TensorFlow's object detection API, whose networks are built with slim.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,13 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from mobilenet.architectures_mobilenet import DETECTORS
+from mobilenet.configuration_mobilenet import PRESETS
 from mobilenet.pickles import MAX_BYTES
 from mobilenet.progress import open_file, track
 from mobilenet.require import require
 
-from .checkpoint import Checkpoint, NoOracleError, Options, Oracle, Origin, first_line
+from .checkpoint import Checkpoint, DetectionOracle, NoOracleError, Options, Oracle, Origin, first_line
 from .from_tflite import twin
 from .rename import Convention, ConversionError, Part, Row, Table, closest, infer_config
 
@@ -87,6 +92,54 @@ TABLES = (
 )
 
 
+def _detector(name: str) -> Table:
+    """Names of a detector of TensorFlow's object detection API, as `without_sizes` leaves them.
+
+    Source: object_detection/models/feature_map_generators.py; object_detection/predictors/heads
+    """
+    detector = DETECTORS[name]
+    architecture = detector.architecture.removesuffix("_reduced_tail")
+    plain = next(table for table in TABLES if table.config["architecture"] == architecture).rows
+    rows = {
+        key: Row(*(each and f"FeatureExtractor/{each}" for each in row[:2]))
+        for key, row in plain.items()
+        if key not in ("pre_logits", "classifier")
+    }
+    scope, base = plain["stem"].conv.partition("/")[0], LAST_LAYERS[architecture]
+    for index in range(len(detector.extra_channels)):
+        layer = f"FeatureExtractor/{scope}/{base}"
+        filters = f"{layer}_2_Conv2d_{index + 2}_3x3_s2"
+        rows[f"extras.{index}.reduce"] = _unit(f"{layer}_1_Conv2d_{index + 2}_1x1")
+        rows[f"extras.{index}.depthwise"] = _unit(f"{filters}_depthwise")
+        rows[f"extras.{index}.expand"] = _unit(filters)
+    for ours, theirs in (("box", "BoxEncodingPredictor"), ("class", "ClassPredictor")):
+        for index in range(len(detector.endpoints) + len(detector.extra_channels)):
+            predictor = f"BoxPredictor_{index}/{theirs}"
+            rows[f"{ours}_predictors.{index}"] = Row(predictor)
+            rows[f"{ours}_predictors.{index}.depthwise"] = _unit(f"{predictor}_depthwise")
+    return Table(PRESETS[name], rows, SLIM, _DROPPED)
+
+
+# What the extra layers of a detector are called after: the last layer of the backbone.
+LAST_LAYERS = {
+    "mobilenet_v1": "Conv2d_13_pointwise",
+    "mobilenet_v2": "layer_19",
+    "mobilenet_v3_large": "layer_17",
+    "mobilenet_v3_small": "layer_13",
+}
+DETECTOR_TABLES = tuple(_detector(name) for name in DETECTORS if not name.startswith("ssdlite320_"))
+
+
+def without_sizes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave channels out of the names of extra layers, and let boxes be predicted in our order: x, y, w, h."""
+    result = {}
+    for name, tensor in tensors.items():
+        if re.fullmatch(r"BoxPredictor_\d+/BoxEncodingPredictor/(weights|biases)", name) and tensor.shape[-1] % 4 == 0:
+            tensor = tensor.unflatten(-1, (-1, 4))[..., [1, 0, 3, 2]].flatten(-2)
+        result[re.sub(r"(_\d_Conv2d_\d_(1x1|3x3_s2))_\d+(_depthwise)?/", r"\1\3/", name)] = tensor
+    return result
+
+
 def detect(origin: Origin) -> bool:
     """Whether a path is an archive, or a checkpoint's prefix or one of its files."""
     return _is_archive(origin.path) or _index(_prefix(origin.path)).is_file()
@@ -113,11 +166,13 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     """
     if _is_archive(origin.path):
         with unpacked(origin.path) as folder:
-            prefixes = sorted(_prefix(path) for path in folder.glob("*.index"))
+            prefixes = sorted(_prefix(path) for path in folder.rglob("*.index"))
+            # V3's archives hold averages over training, in the folder ema, beside what they are averages of.
+            prefixes = [prefix for prefix in prefixes if prefix.parent.name == "ema"] or prefixes
             if len(prefixes) != 1:
                 raise ConversionError(f"{origin.path}: must hold one checkpoint (.index), got {len(prefixes)}.")
             tensors = read_variables(prefixes[0], origin.path)
-            twins = [path.read_bytes() for path in folder.glob("*.tflite")]
+            twins = [path.read_bytes() for path in folder.rglob("*.tflite")]
         name, files = origin.path.name, [origin.path]
     else:
         prefix = _prefix(origin.path)
@@ -125,6 +180,8 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         name, files = prefix.name, [_index(prefix), *sorted(prefix.parent.glob(f"{prefix.name}.data-*"))]
     if any("/act_quant/" in tensor for tensor in tensors):
         raise ConversionError(f"{origin.path}: was trained for 8 bits: convert the .tflite file that comes with it.")
+    if any(name.startswith("BoxPredictor_") for name in tensors):
+        return _read_detector(without_sizes(tensors), files, options, origin)
     table, share = closest(tensors, TABLES)
     if share < 0.5:
         raise ConversionError(f"{origin.path}: holds no MobileNet of slim.")
@@ -142,6 +199,28 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         table=table,
         config=infer_config(tensors, table) | {"image_size": options.size(image_size)},
         processor=options.processor("google", image_size),
+        files=files,
+        oracle=oracle,
+    )
+
+
+def _read_detector(tensors: dict[str, Tensor], files: list[Path], options: Options, origin: Origin) -> Checkpoint:
+    table, share = closest(tensors, DETECTOR_TABLES)
+    if share < 0.5:
+        raise ConversionError(f"{origin.path}: holds no SSD of a MobileNet.")
+    config = infer_config(tensors, table)
+
+    def oracle() -> DetectionOracle:
+        raise NoOracleError("TensorFlow's object detection API runs on TensorFlow 1 alone")
+
+    return Checkpoint(
+        kind="a checkpoint of TensorFlow's object detection API",
+        tensors=tensors,
+        table=table,
+        config=config | {"image_size": options.size(config["image_size"])},
+        processor=options.processor(
+            "ssd", config["image_size"], **DETECTORS[config["detector"]].suppression._asdict()
+        ),
         files=files,
         oracle=oracle,
     )
@@ -199,7 +278,9 @@ def unpacked(archive: Path) -> Iterator[Path]:
                     if left < 0:
                         raise ConversionError(f"{archive}: unpacks to more than {MAX_BYTES} bytes.")
                     if member.isfile() and re.search(r"\.(index|data-\d+-of-\d+|tflite)$", path.name):
-                        with Path(folder, path.name).open("wb") as target:
+                        unpacked_to = Path(folder, path)
+                        unpacked_to.parent.mkdir(parents=True, exist_ok=True)
+                        with unpacked_to.open("wb") as target:
                             shutil.copyfileobj(members.extractfile(member), target)
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise ConversionError(f"{archive}: truncated or corrupt: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mobilenet.require import require
+from mobilenet.tasks import SEGMENTATION
 
 from .checkpoint import (
     Checkpoint,
@@ -33,6 +34,8 @@ from .graph import (
     NOTE,
     SAME,
     Act,
+    ArgMax,
+    Concat,
     Conv,
     Graph,
     Join,
@@ -43,6 +46,7 @@ from .graph import (
     Pool,
     Reader,
     Reshape,
+    Resize,
     Scale,
     affine,
     match,
@@ -50,7 +54,8 @@ from .graph import (
     to_checkpoint,
 )
 from .labels import beside
-from .rename import ConversionError
+from .rename import ConversionError, task_of
+from .segmenters import is_segmenter, match_segmenter
 
 
 # Operators that change neither values nor form, as far as real numbers go.
@@ -114,8 +119,10 @@ class File(Reader):
         self.input, self.output = int(graph.inputs[0]), int(graph.outputs[0])
         if self.post_process is not None:
             self.output = int(self.post_process.inputs[0])
-        for number in (self.input, self.output):
-            if self.type(number) not in ("float32", *BYTES):
+        last = model.operatorCodes[graph.operators[-1].opcodeIndex] if graph.operators else None
+        is_label = last and max(last.builtinCode, last.deprecatedBuiltinCode) == schema.BuiltinOperator.ARG_MAX
+        for number, others in ((self.input, ()), (self.output, ("int32", "int64") if is_label else ())):
+            if self.type(number) not in ("float32", *BYTES, *others):
                 raise ConversionError(
                     f"{path}: input and output must be float32, uint8 or int8, got {self.type(number)}."
                 )
@@ -187,10 +194,16 @@ class File(Reader):
             self.ops.append(Act(**common, function=_ACTIVATIONS[kind]))
         elif kind == "SOFTMAX":
             self.ops.append(Act(**common, function="softmax" if options.beta == 1 else f"softmax of {options.beta}"))
-        elif kind == "CONCATENATION":
-            self.ops.append(Join(**(common | {"inputs": data}), what=f"the operator {kind}"))
         elif kind == "GELU":
             self.ops.append(Act(**common, function="approximate gelu" if options.approximate else "gelu"))
+        elif kind == "RESIZE_BILINEAR":
+            self.ops.append(Resize(**common, align_corners=options.alignCorners and not options.halfPixelCenters))
+        elif kind == "CONCATENATION" and options.axis in (3, -1) and not constants:
+            self.ops.append(Concat(**(common | {"inputs": data})))
+        elif kind == "CONCATENATION" and options.axis in (1, -2) and not constants:
+            self.ops.append(Join(**(common | {"inputs": data})))
+        elif kind == "ARG_MAX" and self.constant(inputs[1]).reshape(-1).tolist() in ([3], [-1]):
+            self.ops.append(ArgMax(**common))
         else:
             self.ops.append(Other(**(common | {"inputs": data}), what=f"the operator {kind}"))
 
@@ -393,11 +406,15 @@ def read(origin: Origin, options: Options) -> Checkpoint:
         file = File(origin.path.read_bytes(), origin.path)
         if file.post_process is not None:
             return read_detector(file, options)
-        found = match(file.graph, str(origin.path), file.graph.size)
+        if is_segmenter(file.graph):
+            found = match_segmenter(file.graph, str(origin.path))
+        else:
+            found = match(file.graph, str(origin.path), file.graph.size)
         recorded = file.normalization()
     kind = f"a {'quantized' if found.quantization else 'float'} TFLite file"
     labels = _labels(origin.path, found.config["num_labels"])
-    return to_checkpoint(kind, file, found, options, "google", interpreter, labels=labels, recorded=recorded)
+    recipe = "deeplab" if task_of(found.config) is SEGMENTATION else "google"
+    return to_checkpoint(kind, file, found, options, recipe, interpreter, labels=labels, recorded=recorded)
 
 
 def twin(data: bytes, path: Path, name: str, image_size: int) -> Oracle:
@@ -452,7 +469,9 @@ def read_detector(file: File, options: Options) -> Checkpoint:
         config=found.config | {"image_size": options.size(size)},
         processor=options.processor("ssd", size, **values, **suppression),
         files=[path],
-        oracle=lambda: detection_interpreter(file, found, options.size(size)),
+        oracle=lambda: detection_interpreter(
+            file, found, options.size(size), suppression.get("max_classes_per_box", 1)
+        ),
         labels=_labels(path, count) or labels,
         license=None,
         quantization=found.quantization,
@@ -460,8 +479,14 @@ def read_detector(file: File, options: Options) -> Checkpoint:
     )
 
 
-def detection_interpreter(file: File, found: DetectorMatch, image_size: int) -> DetectionOracle:
+def detection_interpreter(file: File, found: DetectorMatch, image_size: int, classes_per_box: int) -> DetectionOracle:
     """Run a TFLite file that ends in the operator of detectors on images of a size.
+
+    Args:
+        file: The file.
+        found: The detector.
+        image_size: Side of the images.
+        classes_per_box: How many rows the operator writes for each box that it counts.
 
     Raises:
         NoOracleError: The file takes images of another size.
@@ -486,7 +511,7 @@ def detection_interpreter(file: File, found: DetectorMatch, image_size: int) -> 
             all_boxes = np.stack(
                 (x / of_x * aw + cx, y / of_y * ah + cy, np.exp(w / of_w) * aw, np.exp(h / of_h) * ah), -1
             )
-            number = int(get(count)[0])
+            number = int(get(count)[0]) * classes_per_box
             edges = get(boxes)[0][:number][:, [1, 0, 3, 2]]
             results.append(
                 (
@@ -528,23 +553,34 @@ def interpreter(file: File, found: Match, image_size: int, name: str = "LiteRT")
     runtime, details, version = _runtime(file, image_size)
     given = details[file.input]
     first = file.layouts.get(file.input, "NHWC") == "NCHW"
+    segments = task_of(found.config) is SEGMENTATION
 
-    def run(number: int, pixel_values: Tensor) -> Tensor:
-        result, rows = details[number], []
+    def results(number: int, pixel_values: Tensor) -> Iterator[np.ndarray]:
         for image in (pixel_values if first else pixel_values.permute(0, 2, 3, 1)).numpy():
             runtime.set_tensor(given["index"], _quantized(image[None], given))
             runtime.invoke()
-            values = _real(runtime.get_tensor(result["index"]), result)
+            yield _real(runtime.get_tensor(details[number]["index"]), details[number])
+
+    def run(number: int, pixel_values: Tensor) -> Tensor:
+        rows = []
+        for values in results(number, pixel_values):
             if values.ndim == 4 and not found.config["num_labels"]:  # features that the file does not pool
                 values = values.max((1, 2)) if found.config.get("pooling") == "max" else values.mean((1, 2))
-            rows.append(values.reshape(-1))
+            rows.append(np.moveaxis(values[0], -1, 0) if segments else values.reshape(-1))
         return torch.from_numpy(np.stack(rows))
+
+    def predictions(pixel_values: Tensor) -> Tensor:
+        if not segments:
+            return run(file.output, pixel_values)
+        # Logits as large as the image, or the label of each pixel.
+        maps = (v[0].argmax(-1) if v.ndim == 4 else v[0] for v in results(file.output, pixel_values))
+        return torch.from_numpy(np.stack(list(maps))).long()
 
     return Oracle(
         name,
         version,
         lambda pixel_values: run(found.logits, pixel_values),
-        (lambda pixel_values: run(file.output, pixel_values)) if found.prediction else None,
+        predictions if found.prediction else None,
     )
 
 

@@ -23,7 +23,7 @@ from mobilenet.layers_mobilenet import fold, same_padding
 from .checkpoint import Checkpoint, Options, Oracle
 from .labels import beside
 from .preprocessing import find, published
-from .rename import TORCH, ConversionError, Row, Table, candidates
+from .rename import TORCH, ConversionError, Row, Table, candidates, task_of
 
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # rows before and after, columns before and after
@@ -35,6 +35,7 @@ PREDICTIONS = {
     "log_softmax": lambda logits: logits.log_softmax(-1),
     "sigmoid": torch.sigmoid,
 }
+LABEL_MAP = "label map"  # what a segmenter may end in
 
 
 class Scale(NamedTuple):
@@ -182,8 +183,32 @@ class Other(Op):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Resize(Other):
+    """A map resized bilinearly, which segmenters do."""
+
+    align_corners: bool  # as TensorFlow calls it; otherwise, edges stay in place
+    what: str = "a resizing"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Concat(Other):
+    """The channels of several maps together, as segmenters have them."""
+
+    what: str = "a concatenation"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Join(Other):
-    """Values one after another, as detectors join what they predict from several maps."""
+    """What detectors predict from several maps, one after another."""
+
+    what: str = "a concatenation"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ArgMax(Other):
+    """The class of each pixel, which segmenters may end in."""
+
+    what: str = "the largest of the channels"
 
 
 class Reader:
@@ -255,7 +280,7 @@ class Graph:
         entered: set[Any] = set()
         while stack:
             value, done = stack.pop()
-            op = makers.get(value)
+            op = None if value == self.input else makers.get(value)
             if op is None or id(op) in ordered:
                 continue
             if done:
@@ -422,7 +447,7 @@ class Step(NamedTuple):
 
 
 def expected(config: MobileNetConfig) -> list[Step]:
-    """The steps of a network up to its pooling."""
+    """The steps of a network up to its pooling, or to what makes a segmenter of it."""
 
     def steps() -> Iterator[Step]:
         stem = config.stem_block
@@ -431,7 +456,7 @@ def expected(config: MobileNetConfig) -> list[Step]:
             for index, block in enumerate(blocks):
                 yield from of_block(f"backbone.stages.{stage}.{index}", block)
         head = config.head_block
-        if head:
+        if head and (config.segmentation_head is None or config.segmentation.takes_head):
             yield conv("backbone.head", head.in_channels, head.out_channels, head, act=head.act)
 
     def conv(name: str, before: int, after: int, block: Any = None, groups: int = 1, act: str | None = None) -> Step:
@@ -496,8 +521,17 @@ def table(config: Mapping[str, Any]) -> Table:
     if last:
         norm = "backbone.pre_logits.norm" if last.has_norm and model.has_batch_norm else None
         rows["pre_logits"] = Row("backbone.pre_logits.conv", norm)
+    if model.segmentation_head:
+        names = [f"segmentation_head.{name}" for name in segmenter_units(model)]
+        rows |= {name: Row(f"{name}.conv", f"{name}.norm" if model.has_batch_norm else None) for name in names}
+        return Table(dict(config), rows | {name: Row(name) for name in ["segmentation_head.classifier"]}, TORCH)
     hidden = [f"hidden.{2 * index}" for index in range(len(model.classifier_hidden_sizes))]
     return Table(dict(config), rows | {name: Row(name) for name in (*hidden, "classifier")}, TORCH)
+
+
+def segmenter_units(model: MobileNetConfig) -> list[str]:
+    """What a segmenter's head calls its convolutions that batch norms follow, in the order in which they run."""
+    return [*(f"branches.{index}" for index in range(len(model.segmentation.rates))), "project"]
 
 
 class Match(NamedTuple):
@@ -505,7 +539,7 @@ class Match(NamedTuple):
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]  # by our names
-    prediction: str | None  # a key of PREDICTIONS: what the graph ends in
+    prediction: str | None  # a key of PREDICTIONS, or LABEL_MAP: what the graph ends in
     logits: Any  # the value that goes into it
     scaling: tuple[Tensor, Tensor] | None  # what the graph does to its input first: factor and offset
     quantization: dict[str, Any] | None  # as quantization.json has it
@@ -550,7 +584,7 @@ def to_checkpoint(
     """
     count, size = found.config["num_labels"], file.graph.size
     near, numbered = beside(file.path, count)
-    publisher = published(file.path.name, count, numbered)
+    publisher = published(file.path.name, count, numbered, task_of(found.config))
     processor, feed, said = find(options, recipe, size, publisher=publisher, recorded=recorded, scaling=found.scaling)
     return Checkpoint(
         kind=kind,
@@ -562,7 +596,7 @@ def to_checkpoint(
         files=[file.path],
         oracle=lambda: runtime(file, found, options.size(size)),
         labels=labels or near,
-        license="apache-2.0" if count in (1000, 1001) else None,
+        license="apache-2.0" if publisher or count in (1000, 1001) else None,
         quantization=found.quantization,
         prediction=found.prediction,
         notes=[NOTE] if found.quantization else [],
@@ -607,7 +641,7 @@ class Matcher:
         scaling = self.scaling(items)
         config, steps = self.closest(items)
         body, rest = items[: len(steps)], items[len(steps) :]
-        fields, tensors, pairs, eps = self.features(config, steps, body)
+        fields, tensors, pairs, eps = self.take_steps(config, steps, body)
         units = [(step, item) for step, item in pairs if step.kind == "conv"]
         self.pre_logits = MobileNetConfig(**fields).pre_logits_block
         head, head_tensors, prediction, logits, layers = self.head(rest, units[-1][1], eps)
@@ -622,7 +656,7 @@ class Matcher:
             self.quantization(named),
         )
 
-    def features(
+    def take_steps(
         self, config: dict[str, Any], steps: list[Step], body: list[Any]
     ) -> tuple[dict[str, Any], dict[str, Tensor], list[tuple[Step, Any]], float | None]:
         """What the layers say that take steps: fields, tensors, what takes each step, and the epsilon of the norms."""
@@ -730,7 +764,7 @@ class Matcher:
         if same >= len(items):
             raise self.refuse("the end of the network", f"comes where {title} has {step.words}")
         name = step.name.removeprefix("backbone.")
-        raise self.refuse(items[same].name, f"is {_words(items[same])}: {title} has {step.words} there ({name})")
+        raise self.refuse(items[same].name, f"is {words(items[same])}: {title} has {step.words} there ({name})")
 
     def width(self, fields: dict[str, Any], convs: list[Any], title: str) -> tuple[dict[str, Any], list[Step]]:
         """Add the width multiplier that gives a network its channels.
@@ -885,27 +919,23 @@ class Matcher:
                 last[2] = item.function
                 logits = item.inputs[0] if item.function in PREDICTIONS else item.output
             else:
-                raise self.refuse(item.name, f"is {_words(item)}, and must be the classifier or its softmax")
+                raise self.refuse(item.name, f"is {words(item)}, and must be the classifier or its softmax")
         if pending:
             raise self.refuse(pending_at, "scales features that no classifier takes")
         tensors = self.take_pre_logits(layers, named, eps) if self.pre_logits else {}
+        if self.pre_logits and not tensors:
+            fields["use_pre_logits"] = False
         fields, others, *found = self.classifier(fields, layers, logits, named)
         return fields, tensors | others, *found
 
     def take_pre_logits(
         self, layers: list[list[Any]], named: list[tuple[str, Any]], eps: float | None
     ) -> dict[str, Tensor]:
-        """Take the first layer after the pooling, which is the network's own, off the others.
-
-        Raises:
-            ConversionError: It is another.
-        """
+        """Take the first layer after the pooling off the others, if it is the network's own."""
         block, name = self.pre_logits, "backbone.pre_logits"
-        weight, bias, act, unit = layers.pop(0) if layers else (torch.empty(0), None, None, None)
-        if (len(weight), act) != (block.out_channels, block.act):
-            layer, what = (unit.name, f"has {len(weight)} channels and the activation {act}") if unit else ("", "")
-            wanted = f"a convolution to {block.out_channels} channels and {block.act} after its pooling"
-            raise self.refuse(layer or "the end of the network", f"{what or 'comes'} where the network has {wanted}")
+        if not layers or (len(layers[0][0]), layers[0][2]) != (block.out_channels, block.act):
+            return {}
+        weight, bias, _, unit = layers.pop(0)
         named[:] = [("backbone.pooled" if key == "backbone.pooler_output" else key, item) for key, item in named]
         named.append((name, unit))
         if block.has_norm and eps is not None:
@@ -974,8 +1004,8 @@ class Matcher:
 
 
 def _is_linear(name: str) -> bool:
-    """Whether a layer of ours is fully connected."""
-    return name == "classifier" or name.startswith("hidden.")
+    """Whether a layer of ours is a classifier or fully connected: no batch norm follows it."""
+    return name.split(".")[-1] == "classifier" or name.startswith("hidden.")
 
 
 def _sum(first: Pads | None, second: Pads) -> Pads:
@@ -1023,7 +1053,7 @@ def _conv_words(groups: int, kernel: Sequence[int], stride: int, dilation: int) 
     return f"{kind} of {kernel[0]}x{kernel[1]}" + " with " * bool(more) + " and ".join(more)
 
 
-def _words(item: Any) -> str:
+def words(item: Any) -> str:
     """What an item is."""
     if isinstance(item, Unit):
         conv = item.conv

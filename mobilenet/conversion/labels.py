@@ -1,4 +1,4 @@
-"""Names of classes: from a file, of ImageNet, or of COCO."""
+"""Names of classes: from a file, of ImageNet, of COCO, or of PASCAL VOC."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mobilenet.preprocessing_mobilenet import regular
-from mobilenet.tasks import CLASSIFICATION, DETECTION, Task
+from mobilenet.segmentation_labels import VOC
+from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task
 
 from .rename import ConversionError
 
@@ -16,6 +17,8 @@ from .rename import ConversionError
 # Classes of ImageNet (ILSVRC 2012), and the one that Google's checkpoints put before them.
 IMAGENET, GOOGLE = "imagenet", "imagenet-background"
 _SETS = {1000: IMAGENET, 1001: GOOGLE}
+# Whose labels the networks of a task usually have, where their number is that of its classes.
+DATASETS = {CLASSIFICATION.name: "ImageNet", DETECTION.name: "COCO", SEGMENTATION.name: "PASCAL VOC"}
 
 
 def imagenet() -> list[str]:
@@ -35,15 +38,16 @@ def coco() -> list[str]:
     return Path(__file__).with_name("coco_labels.txt").read_text(encoding="utf-8").splitlines()
 
 
-# Whose labels those are that networks usually have.
-USUAL = {CLASSIFICATION: "ImageNet", DETECTION: "COCO"}
-
-
 def known(count: int, task: Task = CLASSIFICATION) -> list[str] | None:
-    """The labels that a network of so many classes usually has: ImageNet's, with or without background, or COCO's."""
+    """The labels that a network of so many classes usually has.
+
+    Those of a classifier are ImageNet's, with or without background; of a detector COCO's; of a segmenter VOC's.
+    """
     if task is DETECTION:
         return coco() if count == len(coco()) else None
-    return ["background"] * (count - 1000) + imagenet() if task is CLASSIFICATION and count in _SETS else None
+    if task is SEGMENTATION:
+        return list(VOC) if count == len(VOC) else None
+    return ["background"] * (count - 1000) + imagenet() if count in _SETS else None
 
 
 def beside(path: Path, count: int) -> tuple[list[str] | None, bool]:

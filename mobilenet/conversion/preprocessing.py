@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
+from mobilenet.image_processing_mobilenet import RECIPES, MobileNetImageProcessor
+from mobilenet.segmentation_labels import VOC
+from mobilenet.tasks import CLASSIFICATION, SEGMENTATION, Task
 
 from .checkpoint import RANGES, Options
 
@@ -20,6 +22,10 @@ PUBLISHED = {
     r"mobilenet_\d_\d_\d+_tf\.h5|mobilenet_v2_weights_tf_\w+_\d\.\d+_\d+\.h5": "keras",
     r"mobilenetv2-(7|10|12)(-int8|-qdq)?\.onnx": "torchvision",
 }
+# Likewise segmenters of PASCAL VOC.
+SEGMENTERS = {r"deeplabv3(_257_mv_gpu|_1_default_1|_mnv2_(dm05_)?pascal\w*)?\.tflite": "deeplab"}
+# How images are fitted where nobody says it, in words.
+FITTED = {"crop": "cropped to the middle 87.5 %", "corner": "shown whole, in the top left corner"}
 # With the labels that it writes beside them.
 TEACHABLE_MACHINE = r"(keras_model|converted_keras)\.h5|model(_unquant|_quant)?\.tflite|model_edgetpu\.tflite"
 
@@ -32,8 +38,11 @@ class Preprocessing(NamedTuple):
     warnings: list[str]
 
 
-def published(name: str, count: int, numbered_labels: bool = False) -> str | None:
+def published(name: str, count: int, numbered_labels: bool = False, task: Task = CLASSIFICATION) -> str | None:
     """The recipe of a published file by its name; None of others."""
+    if task is SEGMENTATION:
+        found = (recipe for pattern, recipe in SEGMENTERS.items() if re.fullmatch(pattern, name))
+        return next(found, None) if count == len(VOC) else None
     if numbered_labels and re.fullmatch(TEACHABLE_MACHINE, name):
         return "teachable_machine"
     found = (recipe for pattern, recipe in PUBLISHED.items() if re.fullmatch(pattern, name))
@@ -73,7 +82,7 @@ def find(
         )
         assumed.append(f"that the network takes pixels scaled to {spoken} (--range, --mean and --std say otherwise)")
     if not (options.fit or options.recipe or publisher):
-        assumed.append("that images are cropped to the middle 87.5 % (--fit says otherwise)")
+        assumed.append(f"that images are {FITTED[RECIPES[default].fit]} (--fit says otherwise)")
     warnings = [f"The file does not say how to prepare images. Assumed: {', and '.join(assumed)}."] if assumed else []
     if scaling is None:
         return Preprocessing(processor, None, warnings)

@@ -11,13 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mobilenet.architectures_mobilenet import ARCHITECTURES, Block, Width
+from mobilenet.architectures_mobilenet import ARCHITECTURES, DETECTORS, Block, Width
 from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.layers_mobilenet import LayerScale
-from mobilenet.modeling_mobilenet import MobileNetPreTrainedModel
+from mobilenet.modeling_mobilenet import (
+    MobileNetForImageClassification,
+    MobileNetForObjectDetection,
+    MobileNetForSemanticSegmentation,
+    MobileNetPreTrainedModel,
+)
 from mobilenet.repository import RepositoryError
-
-from .tasks import network_class
+from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task
 
 
 class ConversionError(RepositoryError):
@@ -185,6 +189,25 @@ def places(model: nn.Module, table: Table) -> dict[str, Place]:
     return result
 
 
+# Of fields of MobileNetConfig, what a network is for that has them.
+_TASKS = {"detector": DETECTION, "segmentation_head": SEGMENTATION}
+_CLASSES = {
+    CLASSIFICATION.name: MobileNetForImageClassification,
+    DETECTION.name: MobileNetForObjectDetection,
+    SEGMENTATION.name: MobileNetForSemanticSegmentation,
+}
+
+
+def task_of(config: Mapping[str, Any]) -> Task:
+    """What a network is for, by the fields of its configuration."""
+    return next((task for field, task in _TASKS.items() if config.get(field)), CLASSIFICATION)
+
+
+def network_class(config: Mapping[str, Any]) -> type[MobileNetPreTrainedModel]:
+    """The class of a network, by the fields of its configuration."""
+    return _CLASSES[task_of(config).name]
+
+
 @cache
 def skeleton(**config: Any) -> MobileNetPreTrainedModel:
     """A network without memory for its weights, for its names and shapes."""
@@ -238,18 +261,22 @@ def infer_config(tensors: Mapping[str, Tensor], table: Table, repeats: Sequence[
             return None
         return tensors[source].shape[place.source_layout.index(axis)]
 
-    for field, name, axis in (
-        ("num_labels", "classifier.weight", "O"),
-        ("num_channels", "backbone.stem.conv.weight", "I"),
+    pattern = r"(segmentation_head\.)?classifier\.weight|class_predictors\.0\.conv\.weight"
+    classifier = next(name for name in by_name if re.fullmatch(pattern, name))
+    # A detector predicts every class, and the background, for several anchors.
+    detector = DETECTORS.get(config.get("detector"))
+    anchors, background = (len(detector.first_anchors), detector.background is not None) if detector else (1, False)
+    for field, found in (
+        ("num_labels", (size(classifier, "O") or 0) // anchors - background),
+        ("num_channels", size("backbone.stem.conv.weight", "I") or 0),
     ):
-        found = size(name, axis)
-        if found:
+        if found > 0:
             config[field] = found
     architecture = ARCHITECTURES[config["architecture"]]
     # The widest layer that every width scales tells most.
     last = [name for name in by_name if ".stages." in name and name.endswith(".conv.weight")][-1]
     base = architecture.rows[-1].channels
-    if architecture.pre_logits:
+    if architecture.pre_logits and "backbone.head.conv.weight" in by_name:
         last, base = "backbone.head.conv.weight", architecture.head.channels
     channels = size(last, "O")
     if not channels:

@@ -24,6 +24,7 @@ from mobilenet.cards import export_card
 from mobilenet.draw import draw_images
 from mobilenet.find_images import find
 from mobilenet.loading import Files, loading, read_config
+from mobilenet.preprocessing_mobilenet import OPTIONS, read_options
 from mobilenet.pretrained import load_network
 from mobilenet.progress import status, track
 from mobilenet.repository import staged, write_json
@@ -33,6 +34,7 @@ from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task, task_
 from . import MIN_AGREEMENT, Target
 from .compare import Comparison, Engine, ExportError, Outputs, compare, measure
 from .exporter import Exporter
+from .suppression import OUTPUT, suppress_in_graph
 
 
 # Packages and the extra of ours that brings them.
@@ -114,9 +116,9 @@ def export(
         if target is Target.TRANSFORMERS_JS:
             engines = write_transformers_js(exporter, folder)
         else:
-            engines = write(exporter, target, int8, folder)
+            engines = write(exporter, target, int8, folder, **({"nms": True} if nms else {}))
         expected = measure(exporter.run, compare_on, "comparing torch")
-        options = processor.to_dict()
+        options = _options(processor)
         comparisons = [
             compare(engine, exporter.run, compare_on, expected, min_agreement, task, options) for engine in engines
         ]
@@ -186,12 +188,21 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def write(exporter: Exporter, target: Target, int8: bool, folder: Path) -> list[Engine]:
+def _options(processor: Any) -> dict[str, Any]:
+    """All options of an image processor."""
+    return read_options({name: getattr(processor, name) for name in OPTIONS})
+
+
+def write(exporter: Exporter, target: Target, int8: bool, folder: Path, nms: bool = False) -> list[Engine]:
     """Write what `ExportedModel.from_pretrained` and `mobilenet classify` read, and load it back."""
     from transformers.exporters import ExportedModel
 
     with status(f"exporting to {target.value}"):
         exported = exporter.export(target, int8)
+        outputs = exporter.task.outputs
+        if nms:
+            suppress_in_graph(exported, _options(exporter.processor))
+            outputs = (OUTPUT,)
         try:
             exported.save_pretrained(folder)
         except RuntimeError as error:  # OpenVINO's word for a disk that is full or forbidden
@@ -199,20 +210,21 @@ def write(exporter: Exporter, target: Target, int8: bool, folder: Path) -> list[
         exporter.processor.save_pretrained(folder)
 
     manifest = folder / "export.json"
-    write_json(manifest, {**json.loads(manifest.read_text(encoding="utf-8")), "task": exporter.task.name})
+    about = {"task": exporter.task.name, "outputs": outputs}
+    write_json(manifest, {**json.loads(manifest.read_text(encoding="utf-8")), **about})
 
     def load(**options: Any) -> Callable[[Tensor], Outputs]:
         exported = ExportedModel.from_pretrained(folder, **options)
 
         def run(pixel_values: Tensor) -> Outputs:
-            outputs = exported(pixel_values=pixel_values)
-            return tuple(outputs[name] for name in exporter.task.outputs)
+            found = exported(pixel_values=pixel_values)
+            return tuple(found[name] for name in outputs)
 
         return run
 
     kind = "int8" if int8 else "float32"
     if target is Target.ONNX:
-        return [Engine(f"ONNX Runtime, {kind}", load(), not int8, exporter.task is not DETECTION)]
+        return [Engine(f"ONNX Runtime, {kind}", load(), not int8, exporter.task is not DETECTION, nms)]
     if target is Target.EXECUTORCH:
         return [Engine(f"ExecuTorch, {kind}", load(), not int8, False)]
     # OpenVINO computes in the precision that the processor is fastest in, unless it is told.

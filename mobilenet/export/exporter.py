@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from mobilenet.tasks import CLASSIFICATION, SEGMENTATION, Task
+from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task
 
 from . import Target
 
@@ -67,6 +67,8 @@ class Exporter:
             _free_size(exported.program, self.config.padding == "same")
         elif self.task is SEGMENTATION:
             _pad_in_convolutions(exported.program)
+        elif self.task is DETECTION:
+            _name_batch(exported.program)
         return exported
 
     def _quantizer(self, target: Target) -> Any:
@@ -77,22 +79,28 @@ class Exporter:
             Target.OPENVINO: _openvino_quantizer,
             Target.EXECUTORCH: _pt2e_quantizer,
         }
-        return makers[target](calibration)
+        return makers[target](calibration, self.task)
 
 
 # The stem and the first block see few channels, whose values lie far apart: in 8 bits they change more predictions
-# than all that follows, and in float32 hardly any time.
+# than all that follows, and in float32 hardly any time. So do the last of a detector, which are transposed after.
 _CONVOLUTIONS_IN_FLOAT = 3
 
 
-def _onnx_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
+def _onnx_quantizer(calibration: list[dict[str, Tensor]], task: Task) -> Any:
     from onnxruntime.quantization import QuantType
     from transformers.exporters import OnnxRuntimeQuantizer, OnnxRuntimeStaticConfig
 
     class Quantizer(OnnxRuntimeQuantizer):
         def quantize(self, model: Any, *args: Any) -> Any:
-            convolutions = [node.name for node in model.graph if node.op_type == "Conv"]
-            self.config.nodes_to_exclude = convolutions[:_CONVOLUTIONS_IN_FLOAT]
+            convolutions = [node for node in model.graph if node.op_type == "Conv"]
+            last = [
+                node
+                for node in convolutions
+                if task is DETECTION and any(user.op_type == "Transpose" for user, _ in node.outputs[0].uses())
+            ]
+            in_float = {node.name for node in (*convolutions[:_CONVOLUTIONS_IN_FLOAT], *last)}
+            self.config.nodes_to_exclude = sorted(in_float)
             return super().quantize(model, *args)
 
     # Unsigned activations with signed weights are what the instructions of x86 multiply.
@@ -100,7 +108,7 @@ def _onnx_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
     return Quantizer(OnnxRuntimeStaticConfig(per_channel=True, **signs), calibration)
 
 
-def _openvino_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
+def _openvino_quantizer(calibration: list[dict[str, Tensor]], task: Task) -> Any:
     import nncf
     from transformers.exporters import NNCFOpenVINOQuantizer, NNCFQuantizationConfig
 
@@ -108,8 +116,14 @@ def _openvino_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
         def quantize(self, model: Any, *args: Any) -> Any:
             kinds = ("Convolution", "GroupConvolution")
             operations = [op for op in model.get_ordered_ops() if op.get_type_name() in kinds]
-            names = [operation.get_friendly_name() for operation in operations[:_CONVOLUTIONS_IN_FLOAT]]
-            self.config.ignored_scope = nncf.IgnoredScope(names=names)
+            last = [
+                operation
+                for operation in operations
+                if task is DETECTION
+                and any(u.get_node().get_type_name() == "Transpose" for u in operation.output(0).get_target_inputs())
+            ]
+            in_float = {o.get_friendly_name() for o in (*operations[:_CONVOLUTIONS_IN_FLOAT], *last)}
+            self.config.ignored_scope = nncf.IgnoredScope(names=sorted(in_float))
             return super().quantize(model, *args)
 
     # What an activation lets through is not symmetric about 0: "mixed" gives it a zero point of its own.
@@ -117,7 +131,7 @@ def _openvino_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
     return Quantizer(NNCFQuantizationConfig(preset=preset, subset_size=len(calibration)), calibration)
 
 
-def _pt2e_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
+def _pt2e_quantizer(calibration: list[dict[str, Tensor]], task: Task) -> Any:
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
     from torchao.quantization.pt2e import MinMaxObserver
     from transformers.exporters import PT2EQuantizer
@@ -131,20 +145,36 @@ def _pt2e_quantizer(calibration: list[dict[str, Tensor]]) -> Any:
     return PT2EQuantizer(xnnpack_quantizer.XNNPACKQuantizer().set_global(config), calibration)
 
 
+def _name_batch(graph_model: Any) -> None:
+    """Call by its name what a graph that takes images of one size takes any number of."""
+    from onnx_ir import Shape
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    for value in (*graph_model.graph.inputs, *graph_model.graph.outputs):
+        value.shape = Shape(["batch", *value.shape[1:]])
+    ClearMetadataAndDocStringPass()(graph_model)
+
+
 def _pad_in_convolutions(graph_model: Any) -> None:
     """Let strided convolutions pad as TensorFlow does, which ONNX can, in place of operators that copy their inputs.
 
     Those of a graph that takes images of any size compute their padding; this leaves nothing to compute.
     """
-    from onnx_ir import AttrString
+    from onnx_ir import AttrString, Shape
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
-    for node in graph_model.graph:
+    graph = graph_model.graph
+    for node in graph:
         pad = node.inputs[0].producer() if node.op_type == "Conv" else None
         if pad is not None and pad.op_type == "Pad":
             node.replace_input_with(0, pad.inputs[0])
             node.attributes.pop("pads", None)
             node.attributes["auto_pad"] = AttrString("auto_pad", "SAME_UPPER")
+        for value in node.outputs:
+            value.shape = None
+    (pixels,), (logits,) = graph.inputs, graph.outputs
+    pixels.shape = Shape(["batch", pixels.shape[1], "height", "width"])
+    logits.shape = Shape(["batch", "labels", "rows", "columns"])
     RemoveUnusedNodesPass()(graph_model)
     ClearMetadataAndDocStringPass()(graph_model)
 

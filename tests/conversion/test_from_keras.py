@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from conversions import assert_fails_without_a_trace, assert_wrong_tables_are_no
 from oracles import logits
 from torch import Tensor
 
+from mobilenet import MobileNetForImageClassification
 from mobilenet.conversion.checkpoint import NoOracleError
 from mobilenet.conversion.convert import build, convert
 from mobilenet.conversion.graph import PREDICTIONS
@@ -64,6 +66,24 @@ def own_weights(keras: ModuleType, model: Any) -> Any:
             kernel, bias = layer.get_weights()
             layer.set_weights([kernel, random.normal(0, 0.2, bias.shape)])
     return model
+
+
+def in_double(keras: ModuleType, model: Any) -> Any:
+    """A network in double precision: hard swishes of random weights magnify rounding, ours and Keras' alike.
+
+    Its batch norms compute in float32 all the same, on the torch backend.
+    """
+
+    def in_words(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: in_words(each) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(in_words(each) for each in value)
+        return "float64" if value == "float32" else value
+
+    double = model.__class__.from_config(in_words(model.get_config()))
+    double.set_weights(model.get_weights())
+    return double
 
 
 def save(model: Any, path: Path) -> Path:
@@ -138,17 +158,10 @@ def test_v3_gives_the_logits_of_keras(
     assert {*checkpoint.processor.image_mean, *checkpoint.processor.image_std} == {0.5}
     assert ("--range" in " ".join(checkpoint.warnings)) == (not preprocesses)
     torch.testing.assert_close(checkpoint.oracle().logits(given), run(keras, theirs, given))
-    # In double precision: hard swishes of random weights magnify rounding, ours and Keras' alike.
-    keras.config.set_floatx("float64")
-    try:
-        double = make(weights=None, alpha=alpha, input_shape=(size, size, 3), classes=6, **fields)
-    finally:
-        keras.config.set_floatx("float32")
-    double.set_weights(theirs.get_weights())
     pixels = pixels.double()
-    expected = run(keras, double, pixels if preprocesses else pixels / 127.5 - 1)
+    expected = run(keras, in_double(keras, theirs), pixels if preprocesses else pixels / 127.5 - 1)
     ours = logits(build(checkpoint, "").double(), pixels / 127.5 - 1)
-    torch.testing.assert_close(ours, expected.double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
     assert expected.std(0).max() > 0.1
 
 
@@ -362,6 +375,82 @@ def test_features_without_a_classifier_convert(keras: ModuleType, suffix: str, t
     images = torch.randn(2, 3, 64, 64)
     expected = run(keras, theirs, images).mean((1, 2))
     torch.testing.assert_close(logits(build(checkpoint, ""), images), expected, atol=1e-4, rtol=1e-4)
+
+
+def v3(keras: ModuleType, kind: str, minimalistic: bool, size: int, top: bool = True) -> Any:
+    """A MobileNetV3 of Keras applications whose norms have statistics of their own."""
+    keras.utils.set_random_seed(0)
+    make = getattr(keras.applications, f"MobileNetV3{kind}")
+    fields = {"minimalistic": minimalistic, "include_preprocessing": False, "classifier_activation": None}
+    return own_weights(
+        keras, make(weights=None, input_shape=(size, size, 3), include_top=top, classes=7, pooling="avg", **fields)
+    )
+
+
+def save_under_published_names(model: Any, path: Path) -> Path:
+    """Weights as the published weights_mobilenet_v3_*.h5 hold them: of the layers' older names, in an older layout."""
+    with h5py.File(path, "w") as file:
+        names = []
+        for layer in model.layers:
+            name = re.sub(r"_?squeeze_excite_conv", "/squeeze_excite/Conv", layer.name)
+            name = re.sub(r"_(expand|depthwise|project)", r"/\1", name)
+            name = re.sub(r"_bn$", "/BatchNorm", name)
+            name = re.sub(r"^(conv|logits)", lambda found: found[0].capitalize(), name)
+            names.append(name)
+            group = file.create_group(name)
+            weights = [f"{name}/{weight.name}:0" for weight in layer.weights]
+            weights = [re.sub(r"kernel:0$", f"{'depthwise_' * ('depthwise' in name)}kernel:0", w) for w in weights]
+            group.attrs["weight_names"] = [weight.encode() for weight in weights]
+            for weight, value in zip(weights, layer.get_weights(), strict=True):
+                group.create_dataset(weight, data=value)
+        file.attrs["layer_names"] = [name.encode() for name in names]
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "minimalistic", "top", "published"),
+    [
+        ("Small", False, True, True),
+        ("Small", False, False, False),
+        ("Large", True, False, True),
+        ("Large", True, True, False),
+    ],
+)
+def test_weights_of_v3_without_a_graph_convert(
+    keras: ModuleType, kind: str, minimalistic: bool, top: bool, published: bool, tmp_path: Path
+) -> None:
+    theirs = v3(keras, kind, minimalistic, 64, top)
+    if published:
+        path = save_under_published_names(theirs, tmp_path / "weights_mobilenet_v3.h5")
+    else:
+        path = save(theirs, tmp_path / "model.weights.h5")
+    checkpoint = read(path, image_size=64)
+    table = f"mobilenet_v3_{kind.lower()}" + "_minimalistic" * minimalistic
+    assert (checkpoint.config["architecture"], checkpoint.config["num_labels"]) == (table, 7 * top)
+    assert checkpoint.config.get("use_pre_logits", True) == top
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(checkpoint.oracle().logits(images), run(keras, theirs, images))
+    expected = run(keras, in_double(keras, theirs), images.double())
+    ours = logits(build(checkpoint, "").double(), images.double())
+    torch.testing.assert_close(ours, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+    assert_wrong_tables_are_noticed(checkpoint)
+
+
+@pytest.mark.parametrize("widths", [(5,), (256, 5), ()])
+def test_v3_without_its_top_converts(keras: ModuleType, widths: tuple[int, ...], tmp_path: Path) -> None:
+    """The commonest fine-tune: include_top=False, a pooling, and layers of one's own."""
+    theirs = v3(keras, "Small", False, 64, top=False)
+    x = theirs.output
+    for width in widths:
+        x = keras.layers.Dense(width, activation=None if width == 5 else "relu")(x)
+    theirs = keras.Model(theirs.input, x)
+    checkpoint = read(save(theirs, tmp_path / "model.keras"))
+    assert checkpoint.config["use_pre_logits"] is False
+    build(checkpoint, "").save_pretrained(tmp_path / "saved")
+    ours = MobileNetForImageClassification.from_pretrained(tmp_path / "saved").double()
+    images = torch.rand(2, 3, 64, 64).double() * 2 - 1
+    expected = run(keras, in_double(keras, theirs), images)
+    torch.testing.assert_close(logits(ours, images), expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
 
 
 def test_a_file_is_what_its_first_bytes_say(keras: ModuleType, tmp_path: Path) -> None:

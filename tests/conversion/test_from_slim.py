@@ -268,6 +268,22 @@ def test_an_archive_is_compared_with_its_tflite_file(data: Path, tmp_path: Path)
     assert theirs.agreement == 1
 
 
+def test_of_an_archive_of_v3_the_averages_are_read(tmp_path: Path) -> None:
+    """The published v3-large_224_1.0_float.tgz has the folders ema and pristine."""
+    theirs = timm_model("tf_mobilenetv3_small_minimal_100", num_classes=3)
+    root = tmp_path / "v3-small-minimalistic_224_1.0_float"
+    (root / "ema").mkdir(parents=True)
+    (root / "pristine").mkdir()
+    averages = slim_v3(theirs)
+    write(averages, root / "ema" / "model-498000")
+    write({name: tensor + 1 for name, tensor in averages.items()}, root / "pristine" / "model.ckpt-498000")
+    with tarfile.open(tmp_path / f"{root.name}.tgz", "w:gz") as members:
+        members.add(root, root.name)
+    tensors = read(tmp_path / f"{root.name}.tgz").tensors
+    assert tensors.keys() == averages.keys()
+    assert all(tensors[name].equal(averages[name]) for name in averages)
+
+
 def test_broken_checkpoints_are_refused(tmp_path: Path) -> None:
     write({"MobilenetV1/Conv2d_0/weights": torch.ones(3, 3, 3, 8)}, tmp_path / "model.ckpt")
     assert_fails_without_a_trace(

@@ -192,10 +192,6 @@ def test_a_quantized_classifier_loses_the_scale_of_the_background(data: Path, tm
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        (
-            "coco_ssd_mobilenet_v1_1.0_quant_2018_06_29.tflite",
-            "is no classifier, which has one input and one output: it has 1 and 4",
-        ),
         ("deeplabv3.tflite", "is no MobileNet that can be converted: DEPTHWISE_CONV_2D 22 (Mobile"),
     ],
 )

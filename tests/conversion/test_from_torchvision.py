@@ -1,16 +1,19 @@
-"""Conversions of torchvision's MobileNet V2, against its published layout written out."""
+"""Conversions of torchvision's MobileNets, against their published layouts written out."""
 
 import hashlib
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conversions import ODD_SIZES, assert_fails_without_a_trace, assert_wrong_tables_are_noticed, read
 from oracles import copy_in_order, logits, randomize_norms, timm_model
 from torch import Tensor, nn
 
+from mobilenet import MobileNetConfig
 from mobilenet.conversion import from_torchvision, read_source
 from mobilenet.conversion.convert import build
+from mobilenet.conversion.labels import known
 
 
 pytestmark = pytest.mark.any_version
@@ -70,14 +73,27 @@ class SqueezeExcitation(nn.Module):
 
 
 class BneckV3(nn.Module):
-    def __init__(self, inputs: int, kernel: int, hidden: int, outputs: int, squeezed: int, act: type, stride: int):
+    def __init__(
+        self,
+        inputs: int,
+        kernel: int,
+        hidden: int,
+        outputs: int,
+        squeezed: int,
+        act: type,
+        stride: int,
+        dilation: int = 1,
+    ) -> None:
         super().__init__()
 
         def unit(inputs: int, outputs: int, act: type, *args: int, **kwargs: int) -> nn.Sequential:
             conv = nn.Conv2d(inputs, outputs, *args, bias=False, **kwargs)
             return nn.Sequential(conv, nn.BatchNorm2d(outputs, 1e-3), act())
 
-        depthwise = unit(hidden, hidden, act, kernel, stride, kernel // 2, groups=hidden)
+        padding = dilation * (kernel // 2)
+        depthwise = unit(
+            hidden, hidden, act, kernel, 1 if dilation > 1 else stride, padding, groups=hidden, dilation=dilation
+        )
         expand = [] if hidden == inputs else [unit(inputs, hidden, act, 1)]
         squeeze = [SqueezeExcitation(hidden, squeezed)] if squeezed else []
         self.block = nn.Sequential(*expand, depthwise, *squeeze, unit(hidden, outputs, nn.Identity, 1))
@@ -214,3 +230,141 @@ def test_the_second_weights_have_another_recipe(
     monkeypatch.setattr(from_torchvision, "sha256", lambda path: "7ebf99e0" + 56 * "0")
     assert read(tmp_path / "model.pth").processor.size == {"shortest_edge": 232}
     assert read(tmp_path / "model.pth", recipe="timm", image_size=160).processor.size == {"shortest_edge": 182}
+
+
+# Segmenters
+
+
+class Pooling(nn.Sequential):
+    """ASPPPooling."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(super().forward(x), size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class Aspp(nn.Module):
+    """ASPP, of convs and project."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def branch(*args: int, **kwargs: int) -> list[nn.Module]:
+            return [nn.Conv2d(960, 256, *args, bias=False, **kwargs), nn.BatchNorm2d(256), nn.ReLU()]
+
+        atrous = (nn.Sequential(*branch(3, padding=rate, dilation=rate)) for rate in (12, 24, 36))
+        pooling = Pooling(nn.AdaptiveAvgPool2d(1), *branch(1))
+        self.convs = nn.ModuleList([nn.Sequential(*branch(1)), *atrous, pooling])
+        project = nn.Conv2d(1280, 256, 1, bias=False)
+        self.project = nn.Sequential(project, nn.BatchNorm2d(256), nn.ReLU(), nn.Dropout(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(torch.cat([conv(x) for conv in self.convs], 1))
+
+
+class Lraspp(nn.Module):
+    """LRASPPHead, whose two classifiers follow on the resizing."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.cbr = nn.Sequential(nn.Conv2d(960, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU())
+        self.scale = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(960, 128, 1, bias=False), nn.Sigmoid())
+        self.low_classifier, self.high_classifier = nn.Conv2d(40, num_classes, 1), nn.Conv2d(128, num_classes, 1)
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        x = self.cbr(high) * self.scale(high)
+        x = F.interpolate(x, size=low.shape[-2:], mode="bilinear", align_corners=False)
+        return self.low_classifier(low) + self.high_classifier(x)
+
+
+class Segmenter(nn.Module):
+    """The layouts of torchvision/models/segmentation/lraspp.py and deeplabv3.py, on a dilated V3 large."""
+
+    def __init__(self, head: str, num_classes: int) -> None:
+        super().__init__()
+        network = MobileNetV3(LARGE[:12], 960, 1280, 1)
+        blocks = [BneckV3(before, *row, dilation=2) for before, row in zip((112, 160, 160), LARGE[12:], strict=True)]
+        last = nn.Sequential(nn.Conv2d(160, 960, 1, bias=False), nn.BatchNorm2d(960, 1e-3), nn.Hardswish())
+        # Of IntermediateLayerGetter, which keeps the numbers.
+        layers = [*network.features[:13], *blocks, last]
+        self.backbone = nn.ModuleDict({str(index): layer for index, layer in enumerate(layers)})
+        self.head = head
+        if head == "lraspp":
+            self.classifier = Lraspp(num_classes)
+        else:
+            refine = nn.Conv2d(256, 256, 3, padding=1, bias=False)
+            classifier = nn.Conv2d(256, num_classes, 1)
+            self.classifier = nn.Sequential(Aspp(), refine, nn.BatchNorm2d(256), nn.ReLU(), classifier)
+            auxiliary = nn.Conv2d(40, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.Dropout(0.1)
+            self.aux_classifier = nn.Sequential(*auxiliary, nn.Conv2d(10, num_classes, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits before they are resized to the image."""
+        for index, layer in self.backbone.items():
+            x = layer(x)
+            if index == "4":
+                low = x
+        return self.classifier(low, x) if self.head == "lraspp" else self.classifier(x)
+
+
+def published_segmenter(head: str) -> nn.Module:
+    """torchvision's layout with arbitrary weights, whose logits are as large as a trained network's."""
+    model = Segmenter(head, 21)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    model = randomize_norms(model).eval()
+    with torch.no_grad():
+        scale = 3 / model(torch.randn(2, 3, 97, 130)).std()
+        for name, parameter in model.classifier.named_parameters():
+            if name.startswith(("4.", "low_classifier", "high_classifier")):
+                parameter *= scale
+    return model
+
+
+HEADS = {"deeplab_v3": 11_029_328, "lraspp": 3_221_538}  # num_params of torchvision's weights
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_equal_those_of_the_published_layout_of_a_segmenter(head: str, tmp_path: Path) -> None:
+    theirs = published_segmenter(head)
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == HEADS[head]
+    torch.save(theirs.state_dict(), tmp_path / "model.pth")
+    checkpoint = read(tmp_path / "model.pth")
+    assert checkpoint.task.name == "image-segmentation"
+    assert (checkpoint.processor.size, checkpoint.processor.do_center_crop) == ({"shortest_edge": 520}, False)
+    assert not checkpoint.processor.align_corners
+    ours = build(checkpoint, "")
+    preset = MobileNetConfig.from_preset(f"{head}_mobilenet_v3_large_520")
+    given = ours.config.to_dict()
+    assert {name: value for name, value in preset.to_dict().items() if given.get(name) != value} == {}
+    ours, theirs = ours.double(), theirs.double()  # no difference can pass for rounding
+    for height, width in ODD_SIZES:
+        images = torch.randn(2, 3, height, width).double()
+        scores = logits(theirs, images)
+        assert scores.std() > 1
+        torch.testing.assert_close(logits(ours, images), scores, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("head", [pytest.param("deeplab_v3", marks=pytest.mark.slow), "lraspp"])
+def test_every_wrong_row_of_a_segmenter_is_noticed(head: str, tmp_path: Path) -> None:
+    torch.save(published_segmenter(head).state_dict(), tmp_path / "model.pth")
+    assert_wrong_tables_are_noticed(read(tmp_path / "model.pth"), size=33)
+
+
+@pytest.mark.parametrize(
+    "name", ["lraspp_mobilenet_v3_large", "LRASPP_MobileNet_V3_Large_Weights.COCO_WITH_VOC_LABELS_V1"]
+)
+def test_published_segmenters_are_known_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert from_torchvision.PUBLISHED[name].endswith("/lraspp_mobilenet_v3_large-d234d4ea.pth")
+    torch.save(published_segmenter("lraspp").state_dict(), tmp_path / "weights")
+    checksum = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()
+    file = (tmp_path / "weights").rename(tmp_path / f"lraspp_mobilenet_v3_large-{checksum[:8]}.pth")
+    monkeypatch.setitem(from_torchvision.PUBLISHED, name, file.as_uri())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    origin, checkpoint = read_source(name)
+    assert (origin.given, checkpoint.kind) == (name, "torchvision's lraspp_mobilenet_v3_large")
+    assert known(checkpoint.config["num_labels"], checkpoint.task)[15] == "person"
+
+
+def test_both_segmenters_of_torchvision_are_published() -> None:
+    assert {"deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"} <= from_torchvision.PUBLISHED.keys()

@@ -44,10 +44,14 @@ BESIDE = {
     "architectures_mobilenet.py",
     "config.json",
     "configuration_mobilenet.py",
+    "cpu_mobilenet.py",
+    "detection_mobilenet.py",
     "export.json",
     "image_processing_mobilenet.py",
+    "layers_mobilenet.py",
     "preprocessing_mobilenet.py",
     "preprocessor_config.json",
+    "segmentation_mobilenet.py",
 }
 LABELS = {0: "stone", 1: "scissors", 2: "paper", 3: "lizard", 4: "spock"}
 
@@ -242,7 +246,7 @@ def test_transformers_js_finds_what_it_reads(real_model, sample, tmp_path):
 
 def wrong(name: str, *, is_exact: bool) -> Engine:
     """An engine that always predicts label 0."""
-    return Engine(name, lambda pixel_values: torch.eye(5)[0].expand(len(pixel_values), 5), is_exact, False)
+    return Engine(name, lambda pixel_values: (torch.eye(5)[0].expand(len(pixel_values), 5),), is_exact, False)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +265,7 @@ def test_an_export_that_predicts_otherwise_is_not_kept(monkeypatch, model, tmp_p
 
 
 def test_logits_that_are_no_numbers_are_not_kept(monkeypatch, model, tmp_path):
-    engine = Engine("ONNX", lambda pixel_values: torch.full((len(pixel_values), 5), torch.nan), False, False)
+    engine = Engine("ONNX", lambda pixel_values: (torch.full((len(pixel_values), 5), torch.nan),), False, False)
     monkeypatch.setattr(export, "check_installed", lambda *_: None)
     monkeypatch.setattr(export, "write", lambda *_: [engine])
     with pytest.raises(ExportError, match="ONNX must give finite logits"):
