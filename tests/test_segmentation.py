@@ -172,7 +172,10 @@ def test_a_stride_becomes_dilation_in_its_own_convolution_or_in_the_next() -> No
 # What people do with networks
 
 
-@pytest.mark.parametrize("head", SEGMENTATION_HEADS)
+SLOW_HEADS = [pytest.param(head, marks=pytest.mark.slow) for head in ("deeplab_v3_light", "deeplab_v3")]
+
+
+@pytest.mark.parametrize("head", ["lraspp", *SLOW_HEADS])
 def test_exports_with_dynamic_batch_height_and_width(head: str) -> None:
     model = small(head)
     auto = torch.export.Dim.AUTO
