@@ -38,15 +38,17 @@ def read_card(model: str) -> ModelCardData | None:
         return None
 
 
-def accuracy_on_card(model: str, dataset: str, split: str, subset: str | None = None) -> float | None:
-    """The accuracy on a split that the model card of a folder or Hub id gives; None where it gives none.
+def metric_on_card(
+    model: str, dataset: str, split: str, subset: str | None = None, metric: str = "accuracy"
+) -> float | None:
+    """A metric on a split that the model card of a folder or Hub id gives; None where it gives none.
 
     A dataset may be at hand as a copy: what counts is its name without the owner's.
     """
     data = read_card(model)
     if data is None:
         return None
-    wanted = (dataset_name(dataset).split("/")[-1], subset, split, "accuracy")
+    wanted = (dataset_name(dataset).split("/")[-1], subset, split, metric.replace("_", " "))
     for result in data.eval_results or []:
         if (
             result.dataset_name.split("/")[-1],
@@ -64,6 +66,36 @@ class Measured(NamedTuple):
     images: int
     metrics: dict[str, float]
     by_class: list[float | None]
+
+
+class Words(NamedTuple):
+    """What a card says of a task."""
+
+    pipeline: str  # of transformers
+    metric_type: str  # of the Hub
+    by_class: str  # what a class is measured by
+    verb: str  # what the pipeline is called in code
+    plot: str  # file
+    plot_title: str
+
+
+# By the values of the option `task`.
+WORDS = {
+    "classification": Words(
+        "image-classification", "accuracy", "accuracy", "classify", "confusion_matrix.png", "Confusion matrix"
+    ),
+    "detection": Words(
+        "object-detection",
+        "mAP",
+        "average precision",
+        "detect",
+        "precision_recall.png",
+        "Precision over recall at an IoU of 0.5",
+    ),
+    "segmentation": Words(
+        "image-segmentation", "mean_iou", "IoU", "segment", "confusion_matrix.png", "Confusion matrix of pixels"
+    ),
+}
 
 
 class Start(NamedTuple):
@@ -107,15 +139,16 @@ def write_card(
         measured: By the name of the split, or HELD_OUT; the last one is what the card is headed by.
         command: That ran this.
     """
+    words = WORDS[options.task]
     results = [
         EvalResult(
-            task_type="image-classification",
+            task_type=words.pipeline,
             dataset_type=dataset_name(options.dataset),
             dataset_name=dataset_name(options.dataset),
             dataset_split=split,
             dataset_config=options.subset,
             dataset_revision=options.revision,
-            metric_type="accuracy",
+            metric_type=words.metric_type,
             metric_name=name.replace("_", " "),
             metric_value=round(value, 6),
         )
@@ -127,11 +160,11 @@ def write_card(
         license=start and start.license,
         model_name=folder.name if not options.output else Path(options.output).name,
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=words.pipeline,
         tags=["mobilenet", "vision"],
         datasets=None if Path(options.dataset).exists() else [options.dataset],
         base_model=start and start.base_model,
-        metrics=["accuracy"] if results else None,
+        metrics=[words.metric_type] if results else None,
         eval_results=results or None,
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(options, model, measured, command, start)}")
@@ -145,7 +178,7 @@ def _text(
     command: str,
     start: Start | None,
 ) -> str:
-    config = model.config
+    config, words = model.config, WORDS[options.task]
     count = sum(parameter.numel() for parameter in model.parameters())
     name = clean(Path(options.output).name)
     lines = [
@@ -169,12 +202,12 @@ def _text(
             "Measured in float32 on the files of this repository"
             + (f"; again:\n\n```\n{_evaluate_command(name, options, split)}\n```" if split != HELD_OUT else "."),
             "",
-            f"| class | accuracy on {markdown(split)} |",
+            f"| class | {words.by_class} on {markdown(split)} |",
             "|---|---|",
         ]
         for label, value in zip(config.id2label.values(), figures.by_class, strict=True):
             lines.append(f"| {markdown(label)} | {percent(value)} |")
-        lines += ["", "![Confusion matrix](confusion_matrix.png)"]
+        lines += ["", f"![{words.plot_title}]({words.plot})"]
     lines += [
         "",
         "## Use",
@@ -182,8 +215,8 @@ def _text(
         "```python",
         "from transformers import pipeline",
         "",
-        f'classify = pipeline("image-classification", model="{name}", trust_remote_code=True)',
-        'print(classify("photo.jpg"))',
+        f'{words.verb} = pipeline("{words.pipeline}", model="{name}", trust_remote_code=True)',
+        f'print({words.verb}("photo.jpg"))',
         "```",
         "",
         "## Training",
@@ -204,7 +237,7 @@ def _text(
 
 def _evaluate_command(model: str, options: Any, split: str) -> str:
     words = ["mobilenet", "evaluate", model, options.dataset, "--split", split]
-    for name in ("subset", "revision", "image_column", "label_column"):
+    for name in ("subset", "revision", "image_column", "label_column", "label_names"):
         if getattr(options, name) is not None:
             words += ["--" + name.replace("_", "-"), getattr(options, name)]
     return clean(shlex.join(words + ["--skip-unreadable"] * options.skip_unreadable))

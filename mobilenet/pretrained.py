@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ from .image_processing_mobilenet import MobileNetImageProcessor
 from .loading import Files, Network, loading, read_config
 from .networks import as_function, check_weights, configure
 from .pickles import check_pickle
-from .tasks import CLASSIFICATION, Task, check_task
+from .tasks import CLASSIFICATION, Task, check_task, task_of
 
 
 @contextmanager
@@ -33,6 +34,12 @@ def _quiet() -> Iterator[None]:
 
 
 _CLASSIFIER = ("classifier.bias", "classifier.weight")
+_OF_CLASSIFIERS = ("classifier_dropout", "classifier_hidden_sizes", "classifier_hidden_act")  # fields
+
+
+def _beside_backbone(names: Iterable[str]) -> set[str]:
+    """Those of these weights that are not the backbone's."""
+    return {name for name in names if not name.startswith("backbone.")}
 
 
 def _pickles(files: Files) -> Iterator[Path]:
@@ -45,7 +52,11 @@ def _pickles(files: Files) -> Iterator[Path]:
 
 
 def load_network(
-    model: str, revision: str | None = None, labels: list[str] | None = None, task: Task = CLASSIFICATION
+    model: str,
+    revision: str | None = None,
+    labels: list[str] | None = None,
+    task: Task = CLASSIFICATION,
+    **fields: Any,
 ) -> tuple[PreTrainedModel, MobileNetImageProcessor]:
     """Load a network in float32 and its image processor. Code that comes with them does not run.
 
@@ -54,6 +65,8 @@ def load_network(
         revision: Branch, tag or commit of a Hub id.
         labels: Names for its classes; where there are more or fewer of them, the classifier starts anew.
         task: What the network shall be for.
+        **fields: Of the configuration, with which a classifier becomes a network for another task: what it has
+            beside the classifier's backbone starts anew.
 
     Raises:
         ValueError: There is no such model, it is broken, it is no MobileNet, it is for another task, or its weights do
@@ -62,7 +75,11 @@ def load_network(
     files = Files(model, revision)
     with loading(model), _quiet():
         content = read_config(files)
-        check_task(content, task)
+        becomes = bool(fields) and task is not CLASSIFICATION and task_of(content) is CLASSIFICATION
+        if becomes:
+            content = {name: content[name] for name in content if name not in _OF_CLASSIFIERS} | fields
+        else:
+            check_task(content, task)
         config = configure(content)
         for path in _pickles(files):
             check_pickle(path)
@@ -80,7 +97,14 @@ def load_network(
         )
         # transformers gives such tensors random values. Before version 5 it reports names alone, without shapes.
         mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-        check_weights(sorted({*report["missing_keys"], *mismatched} - {*(() if labels is None else _CLASSIFIER)}))
+        wrong = {*report["missing_keys"], *mismatched}
+        if becomes:
+            anew = _beside_backbone(wrong)
+        elif task is CLASSIFICATION:
+            anew = {*(() if labels is None else _CLASSIFIER)}
+        else:
+            anew = set() if labels is None else _beside_backbone(mismatched)
+        check_weights(sorted(wrong - anew))
         return network, registration.AutoImageProcessor.from_pretrained(model, **options)
 
 

@@ -24,7 +24,7 @@ COMMANDS = {
     "detect": "Find objects in images: what they are, and where.",
     "segment": "Tell the class of every pixel of images.",
     "convert": "Convert a MobileNet of any public source into a repository for transformers.",
-    "train": "Train a MobileNet on labeled images and write a complete repository.",
+    "train": "Train a classifier, detector or segmenter on labeled images and write a complete repository.",
     "evaluate": "Measure a checkpoint on labeled images.",
     "export": "Write a network for another engine.",
     "verify": "Compare a repository with what was released.",

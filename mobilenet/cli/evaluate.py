@@ -26,14 +26,23 @@ def evaluate(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a dataset of the Hub.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the images, where there are several.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels, where there are several.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that the network sees at once.")] = 128,
+    label_names: Annotated[
+        str | None, typer.Option(help="For segmentation: file with the names of the dataset's classes.")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images that the network sees at once; by default 128, 32 for detectors, 16 for segmenters.",
+        ),
+    ] = None,
     skip_unreadable: Annotated[bool, typer.Option(help="Leave out images that cannot be read.")] = False,
     external_images: Annotated[
         bool, typer.Option(help="Read images that rows name by a URL or by a path outside of the dataset.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
-    """Measure a checkpoint on labeled images, as its model card says it was measured."""
+    """Measure a classifier, detector or segmenter on labeled images, as its model card says it was measured."""
     require("datasets", "kornia", "psutil", "torchmetrics", extra="train", purpose="evaluation")
     result = import_module("mobilenet.training.evaluate").evaluate_checkpoint(
         model,
@@ -46,13 +55,15 @@ def evaluate(
         batch_size,
         skip_unreadable,
         external_images,
+        label_names,
     )
+    words = import_module("mobilenet.cards").WORDS[result.task]
     if as_json:
-        print(json.dumps(result._asdict()))
+        print(json.dumps({name: value for name, value in result._asdict().items() if name != "task"}))
         return
     rows = [(name.replace("_", " "), percent(value)) for name, value in result.metrics.items()]
     if result.on_card is not None:
-        rows.append(("accuracy on the card", percent(result.on_card)))
+        rows.append((f"{rows[0][0]} on the card", percent(result.on_card)))
     by_class = [(name, percent(value)) for name, value in result.by_class.items()]
     images = f"{result.split}, {result.images:,} images"
-    Console().print(table(("", images), rows), table(("class", "accuracy"), by_class))
+    Console().print(table(("", images), rows), table(("class", words.by_class), by_class))

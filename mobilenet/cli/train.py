@@ -41,7 +41,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def train(config: Path | None = None, **given: Any) -> None:
-    """Train a MobileNet on labeled images and write a complete repository.
+    """Train a classifier, detector or segmenter on labeled images and write a complete repository.
 
     The same command goes on where an interrupted run stopped, to the same weights. Several GPUs or machines (which
     must share the output folder): start it with torchrun or accelerate launch.

@@ -1,10 +1,11 @@
-"""Labeled images for training: read, check, split, decode once, and vary them batch by batch."""
+"""Labeled images for training: read, check, split, decode once, and give them batch by batch."""
 
 from __future__ import annotations
 
 import glob
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor, UnreadableImageError
-from mobilenet.preprocessing_mobilenet import is_url
+from mobilenet.preprocessing_mobilenet import is_url, open_image
 from mobilenet.progress import progress_bar
 
 
@@ -35,7 +36,6 @@ SPLIT_FOLDERS = {
     "test": "test",
     "testing": "test",
 }
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 IMAGE, LABEL = "image", "label"
 SHOWN = 20  # names that an error lists before it says how many more there are
 
@@ -46,22 +46,148 @@ def listed(names: Sequence[str], separator: str = ", ") -> str:
     return separator.join(names[:SHOWN]) + more
 
 
+class Labels(ABC):
+    """What a task's labels are: how they are found, checked and decoded.
+
+    A row has an image and a label; what the latter holds, the subclass says.
+    """
+
+    noun = "images"  # what a row is called in errors
+    dense = False  # whether a label has a value for each pixel, and lies where images lie
+
+    @abstractmethod
+    def read_folder(self, path: Path) -> datasets.DatasetDict | dict[str, Any]:
+        """Read a folder of images: splits by name, or arguments of datasets.load_dataset that give them.
+
+        Raises:
+            ValueError: It is not laid out as such a folder should be.
+        """
+
+    @abstractmethod
+    def is_label(self, name: str, feature: Any) -> bool:
+        """Whether a column of a dataset looks like one of labels."""
+
+    @abstractmethod
+    def unify(self, splits: datasets.DatasetDict) -> datasets.DatasetDict:
+        """Bring the labels of all splits into one form.
+
+        Raises:
+            ValueError: They cannot be, or splits do not share their classes.
+        """
+
+    def find_names(  # noqa: B027
+        self,
+        splits: datasets.DatasetDict,
+        path: str,
+        file: str | None = None,
+        folders: Sequence[Path] | None = None,
+        default: Sequence[str] | None = None,
+    ) -> None:
+        """Find the names of the classes where rows do not say them; by default, they do."""
+
+    @abstractmethod
+    def names(self, rows: datasets.Dataset) -> list[str]:
+        """Names of the classes."""
+
+    @abstractmethod
+    def check_rows(self, rows: datasets.Dataset) -> None:
+        """Raise ValueError unless rows can be trained on, before they are decoded."""
+
+    @abstractmethod
+    def check(self, labels: np.ndarray, names: Sequence[str]) -> str | None:
+        """Raise ValueError unless decoded labels can be trained on; say what is odd about them, if anything is."""
+
+    @abstractmethod
+    def decode(self, label: Any, image: Image.Image, size: tuple[int, int], read: Callable[[Any], Any]) -> Any:
+        """The label of one image, as `stack` takes it.
+
+        Args:
+            label: What the row holds.
+            image: As it comes, upright.
+            size: Height and width of the decoded image.
+            read: Gives the source that open_image takes, of an image of a row.
+
+        Raises:
+            ValueError: It is broken, or does not fit the image.
+        """
+
+    @abstractmethod
+    def stack(self, labels: list[Any]) -> np.ndarray:
+        """Labels of all images, of shape (N, ...)."""
+
+    def hold_out(
+        self, rows: datasets.Dataset, fraction: float, seed: int
+    ) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """Split images for validation off, at random.
+
+        Raises:
+            ValueError: There are too few of them.
+        """
+        held = round(fraction * len(rows))
+        if not 0 < held < len(rows):
+            raise ValueError(
+                f"a validation split needs an image, and leaves one: {fraction:g} of {len(rows)} images is too few; "
+                "set validation higher, or to 0."
+            )
+        parts = rows.train_test_split(test_size=held, seed=seed)
+        return parts["train"], parts["test"]
+
+
+class Classes(Labels):
+    """One class an image."""
+
+    columns = ("label", "labels", "fine_label", "class", "target")
+
+    def read_folder(self, path: Path) -> dict[str, Any]:
+        return {"path": "imagefolder", "data_files": _folders(path), "drop_labels": False}
+
+    def is_label(self, name: str, feature: Any) -> bool:
+        return isinstance(feature, datasets.ClassLabel) or name in self.columns
+
+    def unify(self, splits: datasets.DatasetDict) -> datasets.DatasetDict:
+        return _with_class_names(splits)
+
+    def names(self, rows: datasets.Dataset) -> list[str]:
+        return rows.features[LABEL].names
+
+    def check_rows(self, rows: datasets.Dataset) -> None:
+        check_classes(rows[LABEL][:], self.names(rows))
+
+    def check(self, labels: np.ndarray, names: Sequence[str]) -> None:
+        check_classes(labels, names)
+
+    def decode(self, label: int, image: Image.Image, size: tuple[int, int], read: Callable[[Any], Any]) -> int:
+        return label
+
+    def stack(self, labels: list[int]) -> np.ndarray:
+        return np.asarray(labels, np.int64)
+
+    def hold_out(
+        self, rows: datasets.Dataset, fraction: float, seed: int
+    ) -> tuple[datasets.Dataset, datasets.Dataset]:
+        return hold_out(rows, fraction, seed)
+
+
+CLASSES = Classes()
+
+
 def load_splits(
     dataset: str,
     subset: str | None = None,
     revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    labels: Labels = CLASSES,
 ) -> datasets.DatasetDict:
-    """Read an image folder, a parquet file, a folder of parquet files or a dataset of the Hub.
+    """Read a folder of images, a parquet file, a folder of parquet files or a dataset of the Hub.
 
     Returns:
-        Splits by name, each with two columns: "image" (undecoded) and "label" (classes with names).
+        Splits by name, each with two columns: "image" (undecoded) and "label", as `labels` unifies them.
 
     Raises:
         FileNotFoundError: The path or Hub id does not exist.
         ValueError: The dataset cannot be read, has no column of images or labels, or its splits do not share their
-            labels.
+            classes.
     """
     path = Path(dataset)
     if path.is_file() and path.suffix != ".parquet":
@@ -71,9 +197,11 @@ def load_splits(
     elif path.is_dir() and any(path.rglob("*.parquet")):
         source = {"path": str(path), "name": subset}
     elif path.is_dir():
-        source = {"path": "imagefolder", "data_files": _folders(path), "drop_labels": False}
+        source = labels.read_folder(path)
     else:
         source = {"path": dataset, "name": subset, "revision": revision}
+    if isinstance(source, datasets.DatasetDict):
+        return labels.unify(source)
     try:
         splits = datasets.load_dataset(**source)
     except FileNotFoundError:
@@ -81,19 +209,20 @@ def load_splits(
     except (datasets.exceptions.DatasetsError, RuntimeError, ValueError) as error:
         raise ValueError(f"dataset {dataset!r} cannot be read: {error}") from error
     features = next(iter(splits.values())).features
-    image = _column("image", image_column, features, lambda name: isinstance(features[name], datasets.Image))
-    label = _column(
-        "label",
-        label_column,
-        features,
-        lambda name: isinstance(features[name], datasets.ClassLabel) or name in LABEL_COLUMNS,
+
+    def is_label(name: str) -> bool:
+        return labels.is_label(name, features[name])
+
+    label = _column("label", label_column, features, is_label)
+    image = _column(
+        "image", image_column, features, lambda name: isinstance(features[name], datasets.Image) and name != label
     )
     splits = splits.select_columns([image, label])
     for old, new in ((image, IMAGE), (label, LABEL)):
         if old != new:
             splits = splits.rename_column(old, new)
     splits = splits.cast_column(IMAGE, datasets.Image(decode=False))
-    return _with_class_names(splits)
+    return labels.unify(splits)
 
 
 def folders_of(dataset: str) -> list[Path]:
@@ -231,7 +360,7 @@ class Images(NamedTuple):
     """Images decoded to one size, with their labels: a dataset that gives whole batches."""
 
     pixels: np.ndarray  # (N, 3, H, W), RGB in 0 to 255, in memory or in a mapped file
-    labels: np.ndarray  # (N,), int64
+    labels: np.ndarray  # (N, ...), as Labels.stack gives them: for one class an image (N,), int64
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -291,20 +420,87 @@ class Storage(NamedTuple):
             raise OSError(f"the decoded images of {name} need {size:,} bytes, but {self.folder} has {free:,}.")
         return np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.uint8, shape)
 
-    def keep(self, name: str, images: Images) -> None:
-        """Say that a split's file is complete, if it has one; its labels come last and whole."""
+    def keep(self, name: str, images: Images, dense: bool = False) -> None:
+        """Say that a split's file is complete, if it has one; its labels come last and whole.
+
+        Args:
+            name: Of the split.
+            images: With their labels.
+            dense: Whether the labels were allocated too, as `{name}.masks`: their number comes last then.
+        """
         if isinstance(images.pixels, np.memmap):
+            if dense and not isinstance(images.labels, np.memmap):
+                np.save(self.folder / f"{name}.masks.npy", images.labels)
             partial = self.folder / f"{name}.partial.npy"
-            np.save(partial, images.labels)
+            np.save(partial, np.arange(len(images)) if dense else images.labels)
             os.replace(partial, self.folder / f"{name}.labels.npy")
 
-    def find(self, name: str) -> Images | None:
+    def find(self, name: str, dense: bool = False) -> Images | None:
         """What `keep` kept."""
         labels = self.folder / f"{name}.labels.npy"
         if not labels.exists():
             return None
         labels = np.load(labels)
+        if dense:
+            labels = np.load(self.folder / f"{name}.masks.npy", mmap_mode="r")[: len(labels)]
         return Images(np.load(self.folder / f"{name}.npy", mmap_mode="r")[: len(labels)], labels)
+
+
+class Reader(NamedTuple):
+    """What reads the images of rows."""
+
+    processor: MobileNetImageProcessor
+    folders: Sequence[Path] | None = None  # where files may lie that rows name; by default anywhere, at URLs too
+    square: int | None = None  # side in pixels of the center square to keep; by default what the processor gives
+
+    def source(self, row: dict[str, Any] | None) -> str | bytes:
+        """What open_image takes, of an image of a row.
+
+        Raises:
+            UnreadableImageError: There is none, or it lies where it must not.
+        """
+        if row is None:
+            raise UnreadableImageError("a row without an image")
+        if row["bytes"] is not None:
+            return row["bytes"]
+        return row["path"] if self.folders is None else _within(self.folders, row["path"])
+
+    def image(self, row: dict[str, Any] | None) -> Image.Image:
+        """The image of a row, upright.
+
+        Raises:
+            UnreadableImageError: It cannot be read.
+        """
+        return open_image(self.source(row))
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """What the network sees of an image, in bytes: (3, H, W).
+
+        Raises:
+            ValueError: Its values are no colors.
+        """
+        options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
+        if self.square is not None:
+            square = {"size": self.square, "crop_size": self.square}
+            options |= {"do_resize": True, "do_center_crop": True, **square}
+        return self.processor(image, **options)["pixel_values"][0].astype(np.uint8)
+
+    def read(self, row: dict[str, Any] | None, label: Any, labels: Labels) -> tuple[np.ndarray, Any] | str:
+        """An image and its label decoded, or why they cannot be."""
+        try:
+            image = self.image(row)
+            pixels = self.pixels(image)
+            return pixels, labels.decode(label, image, pixels.shape[1:], self.source)
+        except ValueError as error:
+            return name_row(row, error)
+
+
+def name_row(row: dict[str, Any] | None, error: ValueError) -> str:
+    """What is wrong with a row, with the name of its image."""
+    reason = str(error).removeprefix("bytes: ")
+    if row is None or (row["bytes"] is None and isinstance(error, UnreadableImageError)):
+        return reason  # which names it
+    return f"{row['path'] or 'an image without a name'}: {reason}"
 
 
 def decode(
@@ -316,6 +512,7 @@ def decode(
     skip_unreadable: bool = False,
     quiet: bool = False,
     folders: Sequence[Path] | None = None,
+    labels: Labels = CLASSES,
 ) -> Images:
     """Decode every image once, with the processor's own resizing.
 
@@ -328,57 +525,51 @@ def decode(
         skip_unreadable: Whether to leave unreadable images out, and say so, instead of raising an error.
         quiet: Whether to say nothing.
         folders: Where files may lie that rows name instead of holding them; by default anywhere, at URLs too.
+        labels: What the labels are.
 
     Raises:
         ValueError: Images are unreadable (all are listed), or none is left.
     """
-    if found := storage.find(name):
+    if found := storage.find(name, labels.dense):
         return found
-    options = {"do_rescale": False, "do_normalize": False, "fast_decode": False, "return_tensors": "np"}
-    if square is not None:
-        options |= {"do_resize": True, "do_center_crop": True, "size": square, "crop_size": square}
-
-    def read(row: dict[str, Any] | None) -> np.ndarray | str:
-        if row is None:
-            return "a row without an image"
-        try:
-            image = row["bytes"]
-            if image is None:
-                image = row["path"] if folders is None else _within(folders, row["path"])
-            return processor(image, **options)["pixel_values"][0].astype(np.uint8)
-        except UnreadableImageError as error:
-            reason = str(error).removeprefix("bytes: ")
-            return reason if row["bytes"] is None else f"{row['path'] or 'an image without a name'}: {reason}"
-
-    pixels, labels, broken = None, [], []
+    reader = Reader(processor, folders, square)
+    pixels, masks, decoded, broken = None, None, [], []
+    count = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(f"decoding {name}", quiet) as bar:
         task = bar.add_task("", total=len(rows))
         for batch in rows.iter(batch_size=256):
-            for label, image in zip(batch[LABEL], pool.map(read, batch[IMAGE]), strict=True):
+            for read in pool.map(reader.read, batch[IMAGE], batch[LABEL], [labels] * len(batch[IMAGE])):
                 bar.advance(task)
-                if isinstance(image, str):
-                    broken.append(image)
+                if isinstance(read, str):
+                    broken.append(read)
                     continue
+                image, label = read
                 if pixels is None:
                     pixels = storage.allocate(name, (len(rows), *image.shape))
+                    if labels.dense:
+                        masks = storage.allocate(f"{name}.masks", (len(rows), *label.shape))
                 if image.shape != pixels.shape[1:]:
                     raise ValueError(
                         f"the processor must give images of one size, got {image.shape} and {pixels.shape[1:]}; "
                         "set its do_center_crop."
                     )
-                pixels[len(labels)] = image
-                labels.append(label)
+                pixels[count] = image
+                if masks is None:
+                    decoded.append(label)
+                else:
+                    masks[count] = label
+                count += 1
     if broken and not skip_unreadable:
         raise ValueError(
-            f"{len(broken)} of {len(rows)} images of {name} cannot be read: {listed(broken, '; ')}. Set "
+            f"{len(broken)} of {len(rows)} {labels.noun} of {name} cannot be read: {listed(broken, '; ')}. Set "
             "skip_unreadable to leave them out."
         )
     for reason in () if quiet else broken:
         print(f"left out {reason}")
     if pixels is None:
         raise ValueError(f"{name} must hold at least one readable image, got none.")
-    images = Images(pixels[: len(labels)], np.asarray(labels, np.int64))
-    storage.keep(name, images)
+    images = Images(pixels[:count], labels.stack(decoded) if masks is None else masks[:count])
+    storage.keep(name, images, labels.dense)
     return images
 
 

@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from mobilenet.cards import accuracy_on_card
-from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
-from mobilenet.modeling_mobilenet import MobileNetForImageClassification
+from mobilenet.cards import metric_on_card
+from mobilenet.loading import Files, loading, read_config
 from mobilenet.pretrained import load_network
-from mobilenet.progress import progress_bar
+from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, task_of
 
-from .augment import Normalize
-from .data import LABEL, Images, Storage, decode, folders_of, listed, load_splits
-from .report import class_accuracies, metrics
+from .data import Reader, Storage, decode, folders_of, listed, load_splits
+from .options import BATCH_SIZES
+from .task import Split, training_task
 
 
-@torch.no_grad()
-def predict(
-    model: MobileNetForImageClassification,
-    processor: MobileNetImageProcessor,
-    images: Images,
-    batch_size: int = 128,
-) -> Tensor:
-    """Logits of images that the processor has resized and cropped, computed in float32: (N, classes)."""
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device).eval()
-    normalize = Normalize(processor).to(device)
-    logits = []
-    with progress_bar("measuring") as bar:
-        for start in bar.track(range(0, len(images), batch_size)):
-            pixels = torch.from_numpy(images.pixels[start : start + batch_size])
-            logits.append(model(normalize(pixels.to(device))).logits.float().cpu())
-    return torch.cat(logits)
+# What the option `task` calls them.
+NAMES = {CLASSIFICATION: "classification", DETECTION: "detection", SEGMENTATION: "segmentation"}
 
 
 class Evaluation(NamedTuple):
@@ -46,8 +27,9 @@ class Evaluation(NamedTuple):
     split: str
     images: int
     metrics: dict[str, float]
-    by_class: dict[str, float]
-    on_card: float | None  # the accuracy that the checkpoint's model card gives for this split
+    by_class: dict[str, float | None]
+    on_card: float | None  # the first of the metrics, as the checkpoint's model card gives it for this split
+    task: str = "classification"  # of the checkpoint, as the option `task` calls it
 
 
 def evaluate_checkpoint(
@@ -58,9 +40,10 @@ def evaluate_checkpoint(
     revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     skip_unreadable: bool = False,
     external_images: bool = False,
+    label_names: str | None = None,
 ) -> Evaluation:
     """Measure a checkpoint on labeled images, in float32 and with its own processor.
 
@@ -72,34 +55,41 @@ def evaluate_checkpoint(
         revision: Of a dataset of the Hub.
         image_column: As Options has it.
         label_column: As Options has it.
-        batch_size: Images that the network sees at once.
+        batch_size: Images that the network sees at once; by default as Options has it.
         skip_unreadable: As Options has it.
         external_images: As Options has it.
+        label_names: As Options has it.
 
     Raises:
         ValueError: The labels of checkpoint and dataset differ, or there is no such split.
     """
-    splits = load_splits(dataset, subset, revision, image_column, label_column)
+    with loading(model):
+        kind = task_of(read_config(Files(model)))
+    task = training_task(NAMES[kind])
+    splits = load_splits(dataset, subset, revision, image_column, label_column, task.labels)
     split = split or next((name for name in ("test", "validation") if name in splits), next(iter(splits)))
     if split not in splits:
         raise ValueError(f"split must be one of {', '.join(splits)}, got {split!r}.")
-    network, processor = load_network(model)
-    names = splits[split].features[LABEL].names
+    network, processor = load_network(model, task=kind)
     known = {label: index for index, label in network.config.id2label.items()}
+    folders = None if external_images else folders_of(dataset)
+    task.labels.find_names(splits, dataset, label_names, folders, default=list(known))
+    rows = splits[split]
+    names = task.labels.names(rows)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(
             f"dataset must have labels that the checkpoint has, {listed(list(known))}; it has {listed(unknown)}."
         )
     with tempfile.TemporaryDirectory() as folder:
-        folders = None if external_images else folders_of(dataset)
-        images = decode(splits[split], processor, Storage(Path(folder)), split, None, skip_unreadable, False, folders)
-        logits = predict(network, processor, images, batch_size)
-    labels = torch.tensor([known[name] for name in names])[torch.from_numpy(images.labels)]
-    accuracies = class_accuracies(logits, labels)
+        storage = Storage(Path(folder))
+        images = partial(decode, rows, processor, storage, split, None, skip_unreadable, False, folders, task.labels)
+        measured_on = Split(rows, images, Reader(processor, folders), skip_unreadable, [known[name] for name in names])
+        measured = task.measure(network, processor, measured_on, batch_size or BATCH_SIZES[NAMES[kind]]).measured
     return Evaluation(
         split,
-        len(images),
-        metrics(logits, labels),
-        {name: accuracies[known[name]] for name in names},
-        accuracy_on_card(model, dataset, split, subset),
+        measured.images,
+        measured.metrics,
+        {name: measured.by_class[known[name]] for name in names},
+        metric_on_card(model, dataset, split, subset, task.trainer.metric),
+        NAMES[kind],
     )

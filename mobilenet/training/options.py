@@ -15,6 +15,9 @@ RECORD = "training.json"
 OPTIMIZERS = ("sgd", "rmsprop", "adamw")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 BALANCES = ("none", "weights", "sampling")
+TASKS = ("classification", "detection", "segmentation")
+# Images in a batch by default: those of detectors and segmenters are larger.
+BATCH_SIZES = {"classification": 128, "detection": 32, "segmentation": 16}
 
 
 def _option(text: str, *names: str, **kwargs: Any) -> Any:
@@ -30,14 +33,24 @@ class Options:
         str,
         typer.Argument(
             help="Folder with a folder of images for each class (or with such folders in train, validation and "
-            "test), parquet file, folder of parquet files, or dataset of the Hub."
+            "test), parquet file, folder of parquet files, or dataset of the Hub. For detection, a folder in COCO's "
+            "format or a dataset with a column of objects; for segmentation, folders images and masks or a dataset "
+            "with columns of both."
         ),
     ]
     output: Annotated[str, _option("Folder to write the finished repository to.", "--output", "-o")]
+    task: Annotated[str, _option("classification, detection or segmentation.")] = "classification"
     subset: Annotated[str | None, _option("Configuration of a dataset of the Hub, where it has several.")] = None
     revision: Annotated[str | None, _option("Branch, tag or commit of a dataset of the Hub.")] = None
     image_column: Annotated[str | None, _option("Column of the images, where there are several.")] = None
     label_column: Annotated[str | None, _option("Column of the labels, where there are several.")] = None
+    label_names: Annotated[
+        str | None,
+        _option(
+            "For segmentation: file with the names of the classes, one a line or as JSON; by default classes.txt or "
+            "labels.json in the dataset's folder, or else the numbers that the masks hold."
+        ),
+    ] = None
     train_split: Annotated[str, _option("Split to train on.")] = "train"
     validation_split: Annotated[
         str | None, _option("Split to evaluate after each epoch; by default 'validation', where there is one.")
@@ -48,7 +61,9 @@ class Options:
     test_split: Annotated[
         str | None, _option("Split to measure the finished model on; by default 'test', where there is one.")
     ] = None
-    skip_unreadable: Annotated[bool, _option("Leave out images that cannot be read.")] = False
+    skip_unreadable: Annotated[
+        bool, _option("Leave out images that cannot be read, or whose boxes or masks are broken.")
+    ] = False
     external_images: Annotated[
         bool, _option("Read images that rows of the dataset name by a URL or by a path outside of it.")
     ] = False
@@ -65,12 +80,36 @@ class Options:
         ),
     ] = None
     architecture: Annotated[
-        str, _option("From scratch: the table of the network, such as mobilenet_v2 or mobilenet_v4_conv_small.")
-    ] = "mobilenet_v2"
+        str | None,
+        _option(
+            "From scratch: the table of the network, such as mobilenet_v4_conv_small; by default mobilenet_v2, or the "
+            "detector's."
+        ),
+    ] = None
     width: Annotated[float, _option("From scratch: width multiplier.")] = 1.0
-    output_stride: Annotated[int, _option("From scratch: 32, 16 or 8.")] = 32
+    output_stride: Annotated[
+        int | None, _option("From scratch: 32, 16 or 8; by default 32, and 16 for segmentation.")
+    ] = None
+    detector: Annotated[
+        str | None,
+        _option(
+            "For detection, from scratch or from a classifier: the table of the detector, such as "
+            "ssdlite_mobilenet_v2; by default one for the architecture."
+        ),
+    ] = None
+    segmentation_head: Annotated[
+        str | None,
+        _option(
+            "For segmentation, from scratch or from a classifier: deeplab_v3_light, deeplab_v3 or lraspp; by default "
+            "the last for V3, and otherwise the first."
+        ),
+    ] = None
     image_size: Annotated[
-        int | None, _option("Side of the network's input in pixels; by default the checkpoint's, or 224.")
+        int | None,
+        _option(
+            "Side of the network's input in pixels; by default the checkpoint's, or 224, the detector's, or 513 for "
+            "segmentation."
+        ),
     ] = None
     first_size: Annotated[
         int | None,
@@ -105,13 +144,18 @@ class Options:
     # How to vary the images
     crop_scale: Annotated[float, _option("Least share of the area that a random crop keeps; 1 for no crops.")] = 0.35
     flip: Annotated[bool, _option("Mirror half of the images.")] = True
-    trivial_augment: Annotated[bool, _option("Apply TrivialAugment.")] = False
+    trivial_augment: Annotated[
+        bool, _option("Apply TrivialAugment; where there are boxes or masks, what changes colors alone.")
+    ] = False
     erasing: Annotated[float, _option("Probability of erasing a random box.")] = 0.0
     mixup: Annotated[float, _option("Alpha of mixup; 0 for none.")] = 0.0
 
     # How to optimize
     epochs: Annotated[int, _option("Epochs.")] = 30
-    batch_size: Annotated[int, _option("Images in a batch, in each process.")] = 128
+    batch_size: Annotated[
+        int | None,
+        _option("Images in a batch, in each process; by default 128, 32 for detection, 16 for segmentation."),
+    ] = None
     accumulation: Annotated[int, _option("Batches that make one step.")] = 1
     optimizer: Annotated[
         str | None,
@@ -154,6 +198,7 @@ class Options:
     def check(self) -> None:
         """Raise ValueError for the first option whose value is not allowed."""
         for name, allowed, holds in (
+            ("task", f"one of {', '.join(TASKS)}", self.task in TASKS),
             ("optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer in (None, *OPTIMIZERS)),
             ("precision", f"one of {', '.join(PRECISIONS)}", self.precision in PRECISIONS),
             ("balance", f"one of {', '.join(BALANCES)}", self.balance in BALANCES),
@@ -166,7 +211,7 @@ class Options:
             ("erasing", "from 0 to 1", 0 <= self.erasing <= 1),
             ("mixup", "at least 0", self.mixup >= 0),
             ("epochs", "at least 1", self.epochs >= 1),
-            ("batch_size", "at least 1", self.batch_size >= 1),
+            ("batch_size", "at least 1", self.batch_size is None or self.batch_size >= 1),
             ("accumulation", "at least 1", self.accumulation >= 1),
             ("learning_rate", "above 0", self.learning_rate is None or self.learning_rate > 0),
             ("momentum", "from 0 to below 1", 0 <= self.momentum < 1),
@@ -181,11 +226,19 @@ class Options:
         ):
             if not holds:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}.")
+        for name, tasks in MEANT_FOR.items():
+            if self.task not in tasks and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"{name} must be left out for {self.task}: it is for {' and '.join(tasks)}.")
         if self.start_labels is not None and self.model is None:
             raise ValueError("start_labels must be left out from scratch: it is for a checkpoint's classifier.")
         for field in dataclasses.fields(self) if self.model is not None else ():
-            if field.name in FROM_SCRATCH and getattr(self, field.name) != field.default:
+            if field.name in FROM_SCRATCH[self.task] and getattr(self, field.name) != field.default:
                 raise ValueError(f"{field.name} must be left out where model is given, as the checkpoint has its own.")
+
+    @property
+    def images_per_batch(self) -> int:
+        """In each process."""
+        return self.batch_size or BATCH_SIZES[self.task]
 
     @property
     def chosen_optimizer(self) -> str:
@@ -219,7 +272,28 @@ class Options:
 
 
 # Options that a checkpoint to start from decides.
-FROM_SCRATCH = ("architecture", "width", "output_stride")
+_OF_BACKBONE = ("architecture", "width")
+FROM_SCRATCH = {
+    "classification": (*_OF_BACKBONE, "output_stride"),
+    "detection": _OF_BACKBONE,
+    "segmentation": _OF_BACKBONE,
+}
+
+# Options that are not for all tasks.
+_CLASSIFICATION = ("classification",)
+MEANT_FOR = {
+    "start_labels": _CLASSIFICATION,
+    "crop_fraction": _CLASSIFICATION,
+    "detail_size": _CLASSIFICATION,
+    "erasing": _CLASSIFICATION,
+    "mixup": _CLASSIFICATION,
+    "label_smoothing": _CLASSIFICATION,
+    "balance": _CLASSIFICATION,
+    "first_size": ("classification", "segmentation"),
+    "detector": ("detection",),
+    "segmentation_head": ("segmentation",),
+    "label_names": ("segmentation",),
+}
 
 # Options that may differ when a run is resumed: they do not change its weights.
 FREE_TO_CHANGE = ("time_limit", "save_steps", "log_steps", "keep_checkpoints", "overwrite", "restart", "workers")

@@ -38,26 +38,47 @@ def class_accuracies(logits: Tensor, labels: Tensor) -> list[float | None]:
     return [None if value != value else value for value in _class_accuracies(logits, labels).tolist()]
 
 
+def plot_precisions(precisions: np.ndarray, names: list[str], path: Path) -> None:
+    """Draw each class's precision over recall.
+
+    Args:
+        precisions: Of shape (recalls, classes), for recalls that are spaced evenly from 0 to 1; below 0 where a class
+            has no objects.
+        names: Of the classes.
+        path: Image to write.
+    """
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    recalls = np.linspace(0, 1, len(precisions))
+    drawn = [(name, values) for name, values in zip(names, precisions.T, strict=True) if (values >= 0).all()]
+    for name, values in drawn:
+        axes.plot(recalls, values, label=name)
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
+    if 0 < len(drawn) <= 25:
+        axes.legend(loc="lower left")
+    figure.savefig(path, dpi=100)
+
+
 def evaluate_logits(prediction: Any) -> dict[str, float]:
     """`metrics`, as the Trainer calls it."""
     return metrics(torch.from_numpy(np.asarray(prediction.predictions)), torch.from_numpy(prediction.label_ids))
 
 
-def plot_curves(log: list[dict[str, float]], path: Path) -> None:
-    """Draw loss, learning rate and validation accuracy over the epochs."""
+def plot_curves(log: list[dict[str, float]], path: Path, metric: str = "accuracy") -> None:
+    """Draw loss, learning rate and a metric of the validation images over the epochs."""
     figure = Figure(figsize=(9, 4), layout="constrained")
-    losses, accuracies = figure.subplots(1, 2)
+    losses, metrics = figure.subplots(1, 2)
     for key, label in (("loss", "training"), ("eval_loss", "validation")):
         points = [(entry["epoch"], float(entry[key])) for entry in log if key in entry]
         if points:
             losses.plot(*zip(*points, strict=True), label=label)
     losses.set(xlabel="epoch", ylabel="loss")
     losses.legend()
-    points = [(entry["epoch"], 100 * entry["eval_accuracy"]) for entry in log if "eval_accuracy" in entry]
+    points = [(entry["epoch"], 100 * entry[f"eval_{metric}"]) for entry in log if f"eval_{metric}" in entry]
     if points:
-        accuracies.plot(*zip(*points, strict=True), color="tab:green")
-    accuracies.set(xlabel="epoch", ylabel="validation accuracy, %")
-    rates = accuracies.twinx()
+        metrics.plot(*zip(*points, strict=True), color="tab:green")
+    metrics.set(xlabel="epoch", ylabel=f"validation {metric.replace('_', ' ')}, %")
+    rates = metrics.twinx()
     points = [(entry["epoch"], float(entry["learning_rate"])) for entry in log if "learning_rate" in entry]
     if points:
         rates.plot(*zip(*points, strict=True), color="tab:gray", linewidth=0.8)
@@ -67,7 +88,17 @@ def plot_curves(log: list[dict[str, float]], path: Path) -> None:
 
 def plot_confusion(logits: Tensor, labels: Tensor, names: list[str], path: Path) -> None:
     """Draw what share of each class's images is taken for which class."""
-    matrix = multiclass_confusion_matrix(logits, labels, len(names), normalize="true").numpy()
+    plot_matrix(multiclass_confusion_matrix(logits, labels, len(names), normalize="true").numpy(), names, path)
+
+
+def plot_matrix(matrix: np.ndarray, names: list[str], path: Path) -> None:
+    """Draw shares of what is labeled as one class and predicted as another.
+
+    Args:
+        matrix: Of shape (labels, predictions), in 0 to 1.
+        names: Of the classes.
+        path: Image to write.
+    """
     side = min(4 + 0.35 * len(names), 30)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()

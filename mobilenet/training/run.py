@@ -15,24 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
-from mobilenet.cards import HELD_OUT, Measured, write_card
-from mobilenet.configuration_mobilenet import MobileNetConfig
+from mobilenet.cards import HELD_OUT, WORDS, write_card
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
-from mobilenet.modeling_mobilenet import MobileNetForImageClassification
-from mobilenet.preprocessing_mobilenet import regular
-from mobilenet.pretrained import load_network
 from mobilenet.repository import Claim, claimed, write_json
 
-from .augment import Augment, Normalize
-from .data import LABEL, Images, Storage, check_classes, decode, folders_of, hold_out, load_splits
-from .evaluate import predict
+from .augment import Normalize
+from .data import Images, Reader, Storage, decode, folders_of, load_splits
 from .options import FREE_TO_CHANGE, RECORD, Options
-from .report import class_accuracies, evaluate_logits, metrics, plot_confusion, plot_curves
-from .trainer import STAGING, ClassifierTrainer, checkpoints, freeze, whole_batches
+from .report import plot_curves
+from .task import Split, TrainingTask, input_size, training_task
+from .trainer import STAGING, checkpoints, freeze, whole_batches
 
 
 def keep_memory() -> None:
@@ -82,14 +78,15 @@ def _run_claimed(options: Options, state: PartialState, claim: Claim | None) -> 
             shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise ValueError(
-                f"batch_size must be what the memory of the GPU takes, got {options.batch_size}; with a smaller one, "
-                "set accumulation to keep the images of a step."
+                f"batch_size must be what the memory of the GPU takes, got {options.images_per_batch}; with a smaller "
+                "one, set accumulation to keep the images of a step."
             ) from error
         raise
 
 
 def _run(options: Options, state: PartialState, claim: Claim | None) -> bool:
     data = _read(options)
+    task = data.task
     model, processor = _build(options, data.names)
     if state.is_main_process:
         _prepare_work(options, state.num_processes)
@@ -97,21 +94,23 @@ def _run(options: Options, state: PartialState, claim: Claim | None) -> bool:
         train, validation, test = (
             _decode(options, data, split, processor, state) for split in ("train", "validation", "test")
         )
-    check_classes(train.labels, data.names)  # some of them may be of no readable image
+    note = task.labels.check(train.labels, data.names)  # some of them may be of no readable image
+    if note and state.is_main_process:
+        print(f"Note: {note}")
     state.wait_for_everyone()
     frozen = [] if options.last_stages is None else freeze(model, options.last_stages)
-    size = _input_size(processor)
-    trainer = ClassifierTrainer(
+    trainer = task.trainer(
         model.to(memory_format=torch.channels_last),
         training_arguments(options, len(train), state.num_processes, validation is not None),
         options,
         train,
         validation,
-        Augment(size, options.crop_scale, options.flip, options.trivial_augment, options.erasing),
+        task.augment(options, input_size(processor)),
         Normalize(processor),
         frozen=frozen,
         minutes=options.time_limit,
-        **_reporting(options.work, state.is_main_process),
+        callbacks=_callbacks(options.work, state.is_main_process),
+        **task.trainer_options(processor, data.names),
     )
     last = checkpoints(options.work)
     if last and state.is_main_process:
@@ -184,6 +183,7 @@ def _record(options: Options, processes: int) -> dict[str, Any]:
 class Data(NamedTuple):
     """The splits of a run, undecoded."""
 
+    task: TrainingTask
     names: list[str]
     train: Any
     validation: Any
@@ -192,8 +192,11 @@ class Data(NamedTuple):
 
 
 def _read(options: Options) -> Data:
-    splits = load_splits(options.dataset, options.subset, options.revision, options.image_column, options.label_column)
-
+    task = training_task(options.task)
+    labels = task.labels
+    splits = load_splits(
+        options.dataset, options.subset, options.revision, options.image_column, options.label_column, labels
+    )
     used = {}
     for role, wanted, default in (
         ("train", options.train_split, None),
@@ -207,86 +210,21 @@ def _read(options: Options) -> Data:
     train, validation, test = (
         splits[used[role]] if role in used else None for role in ("train", "validation", "test")
     )
-    names = train.features[LABEL].names
-    check_classes(train[LABEL][:], names)
+    labels.find_names(splits, options.dataset, options.label_names, _folders(options))
+    labels.check_rows(train)
     if validation is None and options.validation:
-        train, validation = hold_out(train, options.validation, options.seed)
-    return Data(names, train, validation, test, used)
+        train, validation = labels.hold_out(train, options.validation, options.seed)
+    return Data(task, labels.names(train), train, validation, test, used)
 
 
-def _build(options: Options, names: list[str]) -> tuple[MobileNetForImageClassification, MobileNetImageProcessor]:
+def _folders(options: Options) -> list[Path] | None:
+    """Where files may lie that rows name; None for anywhere."""
+    return None if options.external_images else folders_of(options.dataset)
+
+
+def _build(options: Options, names: list[str]) -> tuple[PreTrainedModel, MobileNetImageProcessor]:
     """The network and the processor to start with."""
-    if options.model is None:
-        size = options.image_size or 224
-        processor = MobileNetImageProcessor(
-            size={"shortest_edge": round(size / (options.crop_fraction or 0.875))},
-            crop_size=size,
-            detail_size=options.detail_size,
-        )
-        config = MobileNetConfig(
-            architecture=options.architecture,
-            width_multiplier=options.width,
-            output_stride=options.output_stride,
-            image_size=size,
-            num_labels=len(names),
-            id2label=dict(enumerate(names)),
-            label2id={name: index for index, name in enumerate(names)},
-        )
-        return MobileNetForImageClassification(config), processor
-    model, processor = load_network(options.model, labels=names)
-    if options.start_labels is not None:
-        start_classifier(model, load_network(options.model)[0].classifier, Path(options.start_labels))
-    if options.detail_size:
-        processor.detail_size = options.detail_size
-    if options.image_size or options.crop_fraction:
-        current = _input_size(processor)[0]
-        size = options.image_size or current
-        square = {"height": size, "width": size}
-        if options.crop_fraction or processor.do_center_crop:
-            fraction = options.crop_fraction or current / processor.size.get("shortest_edge", current)
-            processor.size = {"shortest_edge": round(size / fraction)}
-            processor.do_resize = processor.do_center_crop = True
-        else:
-            processor.size = square
-        processor.crop_size = square
-        model.config.image_size = size
-    return model, processor
-
-
-@torch.no_grad()
-def start_classifier(model: MobileNetForImageClassification, source: torch.nn.Linear, path: Path) -> None:
-    """Give each label the mean weights of the classes of another classifier that it covers.
-
-    Args:
-        model: The network whose classifier starts.
-        source: The other classifier, on the same features.
-        path: JSON file: for each label of the network a list of indices of the other's classes.
-
-    Raises:
-        ValueError: The file does not name the network's labels, or no classes of the other one.
-    """
-    try:
-        classes = json.loads(Path(regular(path)).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"start_labels must be a JSON file, got {path}: {error}") from error
-    labels = {label: index for index, label in model.config.id2label.items()}
-    if not isinstance(classes, dict) or classes.keys() != labels.keys():
-        raise ValueError(f"start_labels must name each of the labels {', '.join(labels)} and no other, got {path}.")
-    for label, indices in classes.items():
-        valid = isinstance(indices, list) and indices and all(type(index) is int for index in indices)
-        if not valid or not 0 <= min(indices) <= max(indices) < source.out_features:
-            allowed = f"a list of classes from 0 to {source.out_features - 1}"
-            raise ValueError(f"start_labels must give {label} {allowed}, got {indices!r}.")
-        model.classifier.weight[labels[label]] = source.weight[indices].mean(0)
-        model.classifier.bias[labels[label]] = source.bias[indices].mean()
-
-
-def _input_size(processor: MobileNetImageProcessor) -> tuple[int, int]:
-    """Height and width of what the network sees."""
-    size = processor.crop_size if processor.do_center_crop else processor.size
-    if "height" not in size:
-        raise ValueError(f"the image processor must give one height and width, got size {size} without a center crop.")
-    return size["height"], size["width"]
+    return training_task(options.task).build(options, names)
 
 
 def _decode(
@@ -295,10 +233,18 @@ def _decode(
     rows = getattr(data, split)
     if rows is None:
         return None
-    square = processor.size.get("shortest_edge", max(_input_size(processor))) if split == "train" else None
-    storage = Storage(options.work, shared=state.num_processes > 1)
-    folders = None if options.external_images else folders_of(options.dataset)
-    return decode(rows, processor, storage, split, square, options.skip_unreadable, not state.is_main_process, folders)
+    square = data.task.training_side(processor) if split == "train" else None
+    return decode(
+        rows,
+        processor,
+        Storage(options.work, shared=state.num_processes > 1),
+        split,
+        square,
+        options.skip_unreadable,
+        not state.is_main_process,
+        _folders(options),
+        data.task.labels,
+    )
 
 
 def _best_precision() -> str:
@@ -311,15 +257,15 @@ def _best_precision() -> str:
 
 def training_arguments(options: Options, count: int, processes: int, validates: bool) -> TrainingArguments:
     """The recipe in the words of the Trainer."""
-    batch = options.batch_size * processes
+    batch = options.images_per_batch * processes
     steps = -(-whole_batches(count, batch) // (batch * options.accumulation))
     images = min(batch * options.accumulation, count)
     precision = _best_precision() if options.precision == "auto" else options.precision
     return TrainingArguments(
         output_dir=str(options.work),
         num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=2 * options.batch_size,
+        per_device_train_batch_size=options.images_per_batch,
+        per_device_eval_batch_size=2 * options.images_per_batch,
         gradient_accumulation_steps=options.accumulation,
         learning_rate=options.peak_learning_rate * images / 256,
         lr_scheduler_type="cosine",
@@ -344,16 +290,15 @@ def training_arguments(options: Options, count: int, processes: int, validates: 
     )
 
 
-def _reporting(work: Path, is_main: bool) -> dict[str, Any]:
-    """TensorBoard's log, and the metrics of an evaluation."""
-    callbacks = [TensorBoardCallback(SummaryWriter(str(work / "runs")))] if is_main else []
-    return {"callbacks": callbacks, "compute_metrics": evaluate_logits}
+def _callbacks(work: Path, is_main: bool) -> list[TensorBoardCallback]:
+    """TensorBoard's log."""
+    return [TensorBoardCallback(SummaryWriter(str(work / "runs")))] if is_main else []
 
 
 def _finish(
     claim: Claim,
     options: Options,
-    model: MobileNetForImageClassification,
+    model: PreTrainedModel,
     processor: MobileNetImageProcessor,
     log: list[dict[str, float]],
     data: Data,
@@ -369,17 +314,17 @@ def _finish(
     shutil.copy(work / RECORD, repository)
     shutil.copy(work / "log.csv", repository)
     shutil.copytree(work / "runs", repository / "runs")
-    plot_curves(log, repository / "curves.png")
-    written = MobileNetForImageClassification.from_pretrained(repository)
+    plot_curves(log, repository / "curves.png", data.task.trainer.metric)
+    written = type(model).from_pretrained(repository)
     command = json.loads((work / RECORD).read_text(encoding="utf-8"))["command"]
     measured = {}
     for role, images in (("validation", validation), ("test", test)):
         if images is not None:
-            logits = predict(written, processor, images, options.batch_size)
-            labels = torch.from_numpy(images.labels)
-            figures = Measured(len(labels), metrics(logits, labels), class_accuracies(logits, labels))
-            measured[data.splits.get(role, HELD_OUT)] = figures
-            plot_confusion(logits, labels, data.names, repository / "confusion_matrix.png")  # of the last one
+            rows, reader = getattr(data, role), Reader(processor, _folders(options))
+            split = Split(rows, lambda images=images: images, reader, options.skip_unreadable)
+            scores = data.task.measure(written, processor, split, options.images_per_batch)
+            measured[data.splits.get(role, HELD_OUT)] = scores.measured
+            scores.plot(repository / WORDS[options.task].plot)  # of the last one
     write_card(repository, options, written, measured, command)
     claim.put(repository)
     if not options.keep_checkpoints:

@@ -48,8 +48,9 @@ def freeze(model: nn.Module, last_stages: int) -> list[nn.Module]:
     """Leave only the classifier trainable, or with it the head and the last stages; return what is frozen.
 
     Args:
-        model: A MobileNetForImageClassification.
-        last_stages: 0 for the classifier alone; k for it, the head and the last k stages.
+        model: A network on a backbone, such as a MobileNetForImageClassification.
+        last_stages: 0 for the classifier alone, which is all of the network but its backbone; k for it, the head and
+            the last k stages.
 
     Raises:
         ValueError: The network has fewer stages.
@@ -59,7 +60,7 @@ def freeze(model: nn.Module, last_stages: int) -> list[nn.Module]:
     if not 0 <= last_stages <= count:
         raise ValueError(f"last_stages must be an integer from 0 to {count}, got {last_stages}.")
     frozen = [backbone.stem, *backbone.stages[: count - last_stages]]
-    if last_stages == 0:
+    if last_stages == 0 and hasattr(backbone, "head"):
         frozen.append(backbone.head)
     for module in frozen:
         module.requires_grad_(False)
@@ -99,11 +100,13 @@ def make_optimizer(groups: list[dict[str, Any]], options: Options, learning_rate
     return torch.optim.SGD(groups, learning_rate, options.momentum, nesterov=options.momentum > 0)
 
 
-class ClassifierTrainer(Trainer):
-    """Trains a classifier on decoded images, and evaluates the moving average of its weights.
+class ImageTrainer(Trainer):
+    """Trains a network on decoded images, and evaluates the moving average of its weights.
+
+    A subclass says what a task's labels are to the network: it varies them with their images, and computes the loss.
 
     Args:
-        model: A classifier whose output has logits.
+        model: A network that takes `pixel_values`.
         args: Arguments of the Trainer.
         options: The recipe.
         train: Images to train on.
@@ -114,6 +117,9 @@ class ClassifierTrainer(Trainer):
         minutes: Time after which to save a checkpoint and stop.
         **kwargs: Further arguments of the Trainer.
     """
+
+    metric = "accuracy"  # the metric of an evaluation that is shown
+    measures_batches = False  # whether metrics take batch by batch: predictions of all images may not fit in memory
 
     def __init__(
         self,
@@ -129,6 +135,7 @@ class ClassifierTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.options = options
+        args.batch_eval_metrics = self.measures_batches
         super().__init__(
             model,
             args,
@@ -140,8 +147,6 @@ class ClassifierTrainer(Trainer):
         self.augment = augment.to(args.device)
         self.normalize = normalize.to(args.device)
         self.frozen = frozen or []
-        counts = torch.bincount(torch.from_numpy(train.labels)).float()
-        self.class_weights = counts.sum() / (len(counts) * counts)  # their mean over the images is 1
         self.average = None
         if options.ema:
             self.average = AveragedModel(self.model, multi_avg_fn=self._blend, use_buffers=True)
@@ -149,28 +154,36 @@ class ClassifierTrainer(Trainer):
             self.remove_callback(callback)
         self.add_callback(TrainingCallback(self, minutes))
 
+    # What a task decides
+
+    def vary(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Vary bytes and labels for training."""
+        return self.augment(pixels, labels)
+
+    def loss(self, model: nn.Module, pixel_values: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch; in evaluation also what the metrics take, for each image."""
+        raise NotImplementedError
+
+    def sampling_weights(self) -> Tensor | None:
+        """How often to draw each image, of shape (N,); None for all alike."""
+        return None
+
     # What differs from the Trainer's own training step
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Cross entropy: of varied images and soft targets in training, plain in evaluation."""
+        """The task's loss: of varied images in training, of images as they are in evaluation."""
         pixels, labels = inputs["pixels"], inputs["labels"]
         if model.training:
-            for module in self.frozen:
-                module.eval()
-            options = self.options
-            pixels = self.augment(pixels, self._size())
-            targets = F.one_hot(labels, len(self.class_weights)).float()
-            if options.mixup:
-                pixels, targets = mix(pixels, targets, options.mixup)
-            logits = model(pixel_values=self.normalize(pixels)).logits.float()
-            weights = self.class_weights.to(logits.device) if options.balance == "weights" else None
-            loss = F.cross_entropy(logits, targets, weight=weights, label_smoothing=options.label_smoothing)
-        else:
-            logits = model(pixel_values=self.normalize(pixels)).logits.float()
-            loss = F.cross_entropy(logits, labels)
-        return (loss, {"logits": logits}) if return_outputs else loss
+            self._freeze()
+            pixels, labels = self.vary(pixels, labels)
+        loss, outputs = self.loss(model, self.normalize(pixels), labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def _freeze(self) -> None:
+        for module in self.frozen:
+            module.eval()
 
     def _size(self) -> tuple[int, int]:
         """This epoch's height and width: they grow by 8 pixels at a time over the first 3/4 of the epochs.
@@ -189,11 +202,11 @@ class ClassifierTrainer(Trainer):
         chosen = torch.linspace(0, len(images) - 1, min(len(images), ALIGNED)).round().long()
         with self._random_numbers_kept():
             torch.manual_seed(self.options.seed)
-            batches = (
-                self.augment(images.batch(part.numpy())["pixels"].to(self.args.device), self._size())
-                for part in chosen.split(self.options.batch_size)
+            batches = (images.batch(part.numpy()) for part in chosen.split(self.options.images_per_batch))
+            varied = (
+                self.vary(*(batch[name].to(self.args.device) for name in ("pixels", "labels")))[0] for batch in batches
             )
-            align_batch_norm(self.model, map(self.normalize, batches))
+            align_batch_norm(self.model, map(self.normalize, varied))
 
     def _random_numbers_kept(self) -> AbstractContextManager[None]:
         """Whatever is drawn within, training goes on with the random numbers it would have had."""
@@ -207,16 +220,13 @@ class ClassifierTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, *args: Any) -> Order:
-        weights = None
-        if self.options.balance == "sampling":
-            weights = self.class_weights[torch.from_numpy(self.train_dataset.images.labels)]
         # Whole epochs are exact in state.epoch; within one, its whole part is the number of the epoch.
         return Order(
             len(self.train_dataset),
-            whole_batches(len(self.train_dataset), self.options.batch_size * self.args.world_size),
+            whole_batches(len(self.train_dataset), self.options.images_per_batch * self.args.world_size),
             self.options.seed,
             lambda: int(self.state.epoch or 0),
-            weights,
+            self.sampling_weights(),
         )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -287,6 +297,47 @@ class ClassifierTrainer(Trainer):
             self.average.n_averaged.fill_(1)  # not the first time: the first one copies
 
 
+class ClassifierTrainer(ImageTrainer):
+    """Trains a classifier, whose output has logits, on images and their classes: see ImageTrainer."""
+
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, options: Options, train: Images, *rest: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(model, args, options, train, *rest, **kwargs)
+        counts = torch.bincount(torch.from_numpy(train.labels)).float()
+        self.class_weights = counts.sum() / (len(counts) * counts)  # their mean over the images is 1
+
+    def vary(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Vary bytes alone: a class holds for all that an image may look like."""
+        return self.augment(pixels, self._size()), labels
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Cross entropy: of varied images and soft targets in training, plain in evaluation."""
+        pixels, labels = inputs["pixels"], inputs["labels"]
+        if model.training:
+            self._freeze()
+            options = self.options
+            pixels, _ = self.vary(pixels, labels)
+            targets = F.one_hot(labels, len(self.class_weights)).float()
+            if options.mixup:
+                pixels, targets = mix(pixels, targets, options.mixup)
+            logits = model(pixel_values=self.normalize(pixels)).logits.float()
+            weights = self.class_weights.to(logits.device) if options.balance == "weights" else None
+            loss = F.cross_entropy(logits, targets, weight=weights, label_smoothing=options.label_smoothing)
+        else:
+            logits = model(pixel_values=self.normalize(pixels)).logits.float()
+            loss = F.cross_entropy(logits, labels)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def sampling_weights(self) -> Tensor | None:
+        """Rare classes as often as the others, where the options say so."""
+        if self.options.balance != "sampling":
+            return None
+        return self.class_weights[torch.from_numpy(self.train_dataset.images.labels)]
+
+
 class TrainingCallback(TrainerCallback):
     """What happens along the way: averaging, checkpoints, the time limit, progress, the log as CSV.
 
@@ -295,7 +346,7 @@ class TrainingCallback(TrainerCallback):
         minutes: Time after which to stop.
     """
 
-    def __init__(self, trainer: ClassifierTrainer, minutes: float | None) -> None:
+    def __init__(self, trainer: ImageTrainer, minutes: float | None) -> None:
         self.trainer = trainer
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.progress = progress_bar("training", quiet=not trainer.is_world_process_zero())
@@ -351,8 +402,9 @@ class TrainingCallback(TrainerCallback):
             writer.writeheader()
             writer.writerows(state.log_history)
         os.replace(partial, path)
-        entry = state.log_history[-1]
-        if "eval_accuracy" in entry or ("loss" in entry and state.epoch == int(state.epoch)):
-            shown = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}", "eval_accuracy": "accuracy {:.2%}"}
+        entry, metric = state.log_history[-1], self.trainer.metric
+        if f"eval_{metric}" in entry or ("loss" in entry and state.epoch == int(state.epoch)):
+            shown = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}"}
+            shown[f"eval_{metric}"] = metric.replace("_", " ") + " {:.2%}"
             figures = ", ".join(text.format(float(entry[key])) for key, text in shown.items() if key in entry)
             self.progress.console.print(f"epoch {state.epoch:g} of {args.num_train_epochs:g}: {figures}")

@@ -3,18 +3,15 @@
 import csv
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from colors import options, paint, weights
+from colors import options, paint, start, weights
 from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
@@ -29,9 +26,10 @@ from mobilenet.cli.evaluate import evaluate
 from mobilenet.cli.train import train
 from mobilenet.repository import claimed
 from mobilenet.training import run as training
+from mobilenet.training.classification import start_classifier
 from mobilenet.training.evaluate import evaluate_checkpoint
 from mobilenet.training.options import Options
-from mobilenet.training.run import run, start_classifier
+from mobilenet.training.run import run
 from mobilenet.training.trainer import (
     ClassifierTrainer,
     checkpoints,
@@ -130,24 +128,6 @@ def test_the_record_repeats_the_run(colors: Path, tmp_path: Path, monkeypatch: p
 
 
 # What it survives
-
-SCRIPT = """
-import sys, datasets, torch
-torch.set_num_threads(1)
-datasets.config.HF_DATASETS_CACHE = sys.argv[1]
-from mobilenet.training.options import Options
-from mobilenet.training.run import run
-run(Options(dataset=sys.argv[2], output=sys.argv[3], **eval(sys.argv[4])))
-"""
-
-
-def start(dataset: Path, output: Path, given: dict, *launcher: str) -> subprocess.Popen:
-    """A run in a process of its own."""
-    script = output.with_suffix(".py")
-    script.write_text(SCRIPT, encoding="utf-8")
-    arguments = [*launcher, str(script), str(output.with_suffix(".cache")), str(dataset), str(output), repr(given)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
