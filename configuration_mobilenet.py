@@ -10,16 +10,8 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from .architectures_mobilenet import (
-    ARCHITECTURES,
-    DETECTORS,
-    SEGMENTATION_HEADS,
-    Architecture,
-    AtrousPyramid,
-    Block,
-    LiteAtrousPyramid,
-    Width,
-)
+from .architectures_mobilenet import ARCHITECTURES, Architecture, Block, Width
+from .heads_mobilenet import DETECTORS, SEGMENTATION_HEADS, AtrousPyramid, LiteAtrousPyramid
 
 
 try:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architectures_mobilenet import DETECTORS, AnchorShape, Detector, HardNegatives
 from .configuration_mobilenet import MobileNetConfig
 from .cpu_mobilenet import makes_graph
+from .heads_mobilenet import DETECTORS, AnchorShape, Detector, HardNegatives
 from .layers_mobilenet import Conv2d, ConvNormAct
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architectures_mobilenet import SEGMENTATION_HEADS
 from .configuration_mobilenet import MobileNetConfig
+from .heads_mobilenet import SEGMENTATION_HEADS
 from .layers_mobilenet import Conv2d, ConvNormAct
 from .preprocessing_mobilenet import Axis, place
 

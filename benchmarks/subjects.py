@@ -570,7 +570,7 @@ for _fused, _suffix in ((False, ""), (True, ", fused")):
 
     @subject(f"ours, torchvision's SSDLite{_suffix}")
     def _(setup: Setup, fused: bool = _fused) -> Prepare:
-        from mobilenet.architectures_mobilenet import DETECTORS
+        from mobilenet.heads_mobilenet import DETECTORS
 
         from mobilenet import MobileNetConfig, MobileNetForObjectDetection, MobileNetImageProcessor
 

@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 
-from .architectures_mobilenet import ARCHITECTURES, DETECTORS
+from .architectures_mobilenet import ARCHITECTURES
+from .heads_mobilenet import DETECTORS
 from .preprocessing_mobilenet import regular
 from .repository import sha256
 from .tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task
@@ -375,10 +376,8 @@ from transformers import pipeline
 {verb}("photo.jpg")
 ```
 
-`trust_remote_code` runs the Python files of this repository: `architectures_mobilenet.py`,
-`configuration_mobilenet.py`, `cpu_mobilenet.py`, `detection_mobilenet.py`, `image_processing_mobilenet.py`,
-`layers_mobilenet.py`, `modeling_mobilenet.py`, `preprocessing_mobilenet.py` and `segmentation_mobilenet.py`. After
-`import mobilenet`, the installed package, it is not needed."""
+`trust_remote_code` runs the files of this repository whose names end in `_mobilenet.py`. After `import mobilenet`, the
+installed package, it is not needed."""
 
 _FINE_TUNE = """## Fine-tune
 

@@ -26,6 +26,7 @@ CODE = (
     "configuration_mobilenet.py",
     "cpu_mobilenet.py",
     "detection_mobilenet.py",
+    "heads_mobilenet.py",
     "image_processing_mobilenet.py",
     "layers_mobilenet.py",
     "modeling_mobilenet.py",

@@ -16,8 +16,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
-from .architectures_mobilenet import ARCHITECTURES, SEGMENTATION_HEADS
+from .architectures_mobilenet import ARCHITECTURES
 from .configuration_mobilenet import PRESETS, MobileNetConfig
+from .heads_mobilenet import SEGMENTATION_HEADS
 from .image_processing_mobilenet import RECIPES, MobileNetImageProcessor
 from .modeling_mobilenet import (
     MobileNetBackbone,

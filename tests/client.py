@@ -15,21 +15,10 @@ import sys
 from typing import Any
 
 import torch
+from released import CODE
 
 
-PACKAGE = (
-    "mobilenet",
-    "architectures_mobilenet",
-    "configuration_mobilenet",
-    "cpu_mobilenet",
-    "convert_checkpoint",
-    "detection_mobilenet",
-    "image_processing_mobilenet",
-    "layers_mobilenet",
-    "modeling_mobilenet",
-    "preprocessing_mobilenet",
-    "segmentation_mobilenet",
-)
+PACKAGE = ("mobilenet", "convert_checkpoint", *(name.removesuffix(".py") for name in CODE))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -3,7 +3,7 @@ import re
 from typing import ClassVar
 
 import pytest
-from mobilenet.architectures_mobilenet import DETECTORS
+from mobilenet.heads_mobilenet import DETECTORS
 from transformers import AutoConfig
 
 from mobilenet import ARCHITECTURES, PRESETS, MobileNetConfig

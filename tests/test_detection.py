@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mobilenet.architectures_mobilenet import DETECTORS, Focal, HardNegatives
 from mobilenet.detection_mobilenet import (
     check_labels,
     decode,
@@ -22,6 +21,7 @@ from mobilenet.detection_mobilenet import (
     match_anchors,
     suppress,
 )
+from mobilenet.heads_mobilenet import DETECTORS, Focal, HardNegatives
 from oracles import randomize_norms
 from PIL import Image
 from torch import Tensor

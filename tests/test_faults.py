@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hostile import described_files
 from PIL import Image
+from released import CONVERTED
 from transformers.utils import is_accelerate_available
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
@@ -148,14 +149,6 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-COMPLETE = {
-    *("README.md", "architectures_mobilenet.py", "config.json", "configuration_mobilenet.py", "cpu_mobilenet.py"),
-    "detection_mobilenet.py",
-    *("image_processing_mobilenet.py", "layers_mobilenet.py", "model.safetensors", "modeling_mobilenet.py"),
-    *("preprocessing_mobilenet.py", "preprocessor_config.json", "segmentation_mobilenet.py"),
-}
-
-
 @pytest.mark.parametrize(
     ("stage", "fault"),
     [*everywhere(CONVERT_STAGES, SIGNALS), *((CONVERT + "build", fault) for fault in ("SIGINT", "SIGTERM"))],
@@ -170,7 +163,7 @@ def test_convert_survives_signals(run: Run, source: Path, tmp_path: Path, stage:
         assert names(tmp_path) == {"source"}
     code, printed = run("convert", source, tmp_path / "out", "--no-compare")
     assert code == 0, printed
-    assert names(tmp_path / "out") == COMPLETE
+    assert names(tmp_path / "out") == CONVERTED
     assert names(tmp_path) == {"source", "out"}  # nothing is left of a run that was killed
 
 
@@ -191,10 +184,10 @@ def test_an_interrupted_overwrite_keeps_what_was_there(run: Run, source: Path, t
     arguments = ("convert", source, tmp_path / "out", "--no-compare", "--overwrite")
     for stage in ("mobilenet.conversion.convert.conversion_card", "os.replace"):
         assert_ended(fault, *run(*arguments, stage=stage, fault=fault))
-        assert names(tmp_path / "out") == {*COMPLETE, "mine.txt"}
+        assert names(tmp_path / "out") == {*CONVERTED, "mine.txt"}
         assert names(tmp_path) == {"source", "out"}
     assert run(*arguments)[0] == 0
-    assert names(tmp_path / "out") == COMPLETE
+    assert names(tmp_path / "out") == CONVERTED
 
 
 # export
@@ -286,5 +279,5 @@ def test_train_survives(run: Run, colors: Path, tmp_path: Path, stage: str, faul
     code, printed = run(*training(colors, tmp_path / "out"))
     assert code == 0, printed
     assert ("resuming from" in printed) == begun
-    assert names(tmp_path / "out") >= COMPLETE
+    assert names(tmp_path / "out") >= CONVERTED
     assert names(tmp_path) == {"colors", "out"}

@@ -20,6 +20,7 @@ from hub import Fault, Hub, ask
 from oracles import randomize_norms
 from packaging.version import Version
 from PIL import Image
+from released import CODE
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.conversion import ConversionError
@@ -28,17 +29,6 @@ from mobilenet.conversion.convert import convert
 
 ROOT = Path(__file__).parents[1]
 CLIENT = Path(__file__).parent / "client.py"
-CODE = (
-    "architectures_mobilenet.py",
-    "configuration_mobilenet.py",
-    "cpu_mobilenet.py",
-    "detection_mobilenet.py",
-    "image_processing_mobilenet.py",
-    "layers_mobilenet.py",
-    "modeling_mobilenet.py",
-    "preprocessing_mobilenet.py",
-    "segmentation_mobilenet.py",
-)
 AUTO_MAP = {
     "AutoConfig": "configuration_mobilenet.MobileNetConfig",
     "AutoModel": "modeling_mobilenet.MobileNetModel",

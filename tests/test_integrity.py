@@ -14,23 +14,13 @@ import pytest
 import torch
 from hub import Hub
 from huggingface_hub import HfApi, snapshot_download
+from released import CODE
 from typer.testing import CliRunner
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor, integrity
 from mobilenet.cli import app
 
 
-CODE = (
-    "architectures_mobilenet.py",
-    "configuration_mobilenet.py",
-    "cpu_mobilenet.py",
-    "detection_mobilenet.py",
-    "image_processing_mobilenet.py",
-    "layers_mobilenet.py",
-    "modeling_mobilenet.py",
-    "preprocessing_mobilenet.py",
-    "segmentation_mobilenet.py",
-)
 FILES = (*CODE, "config.json", "preprocessor_config.json", "model.safetensors")
 
 

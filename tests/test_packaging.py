@@ -17,23 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from released import CODE
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 
 
 ROOT = Path(__file__).parents[1]
-CODE = (
-    "architectures_mobilenet",
-    "configuration_mobilenet",
-    "convert_checkpoint",
-    "cpu_mobilenet",
-    "detection_mobilenet",
-    "image_processing_mobilenet",
-    "layers_mobilenet",
-    "modeling_mobilenet",
-    "preprocessing_mobilenet",
-    "segmentation_mobilenet",
-)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.onnx", "mobilenet/model.safetensors", "tests/model.bin")
 
 # What `import mobilenet` gives: every Auto class knows the configuration.
@@ -115,8 +104,8 @@ def test_the_wheel_holds_the_code_inside_the_package_and_no_weights(clone: Path,
     assert {name.partition("/")[0] for name in files} == {"mobilenet"}
     assert {path.relative_to(clone).as_posix() for path in (clone / "mobilenet").rglob("*.py")} < set(files)
     assert set(files).isdisjoint(WEIGHTS)
-    for name in CODE:
-        assert files[f"mobilenet/{name}.py"] == (ROOT / f"{name}.py").read_bytes()
+    for name in (*CODE, "convert_checkpoint.py"):
+        assert files[f"mobilenet/{name}"] == (ROOT / name).read_bytes()
 
 
 def test_the_sdist_holds_no_weights_and_builds_the_same_wheel(distributions: dict, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mobilenet.architectures_mobilenet import DETECTORS, Detector, Focal
 from mobilenet.configuration_mobilenet import MobileNetConfig
 from mobilenet.detection_mobilenet import ACT, anchor_shapes, extra_channels, generate_anchors, map_channels
+from mobilenet.heads_mobilenet import DETECTORS, Detector, Focal
 
 from .graph import Act, Conv, Graph, Join, Matcher, Op, Reshape, Step, Unit, expected, feature_rows
 from .rename import TORCH, Row, Table

@@ -19,8 +19,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from mobilenet.architectures_mobilenet import DETECTORS
 from mobilenet.configuration_mobilenet import PRESETS
+from mobilenet.heads_mobilenet import DETECTORS
 from mobilenet.pickles import MAX_BYTES
 from mobilenet.progress import open_file, track
 from mobilenet.require import require

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mobilenet.architectures_mobilenet import DETECTORS
 from mobilenet.configuration_mobilenet import PRESETS
+from mobilenet.heads_mobilenet import DETECTORS
 from mobilenet.repository import sha256
 
 from .checkpoint import Checkpoint, DetectionOracle, DetectionResults, NoOracleError, Options, Oracle, Origin

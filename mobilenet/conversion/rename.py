@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mobilenet.architectures_mobilenet import ARCHITECTURES, DETECTORS, Block, Width
+from mobilenet.architectures_mobilenet import ARCHITECTURES, Block, Width
 from mobilenet.configuration_mobilenet import MobileNetConfig
+from mobilenet.heads_mobilenet import DETECTORS
 from mobilenet.layers_mobilenet import LayerScale
 from mobilenet.modeling_mobilenet import (
     MobileNetForImageClassification,

@@ -20,6 +20,7 @@ from hub import Fault, Hub, ask
 from huggingface_hub import ModelCard
 from oracles import logits
 from PIL import Image
+from released import CODE, CONVERTED
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -70,24 +71,9 @@ def test_pipeline_names_the_cats(converted: Path, cats: Path) -> None:
 
 
 def test_repository_is_complete(converted: Path) -> None:
-    assert {path.name for path in converted.iterdir()} == {
-        "README.md",
-        "architectures_mobilenet.py",
-        "config.json",
-        "configuration_mobilenet.py",
-        "cpu_mobilenet.py",
-        "detection_mobilenet.py",
-        "image_processing_mobilenet.py",
-        "layers_mobilenet.py",
-        "model.safetensors",
-        "modeling_mobilenet.py",
-        "preprocessing_mobilenet.py",
-        "preprocessor_config.json",
-        "segmentation_mobilenet.py",
-    }
-    for name in ("architectures", "configuration", "image_processing", "layers", "modeling"):
-        source = SCRIPT.with_name(f"{name}_mobilenet.py")
-        assert (converted / source.name).read_bytes() == source.read_bytes()
+    assert {path.name for path in converted.iterdir()} == CONVERTED
+    for name in CODE:
+        assert (converted / name).read_bytes() == SCRIPT.with_name(name).read_bytes()
     config = json.loads((converted / "config.json").read_text())
     assert (
         config["auto_map"]["AutoModelForImageClassification"] == "modeling_mobilenet.MobileNetForImageClassification"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conversions import assert_fails_without_a_trace, read
-from mobilenet.architectures_mobilenet import DETECTORS
 from mobilenet.detection_mobilenet import suppress
+from mobilenet.heads_mobilenet import DETECTORS
 from mobilenet.preprocessing_mobilenet import SUPPRESSION
 from oracles import randomize_norms
 from torch import Tensor, nn

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from oracles import randomize_norms
 from PIL import Image
+from released import CODE
 from torch import Tensor
 from transformers import pipeline
 from typer.testing import CliRunner, Result
@@ -39,20 +40,7 @@ FILES = {
     "openvino": {"openvino_model.xml", "openvino_model.bin"},
     "executorch": {"model.pte"},
 }
-BESIDE = {
-    "README.md",
-    "architectures_mobilenet.py",
-    "config.json",
-    "configuration_mobilenet.py",
-    "cpu_mobilenet.py",
-    "detection_mobilenet.py",
-    "export.json",
-    "image_processing_mobilenet.py",
-    "layers_mobilenet.py",
-    "preprocessing_mobilenet.py",
-    "preprocessor_config.json",
-    "segmentation_mobilenet.py",
-}
+BESIDE = {*CODE, "README.md", "config.json", "export.json", "preprocessor_config.json"} - {"modeling_mobilenet.py"}
 LABELS = {0: "stone", 1: "scissors", 2: "paper", 3: "lizard", 4: "spock"}
 
 
