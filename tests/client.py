@@ -12,9 +12,13 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+
+
+sys.path.insert(0, str(Path(__file__).parent))
 from released import CODE
 
 
