@@ -10,7 +10,12 @@ from mobilenet.architectures_mobilenet import ARCHITECTURES
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from mobilenet import MobileNetConfig, MobileNetForImageClassification
+from mobilenet import (
+    MobileNetConfig,
+    MobileNetForImageClassification,
+    MobileNetForObjectDetection,
+    MobileNetForSemanticSegmentation,
+)
 from mobilenet.conversion.convert import convert
 
 
@@ -78,14 +83,14 @@ def test_snippets_run(snippet, folder, data, monkeypatch, capsys):
         assert [tuple(m.shape[-2:]) for m in names["maps"]] == [(56, 56), (28, 28), (14, 14), (7, 7)]
 
 
-MODELS = re.findall(
-    r"^\| `(mobilenet_\w+?_[\w.]+)` \| ([\d.]+) M \| ([\d,]+) M \| ([\d.]+) % \| `(\S+)` \|$",
-    (ROOT / "README.md").read_text(encoding="utf-8"),
-    re.MULTILINE,
-)
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SIZES = r"^\| `(\w+?_[\w.]+)` \| ([\d.]+) M \| ([\d,]+) M \| "
+MODELS = re.findall(SIZES + r"([\d.]+) % \| `(\S+)` \|$", TEXT, re.MULTILINE)
+DENSE = re.findall(SIZES + r"m(?:AP|IoU) [\w., ]+ \| `\S+` \|$", TEXT, re.MULTILINE)
 
 
 def test_the_table_has_every_generation():
+    assert len(DENSE) == 6
     architectures = {MobileNetConfig.from_preset(name).architecture for name, *_ in MODELS}
     assert set(ARCHITECTURES) - architectures == {
         "mobilenet_v1_head",
@@ -95,12 +100,28 @@ def test_the_table_has_every_generation():
     }
 
 
+def assert_is_as_large(model, parameters, multiply_adds):
+    size = model.config.image_size
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, 3, size, size, device="meta"))
+    assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}" == parameters
+    assert f"{counter.get_total_flops() / 2e6:,.0f}" == multiply_adds
+
+
 @pytest.mark.any_version
 @pytest.mark.parametrize(("preset", "parameters", "multiply_adds", "source"), [(*row[:3], row[4]) for row in MODELS])
 def test_networks_are_as_large_as_the_table_says(preset, parameters, multiply_adds, source):
     config = MobileNetConfig.from_preset(preset, num_labels=1000 if "v4" in source else 1001)
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = MobileNetForImageClassification(config).eval()
-        model(torch.zeros(1, 3, config.image_size, config.image_size))
-    assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}" == parameters
-    assert f"{counter.get_total_flops() / 2e6:,.0f}" == multiply_adds
+    with torch.device("meta"):
+        model = MobileNetForImageClassification(config)
+    assert_is_as_large(model, parameters, multiply_adds)
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize(("preset", "parameters", "multiply_adds"), DENSE)
+def test_detectors_and_segmenters_are_as_large_as_the_table_says(preset, parameters, multiply_adds):
+    config = MobileNetConfig.from_preset(preset)
+    kind = MobileNetForObjectDetection if config.detector else MobileNetForSemanticSegmentation
+    with torch.device("meta"):
+        model = kind(config)
+    assert_is_as_large(model, parameters, multiply_adds)
