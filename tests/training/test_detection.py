@@ -296,7 +296,7 @@ def test_categories_count_by_name(tmp_path: Path) -> None:
 def test_drawn_shapes_are_learned(tmp_path: Path) -> None:
     draw_coco(tmp_path / "set", 20)
     given = {"image_size": 96, "crop_scale": 1.0, "flip": False, "batch_size": 20, "ema": 0.9}
-    given |= {"optimizer": "adamw", "learning_rate": 0.04, "epochs": 110, "log_steps": 110}
+    given |= {"optimizer": "adamw", "learning_rate": 0.04, "epochs": 100, "log_steps": 100}
     assert run(options("detection", tmp_path / "set", tmp_path / "out", **given))
     measured = evaluate_checkpoint(str(tmp_path / "out"), str(tmp_path / "set"))
     assert measured.metrics["mean_average_precision"] >= 0.95

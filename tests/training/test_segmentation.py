@@ -235,9 +235,10 @@ def test_evaluation_is_of_whole_images(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.slow
 @pytest.mark.any_version
 def test_drawn_scenes_are_learned(tmp_path: Path) -> None:
-    scenes = draw_scenes(tmp_path / "scenes", 20)
+    scenes = draw_scenes(tmp_path / "scenes", 20, large=True)
     given = {"image_size": 97, "crop_scale": 1.0, "flip": False, "batch_size": 20, "ema": 0.9}
-    given |= {"optimizer": "adamw", "learning_rate": 0.04, "epochs": 60, "log_steps": 60}
+    given |= {"architecture": "mobilenet_v1", "width": 0.25, "output_stride": 8}
+    given |= {"optimizer": "adamw", "learning_rate": 0.04, "epochs": 80, "log_steps": 80}
     assert run(options("segmentation", scenes, tmp_path / "out", **given))
     measured = evaluate_checkpoint(str(tmp_path / "out"), str(scenes))
     assert measured.metrics["mean_iou"] >= 0.95
