@@ -49,6 +49,7 @@ class MeanIou:
 
     def __init__(self, names: list[str], device: str | torch.device = "cpu") -> None:
         given = {"num_classes": len(names), "ignore_index": IGNORED, "validate_args": False}
+        given["sync_on_compute"] = False  # every process has all maps, or is the only one that measures
         self.metrics = MetricCollection(
             {
                 "iou": MulticlassJaccardIndex(average="none", **given),

@@ -106,6 +106,14 @@ def test_mean_iou_by_hand_and_by_batches() -> None:
     assert scores(last, compute_result=True)["mean_iou"] != pytest.approx(float(expected))  # it begins anew
 
 
+def test_one_process_of_several_can_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metrics of torchmetrics wait for all processes by default, and add up what each of them has."""
+    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
+    scores = MeanIou(["a", "b"])
+    scores.update(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 1]]]))
+    assert scores.compute()[0]["mean_iou"] == 1
+
+
 # What a run starts from
 
 
