@@ -28,7 +28,7 @@ from mobilenet.training.detection import AveragePrecision, Detection, entries_of
 from mobilenet.training.evaluate import evaluate_checkpoint
 from mobilenet.training.options import Options
 from mobilenet.training.run import run
-from mobilenet.training.trainer import checkpoints
+from mobilenet.training.trainer import checkpoints, freeze
 
 
 # How images are varied
@@ -230,6 +230,19 @@ def test_options_that_are_not_for_detection(tmp_path: Path, given: dict, message
     assert not (tmp_path / "out.training").exists()
 
 
+def test_the_backbone_can_be_frozen() -> None:
+    """With no stages, all but the backbone trains; with some, these and the head's 1x1 convolution do too."""
+    model, _ = built(width=0.1)
+    freeze(model, 0)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
+    model, _ = built(width=0.1)
+    frozen = freeze(model, 2)
+    assert not any(parameter.requires_grad for module in frozen for parameter in module.parameters())
+    assert all(parameter.requires_grad for parameter in model.backbone.stages[-2:].parameters())
+    assert all(parameter.requires_grad for parameter in model.backbone.head.parameters())
+
+
 # What a run leaves
 
 SHORT = {"image_size": 64, "width": 0.1, "learning_rate": 0.5}
@@ -249,6 +262,7 @@ def test_a_run_leaves_a_complete_repository(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.pipeline_tag == "object-detection"
     assert {result.metric_name for result in card.data.eval_results} >= {"mean average precision"}
+    assert "mobilenet_v2 with ssdlite_mobilenet_v2 at width 0.1" in card.text
     assert 'detect = pipeline("object-detection", model="out", trust_remote_code=True)' in card.text
     measured = evaluate_checkpoint(str(tmp_path / "out"), str(tmp_path / "set"))
     assert (measured.split, measured.images, measured.task) == ("validation", 4, "detection")
