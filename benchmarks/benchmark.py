@@ -68,6 +68,30 @@ COMMANDS = (
 )
 
 
+DETECTION = (
+    "LiteRT, detector",
+    "ours, detector",
+    "ours, detector, fused",
+    "mobilenet detect, torch",
+    "mobilenet detect, onnx",
+    "mobilenet detect, openvino",
+    "torchvision, SSDLite",
+    "ours, torchvision's SSDLite",
+    "ours, torchvision's SSDLite, fused",
+)
+FILES_TO_BOXES = "Detection: files to boxes"
+SEGMENTERS = (
+    "transformers, segmenter",
+    "ours, segmenter",
+    "ours, segmenter, fused",
+    "ours, segmenter, ONNX Runtime",
+    "LiteRT, segmenter of width 0.5, int8",
+    "ours, segmenter of width 0.5, fused",
+    "ours, segmenter of width 0.5, ONNX Runtime",
+)
+SEGMENTATION = "Segmentation at 513 pixels"
+
+
 def sections(quick: bool) -> list[Section]:
     """What is measured."""
     few = 8 if quick else 64
@@ -98,6 +122,12 @@ def sections(quick: bool) -> list[Section]:
             ("transformers, pipeline", "ours, pipeline", *COMMANDS),
             {f"batches of {batch}": {"batch": batch, "count": many} for batch in (1, 8, 32)},
             compares_answers=True,
+        ),
+        Section(SEGMENTATION, SEGMENTERS, {"batch 1, ms": {"batch": 1, "size": 513}}, "ms"),
+        Section(
+            FILES_TO_BOXES,
+            DETECTION,
+            {f"batches of {batch}": {"batch": batch, "count": many} for batch in (1, 8)},
         ),
         Section(
             "Training steps",
@@ -271,6 +301,14 @@ CLAIMS = (
     ("mobilenet classify, onnx", "transformers, pipeline", "files to labels", None),
     ("mobilenet classify, onnx, int8", "transformers, pipeline", "files to labels", None),
     ("mobilenet classify, openvino", "transformers, pipeline", "files to labels", None),
+    ("ours, detector, fused", "LiteRT, detector", "files to boxes", None),
+    ("mobilenet detect, onnx", "LiteRT, detector", "files to boxes", None),
+    ("mobilenet detect, openvino", "LiteRT, detector", "files to boxes", None),
+    ("ours, torchvision's SSDLite, fused", "torchvision, SSDLite", "files to boxes", None),
+    ("ours, segmenter", "transformers, segmenter", "Segmentation", "batch 1, ms"),
+    ("ours, segmenter, fused", "transformers, segmenter", "Segmentation", "batch 1, ms"),
+    ("ours, segmenter, ONNX Runtime", "transformers, segmenter", "Segmentation", "batch 1, ms"),
+    ("ours, segmenter of width 0.5, fused", "LiteRT, segmenter of width 0.5, int8", "Segmentation", "batch 1, ms"),
     ("ours, training", "transformers, training", "Training", "96 pixels, batch 64"),
     *(
         (f"ours, training{way}{precision}", f"timm, channels last, training{precision}", "Training", column)
@@ -443,9 +481,17 @@ def draw(measured: dict[str, dict[str, Result]], path: Path) -> None:
 
 @contextlib.contextmanager
 def prepared(
-    model: str, native: str, images: Path, tflite: Path | None, threads: int, exports_too: bool
+    model: str,
+    native: str,
+    images: Path,
+    tflite: Path | None,
+    threads: int,
+    exports_too: bool,
+    detector: str | None,
+    detector_tflite: Path | None,
+    segmenter_tflite: Path | None,
 ) -> Iterator[Setup]:
-    """Export the network where that is measured, and enlarge some photographs to 12 megapixels."""
+    """Export the networks where that is measured, and enlarge some photographs to 12 megapixels."""
     from mobilenet.export.export import export
 
     with tempfile.TemporaryDirectory() as folder:
@@ -457,9 +503,15 @@ def prepared(
                 with contextlib.suppress(ImportError):
                     name = f"{target}_int8" if int8 else target
                     export(model, exports / name, target, int8=int8, images=images, min_agreement=0)
+        for target in ("onnx", "openvino") if detector else ():
+            with contextlib.suppress(ImportError):
+                export(detector, exports / f"detector_{target}", target, images=images)
         for path in sorted(images.glob("*.JPEG"))[:12]:
             enlarge(path, large / path.name)
-        yield Setup(model, native, str(exports), str(images), str(large), tflite and str(tflite), threads)
+        paths = (path and str(path) for path in (tflite, detector_tflite, segmenter_tflite))
+        tflite, detector_tflite, segmenter_tflite = paths
+        folders = model, native, str(exports), str(images), str(large)
+        yield Setup(*folders, tflite, threads, detector, detector_tflite, segmenter_tflite)
 
 
 def main(
@@ -468,6 +520,9 @@ def main(
     images: Annotated[Path, typer.Option(help="Folder of JPEG photographs.")],
     output: Annotated[Path, typer.Option(help="Folder for report and chart.")] = Path("benchmarks"),
     tflite: Annotated[Path | None, typer.Option(help="A quantized V2 1.0_224 for LiteRT.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Folder of a converted detector.")] = None,
+    detector_tflite: Annotated[Path | None, typer.Option(help="The TFLite file that it comes from.")] = None,
+    segmenter_tflite: Annotated[Path | None, typer.Option(help="A quantized DeepLab V3 of 513 pixels.")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     seconds: Annotated[float, typer.Option(help="For each measurement.")] = 1.0,
     threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
@@ -479,8 +534,11 @@ def main(
     rounds, seconds = (1, 0.05) if quick else (rounds, seconds)
     measured: dict[str, dict[str, Result]] = {}
     chosen = [section for section in sections(quick) if only.lower() in section.title.lower()]
-    trains_alone = [section.title for section in chosen] == ["Training steps"]
-    with prepared(model, native, images, tflite, threads, exports_too=not trains_alone) as setup:
+    # These have no use for exports of the model, or make their own.
+    alone = ("Training steps", FILES_TO_BOXES, SEGMENTATION)
+    exports_too = not chosen or any(section.title not in alone for section in chosen)
+    more = detector, detector_tflite, segmenter_tflite
+    with prepared(model, native, images, tflite, threads, exports_too, *more) as setup:
         for section in chosen:
             console.print(section.title)
             measured[section.title] = run_section(section, setup, rounds, seconds, console)

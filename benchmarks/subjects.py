@@ -38,6 +38,9 @@ class Setup(NamedTuple):
     large_images: str  # folder of photographs of 12 megapixels
     tflite: str | None  # a quantized network for LiteRT
     threads: int
+    detector: str | None = None  # folder of ours that detects
+    detector_tflite: str | None = None  # the file that it was converted from
+    segmenter_tflite: str | None = None  # a quantized DeepLab V3 of 513 pixels
 
 
 Timed = Callable[[], Any]
@@ -188,22 +191,92 @@ def _(setup: Setup) -> Prepare:
     return _in_openvino("openvino_int8", setup)
 
 
-@subject("LiteRT, int8")
-def _(setup: Setup) -> Prepare:
+def _in_litert(path: str | None, option: str, setup: Setup) -> Prepare:
     from ai_edge_litert.interpreter import Interpreter
 
-    if setup.tflite is None:
-        raise ImportError("no --tflite network")
-    interpreter = Interpreter(setup.tflite, num_threads=setup.threads)
+    if path is None:
+        raise ImportError(f"no {option} network")
+    interpreter = Interpreter(path, num_threads=setup.threads)
     (given,) = interpreter.get_input_details()
 
     def prepare(batch: int, size: int) -> Timed:
-        interpreter.resize_tensor_input(given["index"], (batch, size, size, 3))
+        if list(given["shape"]) != [batch, size, size, 3]:
+            interpreter.resize_tensor_input(given["index"], (batch, size, size, 3))
         interpreter.allocate_tensors()
         interpreter.set_tensor(given["index"], torch.randint(256, (batch, size, size, 3), dtype=torch.uint8).numpy())
         return interpreter.invoke
 
     return prepare
+
+
+@subject("LiteRT, int8")
+def _(setup: Setup) -> Prepare:
+    return _in_litert(setup.tflite, "--tflite", setup)
+
+
+# --- Segmenters, from an image to logits; LiteRT's file goes on to the label of each pixel -------------------------
+
+
+def _native_segmenter() -> torch.nn.Module:
+    """DeepLab V3 on MobileNet V2 1.0 at output stride 8, of random weights."""
+    from transformers import MobileNetV2Config, MobileNetV2ForSemanticSegmentation
+
+    torch.manual_seed(0)
+    return MobileNetV2ForSemanticSegmentation(MobileNetV2Config(image_size=513, output_stride=8, num_labels=21)).eval()
+
+
+@contextlib.contextmanager
+def _our_segmenter(tflite: str | None = None) -> Iterator[Path]:
+    """A folder of ours: converted from a TFLite file, or from transformers' own."""
+    from mobilenet.conversion.convert import convert
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        if tflite is None:
+            _native_segmenter().save_pretrained(Path(folder, "native"))
+        convert(tflite or str(Path(folder, "native")), Path(folder, "ours"), compare=False)
+        yield Path(folder, "ours")
+
+
+@subject("transformers, segmenter")
+def _(setup: Setup) -> Prepare:
+    return _in_eager(_native_segmenter())
+
+
+@subject("LiteRT, segmenter of width 0.5, int8")
+def _(setup: Setup) -> Prepare:
+    return _in_litert(setup.segmenter_tflite, "--segmenter-tflite", setup)
+
+
+def _segmenters(of_file: bool) -> dict[str, Callable[[Setup], Prepare]]:
+    """Subjects by their names: of a TFLite file, or of the same weights as transformers' own."""
+
+    def folder(setup: Setup) -> contextlib.AbstractContextManager[Path]:
+        if of_file and setup.segmenter_tflite is None:
+            raise ImportError("no --segmenter-tflite network")
+        return _our_segmenter(setup.segmenter_tflite if of_file else None)
+
+    def load(setup: Setup) -> Any:
+        from mobilenet import MobileNetForSemanticSegmentation
+
+        with folder(setup) as ours:
+            return MobileNetForSemanticSegmentation.from_pretrained(ours).eval()
+
+    def exported(setup: Setup) -> Prepare:
+        from mobilenet.export.export import export
+
+        with folder(setup) as ours:
+            export(str(ours), ours.with_name("onnx"))
+            return _in_onnxruntime(ours.with_name("onnx") / "model.onnx", setup)
+
+    name = "ours, segmenter of width 0.5" if of_file else "ours, segmenter"
+    return {
+        name: lambda setup: _in_eager(load(setup)),
+        f"{name}, fused": lambda setup: _in_eager(load(setup).fuse()),
+        f"{name}, ONNX Runtime": exported,
+    }
+
+
+SUBJECTS |= _segmenters(of_file=False) | _segmenters(of_file=True)
 
 
 # --- V3 and V4 alone, of random weights: by preset, timm's name and size ------------------------------------------
@@ -377,6 +450,135 @@ for _engine in ("onnx", "openvino"):
         SUBJECTS[f"mobilenet classify, {_engine}{_bits}"] = lambda setup, engine=_engine, folder=_folder: _classify(
             Path(setup.exports, folder), setup, engine
         )
+
+
+# --- From files to boxes -----------------------------------------------------------------------------------------
+
+
+THRESHOLD = 0.5  # of what is detected
+
+
+def _required(path: str | None, option: str) -> str:
+    if path is None:
+        raise ImportError(f"no {option}")
+    return path
+
+
+@subject("LiteRT, detector")
+def _(setup: Setup) -> Prepare:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(_required(setup.detector_tflite, "--detector-tflite"), num_threads=setup.threads)
+    interpreter.allocate_tensors()
+    (given,), results = interpreter.get_input_details(), interpreter.get_output_details()
+    _, height, width, _ = given["shape"]
+
+    def detect(path: str) -> int:
+        with Image.open(path) as image:
+            pixels = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+        interpreter.set_tensor(
+            given["index"],
+            torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8).reshape(1, height, width, 3).numpy(),
+        )
+        interpreter.invoke()
+        _, _, scores, _ = (interpreter.get_tensor(result["index"]) for result in results)  # boxes, classes, ..., count
+        return int((scores > THRESHOLD).sum())
+
+    def prepare(batch: int, count: int) -> Timed:
+        files = _files(setup, count)
+        return lambda: [detect(path) for path in files]
+
+    return prepare
+
+
+def _detecting(model: torch.nn.Module, processor: Any, setup: Setup) -> Prepare:
+    @torch.inference_mode()
+    def detect(paths: list[str]) -> list[int]:
+        found = model(processor(paths, return_tensors="pt").pixel_values)
+        return [len(each["scores"]) for each in processor.post_process_object_detection(found, THRESHOLD)]
+
+    def prepare(batch: int, count: int) -> Timed:
+        files = _files(setup, count)
+        return lambda: [found for start in range(0, count, batch) for found in detect(files[start : start + batch])]
+
+    return prepare
+
+
+def _our_detector(setup: Setup, fused: bool) -> Prepare:
+    from mobilenet import MobileNetForObjectDetection, MobileNetImageProcessor
+
+    folder = _required(setup.detector, "--detector")
+    model = MobileNetForObjectDetection.from_pretrained(folder).eval()
+    return _detecting(model.fuse() if fused else model, MobileNetImageProcessor.from_pretrained(folder), setup)
+
+
+@subject("ours, detector")
+def _(setup: Setup) -> Prepare:
+    return _our_detector(setup, fused=False)
+
+
+@subject("ours, detector, fused")
+def _(setup: Setup) -> Prepare:
+    return _our_detector(setup, fused=True)
+
+
+for _engine in ("torch", "onnx", "openvino"):
+
+    @subject(f"mobilenet detect, {_engine}")
+    def _(setup: Setup, engine: str = _engine) -> Prepare:
+        from mobilenet.detect import run as detect
+        from mobilenet.loading import load
+        from mobilenet.output import Layout
+        from mobilenet.tasks import DETECTION
+
+        folder = _required(setup.detector, "--detector")
+        folder = folder if engine == "torch" else str(Path(setup.exports, f"detector_{engine}"))
+        detector = load(folder, engine=engine, task=DETECTION)
+
+        def prepare(batch: int, count: int) -> Timed:
+            files = _files(setup, count)
+
+            def run() -> None:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    detect(files, detector, layout=Layout.JSON, threshold=THRESHOLD, batch_size=batch)
+
+            return run
+
+        return prepare
+
+
+@subject("torchvision, SSDLite")
+def _(setup: Setup) -> Prepare:
+    from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+    from torchvision.transforms.functional import to_tensor
+
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+
+    @torch.inference_mode()
+    def detect(paths: list[str]) -> list[int]:
+        found = model([to_tensor(Image.open(path).convert("RGB")) for path in paths])
+        return [int((each["scores"] > THRESHOLD).sum()) for each in found]
+
+    def prepare(batch: int, count: int) -> Timed:
+        files = _files(setup, count)
+        return lambda: [found for start in range(0, count, batch) for found in detect(files[start : start + batch])]
+
+    return prepare
+
+
+for _fused, _suffix in ((False, ""), (True, ", fused")):
+
+    @subject(f"ours, torchvision's SSDLite{_suffix}")
+    def _(setup: Setup, fused: bool = _fused) -> Prepare:
+        from mobilenet.architectures_mobilenet import DETECTORS
+
+        from mobilenet import MobileNetConfig, MobileNetForObjectDetection, MobileNetImageProcessor
+
+        name = "ssdlite320_mobilenet_v3_large"
+        options = DETECTORS[name].suppression._asdict()
+        model = MobileNetForObjectDetection(MobileNetConfig.from_preset(name)).eval()
+        processor = MobileNetImageProcessor.from_recipe("ssd", 320, **options)
+        return _detecting(model.fuse() if fused else model, processor, setup)
 
 
 # --- Training ----------------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_mobilenet.MobileNetConfig",
     "AutoModel": "modeling_mobilenet.MobileNetModel",
     "AutoModelForImageClassification": "modeling_mobilenet.MobileNetForImageClassification",
+    "AutoModelForObjectDetection": "modeling_mobilenet.MobileNetForObjectDetection",
+    "AutoModelForSemanticSegmentation": "modeling_mobilenet.MobileNetForSemanticSegmentation",
     "AutoBackbone": "modeling_mobilenet.MobileNetBackbone",
 }
 TRUSTED = ("--trust", "true")

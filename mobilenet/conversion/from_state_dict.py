@@ -11,8 +11,6 @@ _SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".tar")
 _SOURCES = (
     *((table, from_timm.from_tensors) for table in from_timm.TABLES),
     *((table, from_torchvision.from_tensors) for table in from_torchvision.TABLES),
-    *((table, from_torchvision.from_detector) for table in from_torchvision.DETECTOR_TABLES),
-    *((table, from_torchvision.from_segmenter) for table in from_torchvision.SEGMENTERS),
     (from_plain.TABLE, from_plain.from_tensors),
 )
 

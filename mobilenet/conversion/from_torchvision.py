@@ -1,4 +1,4 @@
-"""torchvision's MobileNet V2 and V3, and what stands on V3: published weights by name, and state dicts."""
+"""torchvision's MobileNet V2 and V3, its detector and its segmenters on V3: weights by name, and state dicts."""
 
 from __future__ import annotations
 
@@ -73,40 +73,6 @@ TABLES = (
     ),
 )
 
-
-def _ssdlite() -> Table:
-    """Names of models/detection/ssdlite.py: a V3 large that is cut in two within the first block of its last stage."""
-    blocks = 12  # before that block
-    plain = next(table for table in TABLES if table.config["architecture"] == "mobilenet_v3_large").rows
-    first, second = "backbone.features.0", "backbone.features.1"
-
-    def named(row: Row, old: str, new: str) -> Row:
-        return row._replace(conv=row.conv.replace(old, new), norm=row.norm and row.norm.replace(old, new))
-
-    rows = {key: named(row, "features", first) for key, row in plain.items() if "classifier" not in row.conv}
-    of_blocks = {key.partition(".")[2]: row for key, row in plain.items() if key.startswith(("block.", "squeezed."))}
-    # Every block of the last stage has squeeze-and-excite, which moves what follows it.
-    of_blocks["project"] = plain["squeezed.project"]
-    for index, number in ((blocks, 0), (blocks + 1, 1), (blocks + 2, 2)):
-        old = "features.{from_1}" if number else "features.{from_1}.block"
-        for role, row in of_blocks.items():
-            rows[f"block_{index}.{role}"] = named(row, old, f"{second}.{number}")
-    rows[f"block_{blocks}.expand"] = Row(f"{first}.{blocks + 1}.0", f"{first}.{blocks + 1}.1")
-    rows["head"] = Row(f"{second}.3.0", f"{second}.3.1")
-    for index in range(4):
-        for part, role in enumerate(("reduce", "depthwise", "expand")):
-            name = f"backbone.extra.{index}.{part}"
-            rows[f"extras.{index}.{role}"] = Row(f"{name}.0", f"{name}.1")
-    for kind, ours in (("classification", "class"), ("regression", "box")):
-        for index in range(6):
-            name = f"head.{kind}_head.module_list.{index}"
-            rows[f"{ours}_predictors.{index}.depthwise"] = Row(f"{name}.0.0", f"{name}.0.1")
-            rows[f"{ours}_predictors.{index}"] = Row(f"{name}.1")
-    return Table(PRESETS["ssdlite320_mobilenet_v3_large"] | {"batch_norm_eps": 1e-3}, rows, TORCH)
-
-
-DETECTOR_TABLES = (_ssdlite(),)
-
 _SEGMENTER = {"output_stride": 16, "dilates_strided": True, "padding": "symmetric", "batch_norm_eps": 1e-3}
 
 
@@ -126,7 +92,7 @@ def _segmenter(head: str, rows: dict[str, Row]) -> Table:
     return Table(config, rows, TORCH, dropped=(r"aux_classifier\..+",))
 
 
-SEGMENTERS = (
+_SEGMENTERS = (
     _segmenter(
         "deeplab_v3",
         {
@@ -152,6 +118,45 @@ SEGMENTERS = (
 )
 # Its function of each head.
 _FUNCTIONS = {"deeplab_v3": "deeplabv3_mobilenet_v3_large", "lraspp": "lraspp_mobilenet_v3_large"}
+
+
+def _ssdlite(size: str, detector: str, blocks: int) -> Table:
+    """Names of models/detection/ssdlite.py: the backbone is cut in two within the first block of the last stage.
+
+    Args:
+        size: Of the network.
+        detector: A key of DETECTORS.
+        blocks: How many there are before that block.
+    """
+    plain = next(table for table in TABLES if table.config["architecture"] == f"mobilenet_v3_{size}").rows
+    first, second = "backbone.features.0", "backbone.features.1"
+
+    def named(row: Row, old: str, new: str) -> Row:
+        return row._replace(conv=row.conv.replace(old, new), norm=row.norm and row.norm.replace(old, new))
+
+    rows = {key: named(row, "features", first) for key, row in plain.items() if "classifier" not in row.conv}
+    of_blocks = {key.partition(".")[2]: row for key, row in plain.items() if key.startswith(("block.", "squeezed."))}
+    # Every block of the last stage has squeeze-and-excite, which moves what follows it.
+    of_blocks["project"] = plain["squeezed.project"]
+    for index, number in ((blocks, 0), (blocks + 1, 1), (blocks + 2, 2)):
+        old = "features.{from_1}" if number else "features.{from_1}.block"
+        for role, row in of_blocks.items():
+            rows[f"block_{index}.{role}"] = named(row, old, f"{second}.{number}")
+    rows[f"block_{blocks}.expand"] = Row(f"{first}.{blocks + 1}.0", f"{first}.{blocks + 1}.1")
+    rows["head"] = Row(f"{second}.3.0", f"{second}.3.1")
+    for index in range(4):
+        for part, role in enumerate(("reduce", "depthwise", "expand")):
+            name = f"backbone.extra.{index}.{part}"
+            rows[f"extras.{index}.{role}"] = Row(f"{name}.0", f"{name}.1")
+    for kind, ours in (("classification", "class"), ("regression", "box")):
+        for index in range(6):
+            name = f"head.{kind}_head.module_list.{index}"
+            rows[f"{ours}_predictors.{index}.depthwise"] = Row(f"{name}.0.0", f"{name}.0.1")
+            rows[f"{ours}_predictors.{index}"] = Row(f"{name}.1")
+    return Table(PRESETS[detector] | {"batch_norm_eps": 1e-3}, rows, TORCH)
+
+
+TABLES += (_ssdlite("large", "ssdlite320_mobilenet_v3_large", 12), *_SEGMENTERS)
 
 # Names as torchvision.models.get_weight takes them. The end of a file's name begins its SHA-256.
 PUBLISHED = {
@@ -199,6 +204,29 @@ def download(name: str) -> Origin:
 def from_tensors(tensors: Mapping[str, Tensor], table: Table, options: Options, path: Path) -> Checkpoint:
     """Describe a state dict of torchvision."""
     config = infer_config(tensors, table)
+    if detector := DETECTORS.get(config.get("detector")):
+        size = config["image_size"]
+        return Checkpoint(
+            kind="torchvision",
+            tensors=dict(tensors),
+            table=table,
+            config=config | {"image_size": options.size(size)},
+            processor=options.processor("ssd", size, **detector.suppression._asdict()),
+            files=[path],
+            oracle=lambda: _detection_oracle(config, tensors),
+            license="bsd-3-clause",
+        )
+    if head := config.get("segmentation_head"):
+        return Checkpoint(
+            kind=f"torchvision's {_FUNCTIONS[head]}",
+            tensors=dict(tensors),
+            table=table,
+            config=config | {"image_size": options.size(520)},
+            processor=options.processor("torchvision_segmentation", 520),
+            files=[path],
+            oracle=lambda: _segmentation_oracle(config, tensors),
+            license="bsd-3-clause",
+        )
     recipe = "torchvision_v2" if sha256(path).startswith(_SECOND) else "torchvision"
     return Checkpoint(
         kind="torchvision",
@@ -212,20 +240,26 @@ def from_tensors(tensors: Mapping[str, Tensor], table: Table, options: Options, 
     )
 
 
-def from_detector(tensors: Mapping[str, Tensor], table: Table, options: Options, path: Path) -> Checkpoint:
-    """Describe a state dict of torchvision's detectors."""
-    config = infer_config(tensors, table)
-    size = config["image_size"]
-    return Checkpoint(
-        kind=f"torchvision's {config['detector']}",
-        tensors=dict(tensors),
-        table=table,
-        config=config | {"image_size": options.size(size)},
-        processor=options.processor("ssd", size, **DETECTORS[config["detector"]].suppression._asdict()),
-        files=[path],
-        oracle=lambda: _detection_oracle(config, tensors),
-        license="bsd-3-clause",
+def _segmentation_oracle(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Oracle:
+    import torchvision
+
+    name = _FUNCTIONS[config["segmentation_head"]]
+    function = getattr(torchvision.models.segmentation, name)
+    has_auxiliary = any(tensor.startswith("aux_classifier.") for tensor in tensors)
+    model = function(
+        weights_backbone=None, num_classes=config["num_labels"], **{"aux_loss": True} if has_auxiliary else {}
     )
+    model.load_state_dict(tensors)
+    model.eval()
+
+    def logits(pixel_values: Tensor) -> Tensor:
+        features = model.backbone(pixel_values)
+        return model.classifier(features if config["segmentation_head"] == "lraspp" else features["out"])
+
+    def predictions(pixel_values: Tensor) -> Tensor:
+        return model(pixel_values)["out"].argmax(1)
+
+    return Oracle(f"torchvision's {name}", torchvision.__version__, logits, predictions)
 
 
 def _detection_oracle(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> DetectionOracle:
@@ -260,43 +294,6 @@ def _detection_oracle(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> 
         return DetectionResults(scores, boxes, detections)
 
     return DetectionOracle(f"torchvision's {name}", torchvision.__version__, run)
-
-
-def from_segmenter(tensors: Mapping[str, Tensor], table: Table, options: Options, path: Path) -> Checkpoint:
-    """Describe a state dict of torchvision's segmenters."""
-    config = infer_config(tensors, table)
-    return Checkpoint(
-        kind=f"torchvision's {_FUNCTIONS[config['segmentation_head']]}",
-        tensors=dict(tensors),
-        table=table,
-        config=config | {"image_size": options.size(520)},
-        processor=options.processor("torchvision_segmentation", 520),
-        files=[path],
-        oracle=lambda: _segmenter_oracle(config, tensors),
-        license="bsd-3-clause",
-    )
-
-
-def _segmenter_oracle(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Oracle:
-    import torchvision
-
-    name = _FUNCTIONS[config["segmentation_head"]]
-    function = getattr(torchvision.models.segmentation, name)
-    has_auxiliary = any(tensor.startswith("aux_classifier.") for tensor in tensors)
-    model = function(
-        weights_backbone=None, num_classes=config["num_labels"], **{"aux_loss": True} if has_auxiliary else {}
-    )
-    model.load_state_dict(tensors)
-    model.eval()
-
-    def logits(pixel_values: Tensor) -> Tensor:
-        features = model.backbone(pixel_values)
-        return model.classifier(features if config["segmentation_head"] == "lraspp" else features["out"])
-
-    def predictions(pixel_values: Tensor) -> Tensor:
-        return model(pixel_values)["out"].argmax(1)
-
-    return Oracle(f"torchvision's {name}", torchvision.__version__, logits, predictions)
 
 
 def _oracle(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Oracle:

@@ -189,17 +189,6 @@ def test_a_quantized_classifier_loses_the_scale_of_the_background(data: Path, tm
     assert (kept["scale"], kept["zero_point"]) == (whole["scale"][1:], whole["zero_point"][1:])
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("deeplabv3.tflite", "is no MobileNet that can be converted: DEPTHWISE_CONV_2D 22 (Mobile"),
-    ],
-)
-def test_other_networks_are_refused(name: str, reason: str, data: Path, tmp_path: Path) -> None:
-    source = data / "tflite" / name
-    assert_fails_without_a_trace(source, tmp_path / "output", f"{source}: {reason}")
-
-
 def test_broken_files_are_refused(data: Path, tmp_path: Path) -> None:
     whole = (data / "tflite" / FLOAT).read_bytes()
     source = tmp_path / "model.tflite"
