@@ -19,6 +19,7 @@ from transformers import AutoModelForSemanticSegmentation, pipeline
 
 from mobilenet import (
     SEGMENTATION_HEADS,
+    MobileNetBackbone,
     MobileNetConfig,
     MobileNetForImageClassification,
     MobileNetForSemanticSegmentation,
@@ -241,6 +242,14 @@ def test_a_classifier_becomes_a_segmenter(head: str, tmp_path: Path) -> None:
     for name, tensor in ours.items():
         assert torch.equal(tensor, states[name]), name
     assert logits(segmenter.eval(), torch.randn(1, 3, 64, 64)).shape[1] == 3
+
+
+def test_a_backbone_loads_from_a_segmenter(tmp_path: Path) -> None:
+    model = small("lraspp")
+    model.save_pretrained(tmp_path)
+    backbone, report = MobileNetBackbone.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(backbone.state_dict()["backbone.stem.conv.weight"], model.backbone.stem.conv.weight)
 
 
 @pytest.mark.parametrize(
