@@ -24,7 +24,7 @@ from mobilenet import (
     MobileNetForImageClassification,
     MobileNetForSemanticSegmentation,
     MobileNetImageProcessor,
-    segmentation_mobilenet,
+    postprocessing_mobilenet,
 )
 from mobilenet.segmentation_labels import VOC, color, palette
 
@@ -311,7 +311,7 @@ def test_a_label_map_is_the_same_in_bands(monkeypatch: pytest.MonkeyPatch) -> No
     scores, options = torch.randn(7, 9, 12), read_options(FITS["corner"](97, 0))
     whole = label_map(scores, (101, 130), options)
     assert (whole.dtype, whole.shape) == (torch.int64, (101, 130))
-    monkeypatch.setattr(segmentation_mobilenet, "MAX_LOGITS", 1)
+    monkeypatch.setattr(postprocessing_mobilenet, "MAX_LOGITS", 1)
     assert torch.equal(label_map(scores, (101, 130), options), whole)
 
 
