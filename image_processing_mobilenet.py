@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
-from .detection_mobilenet import suppress
+from .postprocessing_mobilenet import label_map, suppress
 from .preprocessing_mobilenet import (
     FITS,
     LATER_OPTIONS,
@@ -26,7 +26,6 @@ from .preprocessing_mobilenet import (
     preprocess,
     read_options,
 )
-from .segmentation_mobilenet import label_map
 
 
 class MobileNetImageProcessor(BaseImageProcessor):

@@ -389,7 +389,7 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
     has_attentions = False
     # The head's weights come with a classifier's checkpoint, and a backbone has no use for them.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
-        r"^((backbone\.)?(head|pre_logits)|hidden|classifier|extras|(box|class)_predictors)\."
+        r"^((backbone\.)?(head|pre_logits)|hidden|classifier|extras|(box|class)_predictors|segmentation_head)\."
     ]
 
     def __init__(self, config: MobileNetConfig) -> None:

@@ -106,7 +106,7 @@ def segment(
 def _upsampling(segmenter: Model) -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
     """From a network's logits, and an image's width and height, to the class of each pixel."""
     torch = import_module("torch")
-    label_map = import_module(".segmentation_mobilenet", __package__).label_map
+    label_map = import_module(".postprocessing_mobilenet", __package__).label_map
 
     @torch.inference_mode()
     def to_label_map(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:

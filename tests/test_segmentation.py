@@ -19,11 +19,12 @@ from transformers import AutoModelForSemanticSegmentation, pipeline
 
 from mobilenet import (
     SEGMENTATION_HEADS,
+    MobileNetBackbone,
     MobileNetConfig,
     MobileNetForImageClassification,
     MobileNetForSemanticSegmentation,
     MobileNetImageProcessor,
-    segmentation_mobilenet,
+    postprocessing_mobilenet,
 )
 from mobilenet.segmentation_labels import VOC, color, palette
 
@@ -243,6 +244,14 @@ def test_a_classifier_becomes_a_segmenter(head: str, tmp_path: Path) -> None:
     assert logits(segmenter.eval(), torch.randn(1, 3, 64, 64)).shape[1] == 3
 
 
+def test_a_backbone_loads_from_a_segmenter(tmp_path: Path) -> None:
+    model = small("lraspp")
+    model.save_pretrained(tmp_path)
+    backbone, report = MobileNetBackbone.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(backbone.state_dict()["backbone.stem.conv.weight"], model.backbone.stem.conv.weight)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -302,7 +311,7 @@ def test_a_label_map_is_the_same_in_bands(monkeypatch: pytest.MonkeyPatch) -> No
     scores, options = torch.randn(7, 9, 12), read_options(FITS["corner"](97, 0))
     whole = label_map(scores, (101, 130), options)
     assert (whole.dtype, whole.shape) == (torch.int64, (101, 130))
-    monkeypatch.setattr(segmentation_mobilenet, "MAX_LOGITS", 1)
+    monkeypatch.setattr(postprocessing_mobilenet, "MAX_LOGITS", 1)
     assert torch.equal(label_map(scores, (101, 130), options), whole)
 
 
