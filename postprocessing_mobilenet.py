@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -167,13 +168,32 @@ def label_map(
         _neighbors(axis, n, align_corners, logits.device) for axis, n in zip(axes, logits.shape[-2:], strict=True)
     )
     logits = logits.float()
+    kept = _contenders(logits)
+    logits, kept = logits[kept], kept.to(dtype)
     result = torch.empty(height, width, dtype=dtype, device=logits.device)
     step = max(1, MAX_LOGITS // (len(logits) * max(width, logits.shape[-1])))
     for start in range(0, height, step):
         band = slice(start, start + step)
-        rows = torch.lerp(logits[:, tops[band]], logits[:, bottoms[band]], down[band, None])
-        result[band] = torch.lerp(rows[..., lefts], rows[..., rights], across).argmax(0)
+        # Along the rows first, of which there are fewer than pixels: what then remains lies side by side.
+        first, last = tops[band].min(), bottoms[band].max()
+        rows = logits[:, first : last + 1]
+        rows = torch.lerp(rows[..., lefts], rows[..., rights], across)
+        rows = torch.lerp(rows[:, tops[band] - first], rows[:, bottoms[band] - first], down[band, None])
+        result[band] = kept[rows.max(0).indices]  # which argmax takes ten times as long for
     return result
+
+
+def _contenders(logits: Tensor) -> Tensor:
+    """The classes that can be the largest somewhere, once logits of shape (num_labels, h, w) are resized: often few.
+
+    Between four pixels, resized logits are means of theirs: what is less than another in all of them is less there.
+    """
+    padded = F.pad(logits[None], (0, 1, 0, 1), mode="replicate")[0]
+    edges = (padded[:, :-1, :-1], padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, 1:, 1:])
+    best = sum(edges).argmax(0, keepdim=True)
+    lead = torch.stack([corner - corner.gather(0, best) for corner in edges]).amax((0, 2, 3))
+    rounding = 1e-5 * logits.abs().amax()
+    return (~(lead < -rounding)).nonzero()[:, 0]  # with NaN, every class
 
 
 def _neighbors(axis: Axis, count: int, align_corners: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
