@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .architectures_mobilenet import SEGMENTATION_HEADS
 from .configuration_mobilenet import MobileNetConfig
 from .layers_mobilenet import Conv2d, ConvNormAct
-from .postprocessing_mobilenet import label_map
 
 
 def taken_channels(config: MobileNetConfig) -> int:
@@ -150,7 +149,6 @@ __all__ = [
     "AtrousPyramidHead",
     "LiteAtrousPyramidHead",
     "Segments",
-    "label_map",
     "resize",
     "segmentation_loss",
 ]
