@@ -185,7 +185,8 @@ def _text(
     lines = [
         f"# {markdown(name)}",
         "",
-        f"{config.architecture}{f' with {head}' if head else ''} at width {config.width_multiplier:g} for images of {config.image_size} pixels, "
+        f"{config.architecture}{f' with {head}' if head else ''} at width {config.width_multiplier:g} "
+        f"for images of {config.image_size} pixels, "
         f"with {config.num_labels} classes and {count:,} parameters, "
         + (f"fine-tuned from {markdown(start.name)}" if start else "trained from scratch")
         + f" on {markdown(dataset_name(options.dataset))}.",
@@ -378,8 +379,8 @@ from transformers import pipeline
 
 `trust_remote_code` runs the Python files of this repository: `architectures_mobilenet.py`,
 `configuration_mobilenet.py`, `cpu_mobilenet.py`, `detection_mobilenet.py`, `image_processing_mobilenet.py`,
-`layers_mobilenet.py`, `modeling_mobilenet.py`, `preprocessing_mobilenet.py` and `segmentation_mobilenet.py`. After
-`import mobilenet`, the installed package, it is not needed."""
+`layers_mobilenet.py`, `modeling_mobilenet.py`, `postprocessing_mobilenet.py`, `preprocessing_mobilenet.py` and
+`segmentation_mobilenet.py`. After `import mobilenet`, the installed package, it is not needed."""
 
 _FINE_TUNE = """## Fine-tune
 
