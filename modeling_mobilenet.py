@@ -24,14 +24,15 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .configuration_mobilenet import MobileNetConfig
 from .cpu_mobilenet import channels_last
 from .detection_mobilenet import (
-    DETECTORS,
     DetectionLayers,
     PredictionConv,
     check_labels,
     detection_loss,
     prediction_weights,
 )
+from .heads_mobilenet import DETECTORS
 from .layers_mobilenet import LAYERS, Conv2d, ConvNormAct, Features, LayerScale, fuse, hidden_layers
+from .postprocessing_mobilenet import corners  # noqa: F401 - as detection_mobilenet does: transformers 4.57 copies it
 from .segmentation_mobilenet import Segments, segmentation_loss
 
 
@@ -389,7 +390,7 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
     has_attentions = False
     # The head's weights come with a classifier's checkpoint, and a backbone has no use for them.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
-        r"^((backbone\.)?(head|pre_logits)|hidden|classifier|extras|(box|class)_predictors)\."
+        r"^((backbone\.)?(head|pre_logits)|hidden|classifier|extras|(box|class)_predictors|segmentation_head)\."
     ]
 
     def __init__(self, config: MobileNetConfig) -> None:

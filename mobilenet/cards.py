@@ -149,7 +149,7 @@ def write_card(
             dataset_split=split,
             dataset_config=options.subset,
             dataset_revision=options.revision,
-            metric_type=words.metric_type,
+            metric_type="accuracy" if name.endswith("accuracy") else words.metric_type,
             metric_name=name.replace("_", " "),
             metric_value=round(value, 6),
         )
@@ -180,12 +180,14 @@ def _text(
     start: Start | None,
 ) -> str:
     config, words = model.config, WORDS[options.task]
+    head = config.detector or config.segmentation_head
     count = sum(parameter.numel() for parameter in model.parameters())
     name = clean(Path(options.output).name)
     lines = [
         f"# {markdown(name)}",
         "",
-        f"{config.architecture} at width {config.width_multiplier:g} for images of {config.image_size} pixels, "
+        f"{config.architecture}{f' with {head}' if head else ''} at width {config.width_multiplier:g} "
+        f"for images of {config.image_size} pixels, "
         f"with {config.num_labels} classes and {count:,} parameters, "
         + (f"fine-tuned from {markdown(start.name)}" if start else "trained from scratch")
         + f" on {markdown(dataset_name(options.dataset))}.",

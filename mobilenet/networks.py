@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .configuration_mobilenet import MobileNetConfig
-from .detection_mobilenet import DETECTORS, DetectionLayers
+from .detection_mobilenet import DetectionLayers
+from .heads_mobilenet import DETECTORS
 from .layers_mobilenet import Features, fuse, hidden_layers
 from .segmentation_mobilenet import Segments
 from .tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mobilenet.preprocessing_mobilenet import RANGES, RECIPES
+from mobilenet.preprocessing_mobilenet import FITS, RANGES, RECIPES
 from mobilenet.tables import table
 from mobilenet.text import clean
 
@@ -69,7 +69,7 @@ def convert(
     fit: Annotated[
         str | None,
         typer.Option(
-            help="How images become squares: crop to the middle, stretch, or pad. By default as the recipe says.",
+            help=f"How images are fitted: {', '.join(FITS)}. By default as the recipe says.",
             show_default=False,
         ),
     ] = None,
@@ -104,10 +104,12 @@ def convert(
       google/mobilenet_v2_1.0_224         Hub id or folder of transformers' own
       timm/mobilenetv2_100.ra_in1k        Hub id, folder, .safetensors or .pth
       MobileNet_V2_Weights.IMAGENET1K_V2  torchvision's name, or its .pth
+      lraspp_mobilenet_v3_large           torchvision's segmenter, or its .pth
       network.pth                         the plain network of courses
       mobilenet_v1_1.0_224.tgz            slim: archive or .ckpt (tensorflow)
       mobilenet_1_0_224_tf.h5             Keras: .h5, .weights.h5, .keras (h5py)
       mobilenet_v2_1.0_224_quant.tflite   TFLite, any bits (ai-edge-litert)
+      coco_ssd_mobilenet_v1_quant.tflite  a detector in TFLite (ai-edge-litert)
       mobilenetv2-12.onnx                 ONNX, any bits, or a repository of it (onnx)
     """
     signal.signal(signal.SIGTERM, _stop)

@@ -140,7 +140,7 @@ def _is_number(value: Any) -> bool:
 
 def _feature(names: Sequence[str]) -> dict[str, Any]:
     """What a row's label is, for datasets."""
-    many = datasets.Sequence
+    many = datasets.List
     return {
         BOX: many(many(datasets.Value("float64"))),
         CATEGORY: many(datasets.ClassLabel(names=list(names))),
@@ -247,7 +247,11 @@ def read_coco(path: Path) -> datasets.DatasetDict:
     Raises:
         ValueError: There are no annotations, or they are broken.
     """
-    found = dict(_annotations(path))
+    places = [*_annotations(path)]
+    found = dict(places)
+    if len(found) < len(places):
+        files = [str(file.relative_to(path)) for _, (file, _) in places]
+        raise ValueError(f"{path} must hold the annotations of each split once, got {listed(files)}.")
     if not found:
         raise ValueError(
             f"{path} must hold annotations in COCO's format: annotations/instances_train.json, or {ANNOTATIONS} "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mobilenet.cards import Measured
 from mobilenet.configuration_mobilenet import MobileNetConfig
-from mobilenet.detection_mobilenet import DETECTORS
+from mobilenet.heads_mobilenet import DETECTORS
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.modeling_mobilenet import MobileNetForObjectDetection
 from mobilenet.progress import progress_bar

@@ -197,8 +197,12 @@ class Options:
 
     def check(self) -> None:
         """Raise ValueError for the first option whose value is not allowed."""
+        if self.task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}.")
+        for name, tasks in MEANT_FOR.items():
+            if self.task not in tasks and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"{name} must be left out for {self.task}: it is for {' and '.join(tasks)}.")
         for name, allowed, holds in (
-            ("task", f"one of {', '.join(TASKS)}", self.task in TASKS),
             ("optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer in (None, *OPTIMIZERS)),
             ("precision", f"one of {', '.join(PRECISIONS)}", self.precision in PRECISIONS),
             ("balance", f"one of {', '.join(BALANCES)}", self.balance in BALANCES),
@@ -226,9 +230,6 @@ class Options:
         ):
             if not holds:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}.")
-        for name, tasks in MEANT_FOR.items():
-            if self.task not in tasks and getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise ValueError(f"{name} must be left out for {self.task}: it is for {' and '.join(tasks)}.")
         if self.start_labels is not None and self.model is None:
             raise ValueError("start_labels must be left out from scratch: it is for a checkpoint's classifier.")
         for field in dataclasses.fields(self) if self.model is not None else ():

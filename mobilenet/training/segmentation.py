@@ -16,10 +16,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from mobilenet.cards import Measured
 from mobilenet.configuration_mobilenet import MobileNetConfig
+from mobilenet.heads_mobilenet import SEGMENTATION_HEADS
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.modeling_mobilenet import MobileNetForSemanticSegmentation
 from mobilenet.progress import progress_bar
-from mobilenet.segmentation_mobilenet import SEGMENTATION_HEADS
 from mobilenet.tasks import SEGMENTATION
 
 from .augment import AugmentMasks
@@ -49,6 +49,7 @@ class MeanIou:
 
     def __init__(self, names: list[str], device: str | torch.device = "cpu") -> None:
         given = {"num_classes": len(names), "ignore_index": IGNORED, "validate_args": False}
+        given["sync_on_compute"] = False  # every process has all maps, or is the only one that measures
         self.metrics = MetricCollection(
             {
                 "iou": MulticlassJaccardIndex(average="none", **given),

@@ -97,7 +97,7 @@ def parquet(path: Path, objects: Callable[[list], object], kind: object) -> Path
 
 
 NAMED = datasets.ClassLabel(names=list(SHAPES))
-MANY, TEXT, NUMBER = datasets.Sequence, datasets.Value("string"), datasets.Value("float32")
+MANY, TEXT, NUMBER = datasets.List, datasets.Value("string"), datasets.Value("float32")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ MANY, TEXT, NUMBER = datasets.Sequence, datasets.Value("string"), datasets.Value
                 "bbox": [box for _, box in boxes],
                 "category": [k for k, _ in boxes],
             },
-            {"id": MANY(datasets.Value("int64")), "bbox": MANY(MANY(NUMBER, 4)), "category": MANY(NAMED)},
+            {"id": MANY(datasets.Value("int64")), "bbox": MANY(MANY(NUMBER, length=4)), "category": MANY(NAMED)},
             list(SHAPES),
         ),
         (
@@ -241,6 +241,9 @@ def test_folders_without_annotations_and_splits_with_others(tmp_path: Path) -> N
     content["categories"][0]["name"] = "disk"
     write(tmp_path / "set", content, "val")
     with pytest.raises(ValueError, match="validation lacks circle and has disk that train lacks"):
+        load_splits(str(tmp_path / "set"), labels=BOXES)
+    write(tmp_path / "set", content, "train2014")
+    with pytest.raises(ValueError, match=r"annotations of each split once, got .*instances_train2014\.json"):
         load_splits(str(tmp_path / "set"), labels=BOXES)
     shutil.rmtree(tmp_path / "set")
     content = draw_coco(tmp_path / "set", 2)

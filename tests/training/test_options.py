@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from colors import options
 
-from mobilenet.training.options import Options
+from mobilenet.training.options import MEANT_FOR, TASKS, Options
 from mobilenet.training.run import run
 
 
@@ -19,9 +19,22 @@ def test_optimizer_and_rate_by_default() -> None:
     assert Options(**given, model="m", learning_rate=0.5).peak_learning_rate == 0.5
 
 
+def test_detectors_and_segmenters_have_smaller_batches() -> None:
+    given = {"dataset": "", "output": ""}
+    sizes = {task: Options(**given, task=task).images_per_batch for task in TASKS}
+    assert sizes == {"classification": 128, "detection": 32, "segmentation": 16}
+    assert Options(**given, task="detection", batch_size=5).images_per_batch == 5
+    for name, tasks in MEANT_FOR.items():
+        for task in set(TASKS) - set(tasks):
+            with pytest.raises(ValueError, match=f"{name} must be left out for {task}: it is for"):
+                Options(**given, task=task, **{name: "none" if name != "balance" else "weights"}).check()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("task", "pose", "task must be one of classification, detection, segmentation, got 'pose'"),
+        ("batch_size", 0, "batch_size must be at least 1, got 0"),
         ("optimizer", "adam", "optimizer must be one of sgd, rmsprop, adamw, got 'adam'"),
         ("validation", 1.0, "validation must be from 0 to below 1, got 1.0"),
         ("crop_scale", 0.0, "crop_scale must be above 0 and at most 1, got 0.0"),

@@ -106,6 +106,14 @@ def test_mean_iou_by_hand_and_by_batches() -> None:
     assert scores(last, compute_result=True)["mean_iou"] != pytest.approx(float(expected))  # it begins anew
 
 
+def test_one_process_of_several_can_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metrics of torchmetrics wait for all processes by default, and add up what each of them has."""
+    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
+    scores = MeanIou(["a", "b"])
+    scores.update(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 1]]]))
+    assert scores.compute()[0]["mean_iou"] == 1
+
+
 # What a run starts from
 
 
@@ -235,9 +243,10 @@ def test_evaluation_is_of_whole_images(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.slow
 @pytest.mark.any_version
 def test_drawn_scenes_are_learned(tmp_path: Path) -> None:
-    scenes = draw_scenes(tmp_path / "scenes", 20)
+    scenes = draw_scenes(tmp_path / "scenes", 20, large=True)
     given = {"image_size": 97, "crop_scale": 1.0, "flip": False, "batch_size": 20, "ema": 0.9}
-    given |= {"optimizer": "adamw", "learning_rate": 0.04, "epochs": 60, "log_steps": 60}
+    given |= {"architecture": "mobilenet_v1", "width": 0.25, "output_stride": 8}
+    given |= {"optimizer": "adamw", "learning_rate": 0.04, "epochs": 80, "log_steps": 80}
     assert run(options("segmentation", scenes, tmp_path / "out", **given))
     measured = evaluate_checkpoint(str(tmp_path / "out"), str(scenes))
     assert measured.metrics["mean_iou"] >= 0.95
@@ -246,19 +255,19 @@ def test_drawn_scenes_are_learned(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     """SIGTERM at any moment, and the same command ends bit for bit where no one had stopped it."""
-    scenes = draw_scenes(tmp_path / "scenes", 16)
-    given = vars(options("segmentation", tmp_path, tmp_path, **SHORT, epochs=12, save_steps=3))
+    scenes = draw_scenes(tmp_path / "scenes", 12)
+    given = vars(options("segmentation", tmp_path, tmp_path, **SHORT, epochs=8, save_steps=3))
     given = {name: given[name] for name in given if name not in ("dataset", "output")}
     work = tmp_path / "killed.training"
     process = start(scenes, tmp_path / "killed", given)
     deadline = time.monotonic() + 240
-    while not (work / "checkpoint-6").exists():
+    while not (work / "checkpoint-3").exists():
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    assert int(checkpoints(work)[-1].name.split("-")[1]) < 48, "killed too late to prove anything"
+    assert int(checkpoints(work)[-1].name.split("-")[1]) < 24, "killed too late to prove anything"
     run(Options(dataset=str(scenes), output=str(tmp_path / "killed"), **given))
     run(Options(dataset=str(scenes), output=str(tmp_path / "undisturbed"), **given))
     for name, tensor in weights(tmp_path / "undisturbed").items():
