@@ -32,7 +32,6 @@ import mobilenet
 import mobilenet.modeling_mobilenet as modeling
 import transformers as t
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-    "postprocessing_mobilenet",
 config = t.AutoConfig.for_model("mobilenet", width_multiplier=0.25, out_features=["stem", "stage5"])
 for auto in (t.AutoModel, t.AutoModelForImageClassification, t.AutoBackbone):
     assert type(auto.from_config(config)).__module__ == "mobilenet.modeling_mobilenet", auto
