@@ -35,10 +35,10 @@ LEAST_SCORE = 0.01
 
 
 def default_detector(architecture: str) -> str:
-    """The first detector for an architecture, or else one that takes any."""
+    """The first SSDLite for an architecture, or the first SSD, or else one that takes any."""
     stem = architecture.removesuffix("_reduced_tail")
-    fits = (name for name, table in DETECTORS.items() if table.architecture.removesuffix("_reduced_tail") == stem)
-    return next(fits, "ssd_mobilenet_v1")
+    fits = [name for name, table in DETECTORS.items() if table.architecture.removesuffix("_reduced_tail") == stem]
+    return min(fits, key=lambda name: not DETECTORS[name].is_lite, default="ssd_mobilenet_v1")
 
 
 def targets(labels: Tensor) -> list[dict[str, Tensor]]:

@@ -182,6 +182,7 @@ def test_detectors_from_scratch() -> None:
     assert (model.config.architecture, model.config.padding) == ("mobilenet_v3_large_reduced_tail", "symmetric")
     assert (processor.size["height"], processor.nms_iou_threshold) == (160, 0.55)
     assert built(architecture="mobilenet_v1")[0].config.detector == "ssd_mobilenet_v1"
+    assert built(architecture="mobilenet_v4_conv_small", width=0.5)[0].config.detector == "ssd_mobilenet_v1"
     with pytest.raises(ValueError, match=r"detector must be one of ssd_mobilenet_v1, .*, got 'yolo'"):
         built(detector="yolo")
 
