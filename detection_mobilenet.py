@@ -1,4 +1,4 @@
-"""SSD and SSDLite in plain torch: layers, anchors, boxes, the loss, and the suppression of overlapping boxes.
+"""SSD and SSDLite in plain torch: layers, anchors, boxes and the loss.
 
 Boxes are relative to the image, as (cx, cy, w, h) unless they are called corners, which are (x0, y0, x1, y1).
 """
@@ -19,12 +19,14 @@ from .architectures_mobilenet import DETECTORS, AnchorShape, Detector, HardNegat
 from .configuration_mobilenet import MobileNetConfig
 from .cpu_mobilenet import makes_graph
 from .layers_mobilenet import Conv2d, ConvNormAct
+from .postprocessing_mobilenet import corners, overlap, suppress
 
 
 ACT = "relu6"  # of all layers of a detector that the backbone has not
 MIN_CHANNELS = 16  # of an extra layer, whatever the width
 # A box is at most this many times as wide or high as its anchor, as in torchvision/models/detection/_utils.py.
 MAX_GROWTH = 1000 / 16
+TOLERANCE = 0.01  # by which a box may leave the image, as annotators round
 
 
 class PredictionConv(Conv2d):
@@ -251,25 +253,6 @@ def encode(boxes: Tensor, anchors: Tensor, detector: Detector) -> Tensor:
     return torch.cat((centers, (sizes / anchor_sizes).log() * of_sizes), -1)
 
 
-def corners(boxes: Tensor) -> Tensor:
-    """(cx, cy, w, h) to (x0, y0, x1, y1), in the last axis."""
-    centers, sizes = boxes.split(2, -1)
-    half = sizes * 0.5
-    return torch.cat((centers - half, centers + half), -1)
-
-
-def overlap(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union of corners; 0 where one has no area.
-
-    Shape: (..., 4), (..., 4), which broadcast -> (...)
-    """
-    low, high = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
-    shared = (high - low).clamp(min=0).prod(-1)
-    areas = [(box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1) for box in (first, second)]
-    union = areas[0] + areas[1] - shared
-    return torch.where(shared > 0, shared / union, 0)
-
-
 def match_anchors(boxes: Tensor, anchors: Tensor, threshold: float) -> Tensor:
     """Which box each anchor stands for: the one that it overlaps most, if by a threshold at least.
 
@@ -410,110 +393,6 @@ def _check_label(name: str, label: Any, num_labels: int, device: torch.device | 
             f"got {got}."
         )
     return {"class_labels": classes, "boxes": boxes}
-
-
-TOLERANCE = 0.01  # by which a box may leave the image, as annotators round
-
-
-@torch.no_grad()
-def suppress(
-    scores: Tensor,
-    boxes: Tensor,
-    threshold: float = 0.0,
-    *,
-    nms_iou_threshold: float = 0.6,
-    max_detections: int = 100,
-    max_detections_per_class: int = 100,
-    max_candidates_per_class: int | None = None,
-    max_classes_per_box: int | None = None,
-    score_threshold: float = 0.0,
-    clip_boxes: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What is detected in an image: boxes of high scores, without those that overlap a better one.
-
-    Args:
-        scores: Of shape (anchors, num_labels).
-        boxes: Of shape (anchors, 4).
-        threshold: Scores count above this.
-        nms_iou_threshold: A box is suppressed whose intersection over union with a better one is more.
-        max_detections: How many there may be; with max_classes_per_box, of how many boxes.
-        max_detections_per_class: How many of a class there may be.
-        max_candidates_per_class: How many of each class compete; None for all.
-        max_classes_per_box: By default, each class is treated by itself. With a number, boxes of different classes
-            suppress each other by their best scores, and a box is detected once for each of so many classes.
-        score_threshold: Scores count above this too.
-        clip_boxes: Whether to clip boxes to the image first.
-
-    Returns:
-        Scores of shape (n,), falling; of equal ones the lower label, then the earlier anchor comes first. Labels of
-        shape (n,). Corners of shape (n, 4).
-
-    Source: tensorflow/lite/kernels/detection_postprocess.cc; torchvision/models/detection/ssd.py
-    """
-    threshold = max(threshold, score_threshold)
-    scores, edges = scores.float(), corners(boxes.float())
-    if clip_boxes:
-        edges = edges.clamp(0, 1)
-    if max_classes_per_box is None:
-        found, labels, rows = _select(
-            scores,
-            edges,
-            threshold,
-            nms_iou_threshold,
-            max_detections,
-            max_detections_per_class,
-            max_candidates_per_class,
-        )
-        return found, labels, edges[rows]
-    best = scores.max(1, keepdim=True).values
-    _, _, rows = _select(
-        best, edges, threshold, nms_iou_threshold, max_detections, max_detections, max_candidates_per_class
-    )
-    found, labels = scores[rows].sort(dim=1, descending=True, stable=True)
-    found, labels = found[:, :max_classes_per_box], labels[:, :max_classes_per_box]
-    kept = found > threshold
-    return found[kept], labels[kept], edges[rows][:, None].expand(-1, found.shape[1], -1)[kept]
-
-
-def _select(
-    scores: Tensor,
-    edges: Tensor,
-    threshold: float,
-    nms_iou_threshold: float,
-    total: int,
-    per_class: int,
-    candidates: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, classes and boxes that remain, the best first: greedily, in all classes at a time."""
-    classes, rows = ((scores > threshold).any(axis).nonzero()[:, 0] for axis in (0, 1))
-    alive = scores[rows][:, classes].T.clone()  # (classes, boxes)
-    edges = edges[rows]
-    alive[~(alive > threshold)] = -math.inf
-    if candidates is not None and candidates < len(rows):
-        rank = alive.argsort(dim=1, descending=True, stable=True).argsort(1)
-        alive[rank >= candidates] = -math.inf
-    picked: list[tuple[Tensor, Tensor, Tensor]] = []
-    best = scores.new_empty(0)
-    for _ in range(min(per_class, total, len(rows))):
-        values, index = alive.max(1)  # of equal scores, the first
-        open_classes = (values > -math.inf).nonzero()[:, 0]
-        if not len(open_classes):
-            break
-        values, index = values[open_classes], index[open_classes]
-        picked.append((values, classes[open_classes], index))
-        best = torch.cat((best, values))
-        best = best.topk(min(total, len(best))).values
-        alive, classes = alive[open_classes], classes[open_classes]
-        alive[overlap(edges[index][:, None], edges[None]) > nms_iou_threshold] = -math.inf
-        alive.scatter_(1, index[:, None], -math.inf)
-        if len(best) == total:  # what is less can no longer be among the best
-            alive[alive < best[-1]] = -math.inf
-    if not picked:
-        return scores.new_empty(0), classes.new_empty(0), rows.new_empty(0)
-    values, labels, index = (torch.cat(parts) for parts in zip(*picked, strict=True))
-    order = (labels * len(rows) + index).argsort()
-    order = order[values[order].argsort(dim=0, descending=True, stable=True)][:total]
-    return values[order], labels[order], rows[index[order]]
 
 
 __all__ = [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
-from .detection_mobilenet import suppress
+from .postprocessing_mobilenet import label_map, suppress
 from .preprocessing_mobilenet import (
     FITS,
     LATER_OPTIONS,
@@ -23,10 +23,10 @@ from .preprocessing_mobilenet import (
     UnreadableImageError,
     flatten,
     open_image,
+    place,
     preprocess,
     read_options,
 )
-from .segmentation_mobilenet import label_map
 
 
 class MobileNetImageProcessor(BaseImageProcessor):
@@ -247,7 +247,8 @@ class MobileNetImageProcessor(BaseImageProcessor):
                 f"target_sizes must hold height and width of each of {len(logits)} images, got {target_sizes!r}."
             )
         options = read_options({name: getattr(self, name) for name in OPTIONS})
-        return [label_map(each, size, options) for each, size in zip(logits, sizes, strict=True)]
+        axes = (place(width, height, options) for height, width in sizes)
+        return [label_map(each, axis, self.align_corners) for each, axis in zip(logits, axes, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise the options; those that are not every network's, where they say something."""

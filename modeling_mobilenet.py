@@ -32,6 +32,7 @@ from .detection_mobilenet import (
     prediction_weights,
 )
 from .layers_mobilenet import LAYERS, Conv2d, ConvNormAct, Features, LayerScale, fuse, hidden_layers
+from .postprocessing_mobilenet import corners  # noqa: F401 - as detection_mobilenet does: transformers 4.57 copies it
 from .segmentation_mobilenet import Segments, segmentation_loss
 
 

@@ -1,12 +1,11 @@
-"""What makes a segmenter of a backbone: DeepLab V3 and LR-ASPP, in torch alone; and label maps of their logits."""
+"""What makes a segmenter of a backbone: DeepLab V3 and LR-ASPP, in torch alone, and their loss."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from operator import mul
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from .architectures_mobilenet import SEGMENTATION_HEADS
 from .configuration_mobilenet import MobileNetConfig
 from .layers_mobilenet import Conv2d, ConvNormAct
-from .preprocessing_mobilenet import Axis, place
 
 
 def taken_channels(config: MobileNetConfig) -> int:
@@ -146,81 +144,11 @@ def segmentation_loss(logits: Tensor, labels: Tensor, config: MobileNetConfig) -
     return total / (labels != ignored).sum().clamp(min=1)  # or it would not be a number where nothing counts
 
 
-# Logits that are resized at a time, in all: 64 MB.
-MAX_LOGITS = 1 << 24
-
-
-def label_map(
-    logits: Tensor, size: Sequence[int], options: Mapping[str, Any], dtype: torch.dtype = torch.int64
-) -> Tensor:
-    """The class of each pixel of an image: of the largest logit, resized to where the network saw that pixel.
-
-    What a crop left out gets the class of the nearest pixel that it did not. Memory holds a band of rows at a time.
-
-    Args:
-        logits: Of one image, of shape (num_labels, h, w).
-        size: Height and width of the image.
-        options: How it was preprocessed, as read_options gives them.
-        dtype: Of the classes: where they are few, one byte a pixel is enough.
-
-    Returns:
-        Classes, of shape size.
-    """
-    height, width = size
-    axes = place(width, height, options)
-    (tops, bottoms, down), (lefts, rights, across) = (
-        _neighbors(axis, n, options["align_corners"], logits.device)
-        for axis, n in zip(axes, logits.shape[-2:], strict=True)
-    )
-    logits = logits.float()
-    kept = _contenders(logits)
-    logits, kept = logits[kept], kept.to(dtype)
-    result = torch.empty(height, width, dtype=dtype, device=logits.device)
-    step = max(1, MAX_LOGITS // (len(logits) * max(width, logits.shape[-1])))
-    for start in range(0, height, step):
-        band = slice(start, start + step)
-        # Along the rows first, of which there are fewer than pixels: what then remains lies side by side.
-        first, last = tops[band].min(), bottoms[band].max()
-        rows = logits[:, first : last + 1]
-        rows = torch.lerp(rows[..., lefts], rows[..., rights], across)
-        rows = torch.lerp(rows[:, tops[band] - first], rows[:, bottoms[band] - first], down[band, None])
-        result[band] = kept[rows.max(0).indices]  # which argmax takes ten times as long for
-    return result
-
-
-def _contenders(logits: Tensor) -> Tensor:
-    """The classes that can be the largest somewhere, once logits of shape (num_labels, h, w) are resized: often few.
-
-    Between four pixels, resized logits are means of theirs: what is less than another in all of them is less there.
-    """
-    padded = F.pad(logits[None], (0, 1, 0, 1), mode="replicate")[0]
-    corners = (padded[:, :-1, :-1], padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, 1:, 1:])
-    best = sum(corners).argmax(0, keepdim=True)
-    lead = torch.stack([corner - corner.gather(0, best) for corner in corners]).amax((0, 2, 3))
-    rounding = 1e-5 * logits.abs().amax()
-    return (lead >= -rounding).nonzero()[:, 0]
-
-
-def _neighbors(axis: Axis, count: int, align_corners: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each pixel along an axis: the two of so many logits around it, and how far it is from the first of them."""
-    pixels = torch.arange(axis.image, dtype=torch.float64)
-    seen = (pixels + 0.5) * axis.resized / axis.image - 0.5 + axis.offset
-    seen = seen.clamp(max(axis.offset, 0), min(axis.offset + axis.resized, axis.network) - 1)
-    if align_corners:
-        places = seen * (count - 1) / max(axis.network - 1, 1)
-    else:
-        places = (seen + 0.5) * count / axis.network - 0.5
-    places = places.clamp(0, count - 1)
-    first = places.long()
-    return first.to(device), (first + 1).clamp(max=count - 1).to(device), (places - first).float().to(device)
-
-
 __all__ = [
     "SEGMENTATION_HEADS",
     "AtrousPyramidHead",
     "LiteAtrousPyramidHead",
     "Segments",
-    "label_map",
     "resize",
     "segmentation_loss",
 ]

@@ -344,8 +344,8 @@ from transformers import pipeline
 
 `trust_remote_code` runs the Python files of this repository: `architectures_mobilenet.py`,
 `configuration_mobilenet.py`, `cpu_mobilenet.py`, `detection_mobilenet.py`, `image_processing_mobilenet.py`,
-`layers_mobilenet.py`, `modeling_mobilenet.py`, `preprocessing_mobilenet.py` and `segmentation_mobilenet.py`. After
-`import mobilenet`, the installed package, it is not needed."""
+`layers_mobilenet.py`, `modeling_mobilenet.py`, `postprocessing_mobilenet.py`, `preprocessing_mobilenet.py` and
+`segmentation_mobilenet.py`. After `import mobilenet`, the installed package, it is not needed."""
 
 _FINE_TUNE = """## Fine-tune
 

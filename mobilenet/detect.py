@@ -116,7 +116,7 @@ def _suppression(detector: Model, threshold: float) -> FindObjects:
             found = rows[:, 2], rows[:, 1].astype(int), rows[:, 3:]
         else:
             torch = import_module("torch")  # which an exported network may do without
-            suppress = import_module(".detection_mobilenet", __package__).suppress
+            suppress = import_module(".postprocessing_mobilenet", __package__).suppress
             tensors = suppress(torch.from_numpy(first), torch.from_numpy(boxes), threshold, **options)
             found = [tensor.numpy() for tensor in tensors]
         scores, indices, corners = found[0], found[1], found[2].astype(np.float64)

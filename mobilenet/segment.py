@@ -16,6 +16,7 @@ from .find_images import FoundImage, find
 from .inference import ReadImage, check_positive, choose_model, infer, read_with_size, reason, report
 from .loading import Model, load
 from .output import SEGMENTED, Layout, Segment, SegmentationResult, writer
+from .preprocessing_mobilenet import place
 from .tasks import SEGMENTATION
 from .visualize import background_of, draw_segments, encode, to_mask
 
@@ -106,12 +107,13 @@ def segment(
 def _upsampling(segmenter: Model) -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
     """From a network's logits, and an image's width and height, to the class of each pixel."""
     torch = import_module("torch")
-    label_map = import_module(".segmentation_mobilenet", __package__).label_map
+    label_map = import_module(".postprocessing_mobilenet", __package__).label_map
 
     @torch.inference_mode()
     def to_label_map(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         kind = torch.uint8 if len(logits) <= 256 else torch.int32
-        return label_map(torch.from_numpy(logits), size[::-1], segmenter.options, kind).numpy()
+        axes = place(*size, segmenter.options)
+        return label_map(torch.from_numpy(logits), axes, segmenter.options["align_corners"], kind).numpy()
 
     return to_label_map
 

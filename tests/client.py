@@ -27,6 +27,7 @@ PACKAGE = (
     "image_processing_mobilenet",
     "layers_mobilenet",
     "modeling_mobilenet",
+    "postprocessing_mobilenet",
     "preprocessing_mobilenet",
     "segmentation_mobilenet",
 )

@@ -152,7 +152,8 @@ COMPLETE = {
     *("README.md", "architectures_mobilenet.py", "config.json", "configuration_mobilenet.py", "cpu_mobilenet.py"),
     "detection_mobilenet.py",
     *("image_processing_mobilenet.py", "layers_mobilenet.py", "model.safetensors", "modeling_mobilenet.py"),
-    *("preprocessing_mobilenet.py", "preprocessor_config.json", "segmentation_mobilenet.py"),
+    *("postprocessing_mobilenet.py", "preprocessing_mobilenet.py", "preprocessor_config.json"),
+    "segmentation_mobilenet.py",
 }
 
 

@@ -28,6 +28,7 @@ CODE = (
     "image_processing_mobilenet.py",
     "layers_mobilenet.py",
     "modeling_mobilenet.py",
+    "postprocessing_mobilenet.py",
     "preprocessing_mobilenet.py",
     "segmentation_mobilenet.py",
 )

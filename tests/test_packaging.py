@@ -31,6 +31,7 @@ CODE = (
     "image_processing_mobilenet",
     "layers_mobilenet",
     "modeling_mobilenet",
+    "postprocessing_mobilenet",
     "preprocessing_mobilenet",
     "segmentation_mobilenet",
 )

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mobilenet.postprocessing_mobilenet import label_map
 from mobilenet.preprocessing_mobilenet import FITS, WHOLE_FITS, place, read_options
-from mobilenet.segmentation_mobilenet import label_map, resize, segmentation_loss
+from mobilenet.segmentation_mobilenet import resize, segmentation_loss
 from oracles import FAMILY, native_segmenter, randomize_norms, segmenter_like
 from PIL import Image
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from mobilenet import (
     MobileNetForImageClassification,
     MobileNetForSemanticSegmentation,
     MobileNetImageProcessor,
-    segmentation_mobilenet,
+    postprocessing_mobilenet,
 )
 from mobilenet.segmentation_labels import VOC, color, palette
 
@@ -300,7 +301,7 @@ def test_a_label_map_of_a_stretched_image_is_the_resized_logits_largest() -> Non
         # As large as what the network saw, TensorFlow's and torch's resizing are the reference; smaller, torch's.
         for size in ((257, 257), *([] if aligned else [(100, 333)])):
             expected = resize(scores[None], size, aligned)[0]
-            found = label_map(scores, size, options)
+            found = label_map(scores, place(*size[::-1], options), aligned)
             top = expected.topk(2, 0).values
             differs = found != expected.argmax(0)
             assert not (differs & (top[0] - top[1] > 1e-4)).any()
@@ -309,10 +310,11 @@ def test_a_label_map_of_a_stretched_image_is_the_resized_logits_largest() -> Non
 
 def test_a_label_map_is_the_same_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, options = torch.randn(7, 9, 12), read_options(FITS["corner"](97, 0))
-    whole = label_map(scores, (101, 130), options)
+    axes = place(130, 101, options)
+    whole = label_map(scores, axes)
     assert (whole.dtype, whole.shape) == (torch.int64, (101, 130))
-    monkeypatch.setattr(segmentation_mobilenet, "MAX_LOGITS", 1)
-    assert torch.equal(label_map(scores, (101, 130), options), whole)
+    monkeypatch.setattr(postprocessing_mobilenet, "MAX_LOGITS", 1)
+    assert torch.equal(label_map(scores, axes), whole)
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -460,6 +462,8 @@ import numpy as np
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
 repository, photograph, saved = sys.argv[1:]
+# First of all: transformers 4.57 copies no more code than the file of a class imports.
+AutoModelForSemanticSegmentation.from_pretrained(repository, trust_remote_code=True)
 segment = pipeline("image-segmentation", model=repository, trust_remote_code=True)
 areas = lambda found: {each["label"]: int((np.asarray(each["mask"]) == 255).sum()) for each in found}
 first = areas(segment(photograph))

@@ -109,6 +109,7 @@ def convert(
       mobilenet_v1_1.0_224.tgz            slim: archive or .ckpt (tensorflow)
       mobilenet_1_0_224_tf.h5             Keras: .h5, .weights.h5, .keras (h5py)
       mobilenet_v2_1.0_224_quant.tflite   TFLite, any bits (ai-edge-litert)
+      coco_ssd_mobilenet_v1_quant.tflite  a detector in TFLite (ai-edge-litert)
       mobilenetv2-12.onnx                 ONNX, any bits, or a repository of it (onnx)
     """
     signal.signal(signal.SIGTERM, _stop)

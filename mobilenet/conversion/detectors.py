@@ -108,6 +108,8 @@ def detection_table(fields: Mapping[str, Any]) -> Table:
 class DetectorMatcher(Matcher):
     """Finds the detector of ours that computes what a graph computes."""
 
+    scaled = "extras.0."  # whose channels no divisor rounds
+
     def __init__(self, graph: Graph, source: str, outputs: Outputs) -> None:
         super().__init__(graph, source, graph.size)
         self.given = outputs

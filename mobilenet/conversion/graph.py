@@ -615,6 +615,8 @@ scale and zero point, one or one for each output channel. A real number is scale
 class Matcher:
     """Finds the network of ours that computes what a graph computes."""
 
+    scaled = "backbone.stages."  # what the names of layers begin with of which the last tells the width multiplier
+
     def __init__(self, graph: Graph, source: str, size: int) -> None:
         self.graph, self.source, self.size = graph, source, size
 
@@ -773,7 +775,7 @@ class Matcher:
             ConversionError: No multiplier does.
         """
         steps = [step for step in self.steps(fields) if step.kind != "add"]
-        last = max(index for index, step in enumerate(steps) if ".stages." in step.name)
+        last = max(index for index, step in enumerate(steps) if step.name.startswith(self.scaled))
         ratio = convs[last].out_channels / steps[last].out_channels
         nearest: tuple[int, Any] = (-1, None)
         for multiplier in candidates(ratio):

@@ -112,7 +112,7 @@ def objects(outputs: Outputs, options: Mapping[str, Any], threshold: float = _MI
     if len(outputs) == 1:  # an exported network has suppressed
         rows = outputs[0]
         return rows[rows[:, 2] >= threshold][: options["max_detections"]]
-    from mobilenet.detection_mobilenet import suppress
+    from mobilenet.postprocessing_mobilenet import suppress
     from mobilenet.preprocessing_mobilenet import SUPPRESSION
 
     (scores,), (boxes,) = outputs

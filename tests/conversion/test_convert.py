@@ -81,6 +81,7 @@ def test_repository_is_complete(converted: Path) -> None:
         "layers_mobilenet.py",
         "model.safetensors",
         "modeling_mobilenet.py",
+        "postprocessing_mobilenet.py",
         "preprocessing_mobilenet.py",
         "preprocessor_config.json",
         "segmentation_mobilenet.py",

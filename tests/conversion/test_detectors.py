@@ -208,6 +208,118 @@ def test_files_with_other_options_are_refused(options: dict, reason: str, data: 
     assert_fails_without_a_trace(path, tmp_path / "output", reason)
 
 
+def in_tensorflow(model: MobileNetForObjectDetection, size: int, path: Path) -> Path:
+    """Write a fused detector of inverted residuals as TensorFlow's converter does, and the operator behind it."""
+    tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+    schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="ai-edge-litert is not installed")
+    import flatbuffers
+    from flatbuffers import flexbuffers
+
+    acts = {"ReLU6": tf.nn.relu6, "ReLU": tf.nn.relu, "Hardswish": lambda x: x * tf.nn.relu6(x + 3) / 6}
+
+    def conv(x: object, layer: nn.Module) -> object:
+        inner = getattr(layer, "conv", layer)
+        weight, bias = (t.detach().numpy() for t in (inner.weight, inner.bias))
+        if inner.groups > 1:
+            weight = weight.transpose(2, 3, 0, 1)
+            x = tf.nn.depthwise_conv2d(x, weight, [1, *inner.stride, 1], "SAME")
+        else:
+            x = tf.nn.conv2d(x, weight.transpose(2, 3, 1, 0), inner.stride, "SAME")
+        return acts.get(type(getattr(layer, "act", None)).__name__, lambda x: x)(x + bias)
+
+    def block(x: object, layer: nn.Module) -> tuple[object, object]:
+        expanded = x if isinstance(layer.expand, nn.Identity) else conv(x, layer.expand)
+        y = conv(expanded, layer.depthwise)
+        if not isinstance(layer.squeeze, nn.Identity):
+            gate = tf.nn.relu(conv(tf.reduce_mean(y, [1, 2], keepdims=True), layer.squeeze.reduce))
+            y = y * (tf.nn.relu6(conv(gate, layer.squeeze.expand) + 3) / 6)
+        y = conv(y, layer.project)
+        return expanded, x + y if layer.has_shortcut else y
+
+    def predict(x: object, layer: nn.Module, order: list[int]) -> object:
+        y = conv(conv(x, layer.depthwise), layer.conv)
+        y = tf.reshape(y, [1, -1, layer.numbers])
+        return tf.gather(y, order, axis=-1) if order != list(range(layer.numbers)) else y
+
+    # Boxes are predicted as y, x, h, w.
+    for predictor in model.box_predictors:
+        for parameter in predictor.conv.parameters():
+            parameter.data = parameter.data.unflatten(0, (-1, 4))[:, [1, 0, 3, 2]].flatten(0, 1)
+
+    @tf.function(input_signature=[tf.TensorSpec([1, size, size, 3], tf.float32)])
+    def run(x: object) -> tuple[object, object]:
+        x = conv(x, model.backbone.stem)
+        blocks = [layer for stage in model.backbone.stages for layer in stage]
+        cut = model.backbone.stages[-1][0]
+        for layer in blocks:
+            expanded, x = block(x, layer)
+            if layer is cut:
+                maps = [expanded]
+        maps.append(conv(x, model.backbone.head))
+        for extra in model.extras:
+            maps.append(conv(conv(conv(maps[-1], extra.reduce), extra.depthwise), extra.expand))
+        parts = []
+        for predictors in (model.box_predictors, model.class_predictors):
+            order = list(range(predictors[0].numbers))
+            parts.append(tf.concat([predict(m, p, order) for m, p in zip(maps, predictors, strict=True)], 1))
+        return parts[0], tf.sigmoid(parts[1])
+
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([run.get_concrete_function()])
+    flat = schema.ModelT.InitFromPackedBuf(converter.convert(), 0)
+    (graph,) = flat.subgraphs
+    by_width = {list(graph.tensors[number].shape)[-1]: number for number in graph.outputs}
+    codes, scores = by_width[4], by_width[model.classes]
+    sizes = [(side, side) for side in (size // 16, size // 32, size // 64, max(1, size // 128), 1, 1)]
+    anchors = np.array(ssd_anchors(sizes), np.float32)
+
+    def tensor(name: str, shape: tuple[int, ...], data: bytes | None = None) -> int:
+        buffer = schema.BufferT()
+        buffer.data = data and np.frombuffer(data, np.uint8)
+        flat.buffers.append(buffer)
+        new = schema.TensorT()
+        new.name, new.type, new.buffer = name.encode(), schema.TensorType.FLOAT32, len(flat.buffers) - 1
+        new.shape = np.array(shape, np.int32)
+        graph.tensors.append(new)
+        return len(graph.tensors) - 1
+
+    code = schema.OperatorCodeT()
+    code.builtinCode, code.deprecatedBuiltinCode = schema.BuiltinOperator.CUSTOM, schema.BuiltinOperator.CUSTOM
+    code.customCode, code.version = b"TFLite_Detection_PostProcess", 1
+    flat.operatorCodes.append(code)
+    operator = schema.OperatorT()
+    operator.opcodeIndex = len(flat.operatorCodes) - 1
+    operator.inputs = np.array([codes, scores, tensor("anchors", anchors.shape, anchors.tobytes())], np.int32)
+    operator.outputs = np.array([tensor(f"result{index}", (1,)) for index in range(4)], np.int32)
+    options = {"max_detections": 20, "max_classes_per_detection": 1, "num_classes": model.config.num_labels}
+    options |= {"nms_score_threshold": 1e-8, "nms_iou_threshold": 0.6}
+    options |= {"y_scale": 10.0, "x_scale": 10.0, "h_scale": 5.0, "w_scale": 5.0}
+    operator.customOptions = np.frombuffer(bytes(flexbuffers.Dumps(options)), np.uint8)
+    graph.operators.append(operator)
+    graph.outputs, flat.signatureDefs = operator.outputs, None
+    builder = flatbuffers.Builder()
+    builder.Finish(flat.Pack(builder), b"TFL3")
+    path.write_bytes(builder.Output())
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("ssdlite_mobilenet_v2", 0.35), ("ssdlite_mobilenet_v3_large", 1.0), ("ssdlite_mobilenet_v3_small", 0.75)],
+)
+def test_ssdlite_in_tflite_gives_the_interpreters_boxes_and_scores(name: str, width: float, tmp_path: Path) -> None:
+    config = MobileNetConfig.from_preset(name, width_multiplier=width, num_labels=6)
+    model = randomize_norms(MobileNetForObjectDetection(config)).eval().fuse()
+    checkpoint = read(in_tensorflow(model, 128, tmp_path / "detector.tflite"))
+    assert (checkpoint.config["detector"], checkpoint.config["width_multiplier"]) == (name, width)
+    images = torch.randn(2, 3, 128, 128)
+    scores, boxes = outputs(build(checkpoint, ""), images)
+    theirs = checkpoint.oracle().results(images)
+    torch.testing.assert_close(scores, theirs.scores, atol=1e-4, rtol=0)
+    torch.testing.assert_close(boxes, theirs.boxes, atol=1e-3, rtol=0)
+    assert scores.std() > 1e-3
+
+
 # torchvision
 
 
