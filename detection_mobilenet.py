@@ -78,6 +78,12 @@ class ExtraLayer(nn.Module):
             self.expand = ConvNormAct(config, reduced, channels, 3, 2, act=ACT)
 
     def forward(self, x: Tensor) -> Tensor:
+        is_single = x.shape[0] == 1 and max(x.shape[-2:]) <= 2  # what comes out is one pixel
+        if is_single and isinstance(self.expand.norm, nn.BatchNorm2d) and self.expand.norm.training:
+            raise ValueError(
+                "pixel_values must hold at least 2 images in training mode, as a map of one pixel is normalized over "
+                "the batch, got 1."
+            )
         return self.expand(self.depthwise(self.reduce(x)))
 
 

@@ -315,6 +315,14 @@ def test_images_without_objects_have_a_loss(name: str) -> None:
         found.loss.backward()
 
 
+def test_a_single_image_cannot_be_normalized() -> None:
+    model, images, labels = detector().train(), torch.randn(1, 3, 96, 96), [label((0.5, 0.5, 0.4, 0.4))]
+    with pytest.raises(ValueError, match=r"pixel_values must hold at least 2 images in training mode, .*, got 1"):
+        model(images, labels=labels)
+    assert model.eval()(images, labels=labels).loss.isfinite()
+    assert model.fuse().train()(images, labels=labels).loss.isfinite()
+
+
 def test_the_loss_falls() -> None:
     torch.manual_seed(0)
     model = MobileNetForObjectDetection(MobileNetConfig.from_preset(SMALL, num_labels=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -178,3 +179,18 @@ def test_a_clone_with_weights_is_a_repository(clone: Path, tmp_path: Path) -> No
         expected = model(**processor(image, return_tensors="pt")).logits
     assert result["logits"] == expected.tolist()
     assert all(name.startswith("transformers_modules.") for name in result["classes"])
+
+
+def imported(file: str) -> set[str]:
+    """The files beside it that a file imports by itself."""
+    text = (ROOT / f"{file}.py").read_text(encoding="utf-8")
+    return set(re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("entry", ["configuration_mobilenet", "image_processing_mobilenet", "modeling_mobilenet"])
+def test_files_that_are_loaded_import_all_that_they_need(entry: str) -> None:
+    """Before version 5, transformers copies no others; with a model comes its configuration, which is loaded first."""
+    given = {entry, *imported(entry)}
+    if entry == "modeling_mobilenet":
+        given |= {"configuration_mobilenet", *imported("configuration_mobilenet")}
+    assert set().union(*map(imported, given)) <= given

@@ -200,6 +200,9 @@ def test_unfused_and_fused_it_detects_the_same(data: Path, tmp_path: Path) -> No
     ("options", "reason"),
     [
         ({"y_scale": 5.0}, "the last operator scales boxes by 10, 5, 5, 5, and must by 10.0, 5.0"),
+        ({"nms_iou_threshold": 2.0}, "nms_iou_threshold must be a number from 0 to 1, got 2.0"),
+        ({"max_detections": -3}, "max_detections must be made of integers from 1 to 65536, got -3"),
+        ({"num_classes": "many"}, "cannot be understood: invalid literal for int()"),
         ({"num_classes": 80}, "must predict 80 classes and the background for 3 anchors, has 273 channels"),
     ],
 )
