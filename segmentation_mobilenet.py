@@ -44,7 +44,8 @@ class AtrousPyramidHead(nn.Module):
 
     def forward(self, x: Tensor, maps: Sequence[Tensor] = ()) -> Tensor:
         """Logits of a feature map; other maps count for nothing."""
-        if self.training and x.shape[0] == 1 and 0 in self.rates and isinstance(self.project.norm, nn.BatchNorm2d):
+        pooled = self.branches[self.rates.index(0)].norm
+        if x.shape[0] == 1 and isinstance(pooled, nn.BatchNorm2d) and pooled.training:
             raise ValueError(
                 "pixel_values must hold at least 2 images in training mode, as pooled features are normalized over "
                 "the batch, got 1."

@@ -187,6 +187,22 @@ def test_exports_with_dynamic_batch_height_and_width(head: str) -> None:
         torch.testing.assert_close(program.module()(images).logits, logits(model, images), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["lraspp"])
+def test_compiles_whole(head: str) -> None:
+    """Without a break in the graph, for images of any size and number, in inference and with a loss."""
+    model = small(head)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for shape in ((2, 3, 64, 96), (3, 3, 97, 130)):
+        images = torch.randn(shape)
+        torch.testing.assert_close(logits(compiled, images), logits(model, images), atol=1e-4, rtol=0)
+    labels = torch.randint(0, 5, (3, 97, 130))
+    loss = compiled.train()(images, labels=labels).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert model.segmentation_head.classifier.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("head", SEGMENTATION_HEADS)
 def test_half_precision_runs_and_agrees(head: str, tmp_path: Path) -> None:
     model = small(head)
@@ -278,6 +294,9 @@ def test_bad_batches_are_named() -> None:
     with pytest.raises(ValueError, match="pixel_values must hold at least 2 images in training mode"):
         model.train()(images[:1])
     assert model(images).logits.shape == (2, 5, 4, 4)
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.eval()
+    assert model(images[:1]).logits.shape == (1, 5, 4, 4)
     assert logits(small("lraspp").train(), images[:1]).shape == (1, 5, 8, 8)
     with pytest.raises(ValueError, match="num_labels must be at least 2 for a loss, got 1"):
         small(num_labels=1)(images, labels=torch.zeros(2, 64, 64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -164,12 +165,7 @@ class DetectorMatcher(Matcher):
         fields |= {"anchor_step": self.given.step} if self.given.step else {}
         self.check_boxes(model, steps)
         quantization = self.quantization(named)
-        for name in [name for name in tensors if name.startswith("box_predictors.") and ".depthwise." not in name]:
-            tensors[name] = _reordered(tensors[name])
-        for name, scale in (quantization or {"weights": {}})["weights"].items():
-            if name.startswith("box_predictors.") and len(scale["scale"]) > 1 and ".depthwise." not in name:
-                for key in ("scale", "zero_point"):
-                    scale[key] = _reordered(torch.tensor(scale[key], dtype=torch.double)).tolist()
+        _reorder_boxes(tensors, quantization)
         x, y, w, h = self.given.box_scales
         return DetectorMatch(
             fields,
@@ -186,7 +182,9 @@ class DetectorMatcher(Matcher):
             ConversionError: It is no result of an operation.
         """
         op = self.makers.get(value)
-        while isinstance(op, Reshape):
+        for _ in self.makers:  # no chain is longer, though it may be a ring
+            if not isinstance(op, Reshape):
+                break
             op = self.makers.get(op.inputs[0])
         if op is None:
             raise self.refuse("what predicts", "does not depend on the image")
@@ -264,6 +262,17 @@ class DetectorMatcher(Matcher):
             far = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else None
             got = f"{len(theirs)} of them" if far is None else f"some that differ by {far:.3g}"
             raise self.refuse("the last operator", f"must have the {len(ours)} anchors of {detector.title}, got {got}")
+
+
+def _reorder_boxes(tensors: dict[str, Tensor], quantization: dict[str, Any] | None) -> None:
+    """Let a detector predict x, y, w, h where its source predicts y, x, h, w: tensors, and scales of each channel."""
+    ends = [name for name in tensors if re.fullmatch(r"box_predictors\.\d+\.conv\.(weight|bias)", name)]
+    for name in ends:
+        tensors[name] = _reordered(tensors[name])
+        scale = quantization["weights"].get(name) if quantization else None
+        if scale and len(scale["scale"]) > 1:
+            for key, kind in (("scale", torch.double), ("zero_point", torch.long)):
+                scale[key] = _reordered(torch.tensor(scale[key], dtype=kind)).tolist()
 
 
 def _reordered(tensor: Tensor) -> Tensor:

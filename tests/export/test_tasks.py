@@ -123,6 +123,60 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def write_graph(folder: Path, **outputs: np.ndarray) -> None:
+    """Put an ONNX graph of constant outputs beside a detector's configuration, as if it were its export."""
+    onnx = pytest.importorskip("onnx")
+    make_detector(folder)
+    nodes, values = [], []
+    for name, value in outputs.items():
+        tensor = onnx.numpy_helper.from_array(value.astype(np.float32), name)
+        nodes.append(onnx.helper.make_node("Constant", [], [name], value=tensor))
+        values.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    pixels = onnx.helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, ["batch", 3, 128, 128])
+    graph = onnx.helper.make_graph(nodes, "detector", [pixels], values)
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    onnx.save(model, folder / "model.onnx")
+    manifest = {"export_format": "onnx", "components": {"model": {"file": "model.onnx"}}, "outputs": list(outputs)}
+    (folder / "export.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"scores": np.zeros((1, 9, 4))}, "it has no output pred_boxes"),
+        ({"scores": np.zeros((1, 9, 3)), "pred_boxes": np.zeros((1, 9, 4))}, "must answer with 4 scores, got 3."),
+        (
+            {"scores": np.zeros((1, 9, 4)), "pred_boxes": np.zeros((1, 8, 4))},
+            "and a box for each anchor, got (1, 9, 4)",
+        ),
+        ({"scores": np.zeros((1, 9, 4)), "pred_boxes": np.full((1, 9, 4), np.nan)}, "got NaN or infinity"),
+        ({"detections": np.zeros((5, 6))}, "must answer with objects of 7 numbers, got (5, 6)."),
+        ({"detections": np.full((5, 7), np.inf)}, "got NaN or infinity"),
+    ],
+)
+def test_graphs_that_cannot_be_right_are_one_error(tmp_path, scene, outputs, message):
+    write_graph(tmp_path, **outputs)
+    result = CliRunner().invoke(app, ["detect", str(scene), "--model", str(tmp_path)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+    assert message in result.stderr
+
+
+def test_objects_of_a_graph_are_those_of_their_images(tmp_path, scene):
+    """Whatever label a graph names, and wherever it puts a box."""
+    rows = [
+        [1, 3, 0.9, -1, 0, 2, 0.5],
+        [0, 99, 0.8, 0.2, 0.2, 0.4, 0.4],
+        [0, 1, 0.3, 0, 0, 1, 1],
+        [7, 1, 0.9, 0, 0, 1, 1],
+    ]
+    write_graph(tmp_path, detections=np.array(rows))
+    first, second = mobilenet.detect_images([scene, scene], tmp_path, threshold=0.5, batch_size=2)
+    assert [(p.label, p.box) for p in second.predictions] == [("=tie", (0, 0, 150, 45))]
+    assert [p.label for p in first.predictions] == ["LABEL_99"]
+    assert first.predictions[0].box == pytest.approx((30, 18, 60, 36), abs=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "nms"), [("onnx", False), ("onnx", True), ("openvino", False)])
 def test_exported_detectors_find_the_same(tmp_path, scene, target, nms):
