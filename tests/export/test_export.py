@@ -44,14 +44,11 @@ BESIDE = {
     "architectures_mobilenet.py",
     "config.json",
     "configuration_mobilenet.py",
-    "cpu_mobilenet.py",
-    "detection_mobilenet.py",
     "export.json",
     "image_processing_mobilenet.py",
-    "layers_mobilenet.py",
+    "postprocessing_mobilenet.py",
     "preprocessing_mobilenet.py",
     "preprocessor_config.json",
-    "segmentation_mobilenet.py",
 }
 LABELS = {0: "stone", 1: "scissors", 2: "paper", 3: "lizard", 4: "spock"}
 
