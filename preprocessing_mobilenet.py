@@ -617,7 +617,7 @@ OPTIONS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "align_corners": (False, _read_flag),
 }
 
-# What suppress of detection_mobilenet.py takes.
+# What suppress of postprocessing_mobilenet.py takes.
 SUPPRESSION = (
     "score_threshold",
     "clip_boxes",

@@ -675,7 +675,7 @@ def test_weights_that_are_no_numbers_are_one_error(tmp_path, images):
 def test_a_models_own_code_does_not_run(tmp_path, images):
     make_model(tmp_path)
     code = list(tmp_path.glob("*.py"))
-    assert len(code) == 9
+    assert len(code) == 10
     for file in code:
         file.write_text("raise SystemExit('the code of a repository ran')")
     assert run(images, "--model", tmp_path).exit_code == 0
