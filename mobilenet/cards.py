@@ -72,30 +72,20 @@ class Measured(NamedTuple):
 class Words(NamedTuple):
     """What a card says of a task."""
 
-    pipeline: str  # of transformers
+    task: Task
     metric_type: str  # of the Hub
     by_class: str  # what a class is measured by
-    verb: str  # what the pipeline is called in code
     plot: str  # file
     plot_title: str
 
 
 # By the values of the option `task`.
 WORDS = {
-    "classification": Words(
-        "image-classification", "accuracy", "accuracy", "classify", "confusion_matrix.png", "Confusion matrix"
-    ),
+    "classification": Words(CLASSIFICATION, "accuracy", "accuracy", "confusion_matrix.png", "Confusion matrix"),
     "detection": Words(
-        "object-detection",
-        "mAP",
-        "average precision",
-        "detect",
-        "precision_recall.png",
-        "Precision over recall at an IoU of 0.5",
+        DETECTION, "mAP", "average precision", "precision_recall.png", "Precision over recall at an IoU of 0.5"
     ),
-    "segmentation": Words(
-        "image-segmentation", "mean_iou", "IoU", "segment", "confusion_matrix.png", "Confusion matrix of pixels"
-    ),
+    "segmentation": Words(SEGMENTATION, "mean_iou", "IoU", "confusion_matrix.png", "Confusion matrix of pixels"),
 }
 
 
@@ -143,7 +133,7 @@ def write_card(
     words = WORDS[options.task]
     results = [
         EvalResult(
-            task_type=words.pipeline,
+            task_type=words.task.name,
             dataset_type=dataset_name(options.dataset),
             dataset_name=dataset_name(options.dataset),
             dataset_split=split,
@@ -161,7 +151,7 @@ def write_card(
         license=start and start.license,
         model_name=folder.name if not options.output else Path(options.output).name,
         library_name="transformers",
-        pipeline_tag=words.pipeline,
+        pipeline_tag=words.task.name,
         tags=["mobilenet", "vision"],
         datasets=None if Path(options.dataset).exists() else [options.dataset],
         base_model=start and start.base_model,
@@ -218,8 +208,8 @@ def _text(
         "```python",
         "from transformers import pipeline",
         "",
-        f'{words.verb} = pipeline("{words.pipeline}", model="{name}", trust_remote_code=True)',
-        f'print({words.verb}("photo.jpg"))',
+        f'{words.task.command} = pipeline("{words.task.name}", model="{name}", trust_remote_code=True)',
+        f'print({words.task.command}("photo.jpg"))',
         "```",
         "",
         "## Training",

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 
 from mobilenet.cards import conversion_card
 from mobilenet.configuration_mobilenet import MobileNetConfig
-from mobilenet.draw import draw_images
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.modeling_mobilenet import MobileNetForImageClassification, MobileNetPreTrainedModel
 from mobilenet.progress import warn
 from mobilenet.repository import staged
+from mobilenet.synthetic import draw_images
 from mobilenet.tables import table
 from mobilenet.tasks import CLASSIFICATION, SEGMENTATION
 

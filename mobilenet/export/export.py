@@ -21,7 +21,6 @@ from transformers.utils import logging
 
 from mobilenet.architectures_mobilenet import ARCHITECTURES
 from mobilenet.cards import export_card
-from mobilenet.draw import draw_images
 from mobilenet.find_images import find
 from mobilenet.loading import Files, loading, read_config
 from mobilenet.preprocessing_mobilenet import OPTIONS, read_options
@@ -29,6 +28,7 @@ from mobilenet.pretrained import load_network
 from mobilenet.progress import status, track
 from mobilenet.repository import staged, write_json
 from mobilenet.require import require
+from mobilenet.synthetic import draw_images
 from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task, task_of
 
 from . import MIN_AGREEMENT, Target

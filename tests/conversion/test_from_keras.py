@@ -20,7 +20,7 @@ from mobilenet.conversion.checkpoint import NoOracleError
 from mobilenet.conversion.convert import build, convert
 from mobilenet.conversion.graph import PREDICTIONS
 from mobilenet.conversion.parity import compare_with_source
-from mobilenet.draw import draw_images
+from mobilenet.synthetic import draw_images
 
 
 pytestmark = pytest.mark.any_version

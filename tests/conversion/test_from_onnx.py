@@ -17,7 +17,7 @@ from mobilenet import MobileNetConfig, MobileNetForImageClassification
 from mobilenet.conversion import ConversionError
 from mobilenet.conversion.convert import build, convert
 from mobilenet.conversion.parity import compare_with_source
-from mobilenet.draw import draw_images
+from mobilenet.synthetic import draw_images
 
 
 pytestmark = pytest.mark.any_version

@@ -20,7 +20,7 @@ from mobilenet.conversion import from_tflite
 from mobilenet.conversion.convert import build, convert
 from mobilenet.conversion.graph import Squeeze
 from mobilenet.conversion.parity import compare_with_source, rounded
-from mobilenet.draw import draw_images
+from mobilenet.synthetic import draw_images
 
 
 pytestmark = pytest.mark.any_version

@@ -18,7 +18,7 @@ from mobilenet.conversion import Options
 from mobilenet.conversion.convert import build
 from mobilenet.conversion.graph import Act, Add, Affine, Conv, Graph, Mul, Pool, match, table
 from mobilenet.conversion.preprocessing import find
-from mobilenet.draw import draw_images
+from mobilenet.synthetic import draw_images
 
 
 pytestmark = pytest.mark.any_version
