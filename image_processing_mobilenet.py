@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
-from .postprocessing_mobilenet import label_map, suppress
+from .postprocessing_mobilenet import label_map, resize_to_image, suppress
 from .preprocessing_mobilenet import (
     FITS,
     LATER_OPTIONS,
@@ -221,8 +221,11 @@ class MobileNetImageProcessor(BaseImageProcessor):
         return getattr(self, name) if value is None else value
 
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Sequence[Sequence[int]] | Tensor | None = None
-    ) -> list[Tensor]:
+        self,
+        outputs: Any,
+        target_sizes: Sequence[Sequence[int]] | Tensor | None = None,
+        return_segmentation_scores: bool = False,
+    ) -> list[Tensor] | list[BatchFeature]:
         """Turn a segmenter's outputs into label maps that lie over the images exactly.
 
         Padding is taken off; what a crop left out gets the class of the nearest pixel that it did not.
@@ -231,29 +234,42 @@ class MobileNetImageProcessor(BaseImageProcessor):
             outputs: Of the network, with logits of shape (B, num_labels, h, w), for images that this processor
                 prepared with the options that it has.
             target_sizes: Height and width of each image as it came.
+            return_segmentation_scores: Whether to return the resized logits too.
 
         Returns:
-            The class of each pixel, int64: of shape (height, width) for each image; without sizes, (h, w).
+            The class of each pixel, int64: of shape (height, width) for each image; without sizes, (h, w). With
+            scores, an object for each image: `segmentation`, which is that, and `segmentation_scores`, the logits of
+            each pixel, of shape (num_labels, height, width).
 
         Raises:
             ValueError: There is not a size for each image, or one is not two positive integers.
         """
         logits = outputs.logits
         if target_sizes is None:
-            return list(logits.argmax(1))
+            found, scores = list(logits.argmax(1)), list(logits)
+            return _with_scores(found, scores) if return_segmentation_scores else found
         sizes = [tuple(map(int, size)) for size in target_sizes]
         if len(sizes) != len(logits) or not all(len(size) == 2 and min(size) > 0 for size in sizes):
             raise ValueError(
                 f"target_sizes must hold height and width of each of {len(logits)} images, got {target_sizes!r}."
             )
         options = read_options({name: getattr(self, name) for name in OPTIONS})
-        axes = (place(width, height, options) for height, width in sizes)
-        return [label_map(each, axis, self.align_corners) for each, axis in zip(logits, axes, strict=True)]
+        axes = [place(width, height, options) for height, width in sizes]
+        found = [label_map(each, axis, self.align_corners) for each, axis in zip(logits, axes, strict=True)]
+        if not return_segmentation_scores:
+            return found
+        scores = [resize_to_image(each, axis, self.align_corners) for each, axis in zip(logits, axes, strict=True)]
+        return _with_scores(found, scores)
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise the options; those that are not every network's, where they say something."""
         options = {k: v for k, v in super().to_dict().items() if k in OPTIONS or not k.startswith("_")}
         return {k: v for k, v in options.items() if k not in LATER_OPTIONS or v != OPTIONS[k][0]}
+
+
+def _with_scores(label_maps: list[Tensor], scores: list[Tensor]) -> list[BatchFeature]:
+    pairs = zip(label_maps, scores, strict=True)
+    return [BatchFeature({"segmentation": found, "segmentation_scores": each}) for found, each in pairs]
 
 
 MobileNetImageProcessor.__signature__ = inspect.Signature(

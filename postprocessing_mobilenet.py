@@ -164,9 +164,6 @@ def label_map(
         Classes, of the image's height and width.
     """
     height, width = (image for image, *_ in axes)
-    (tops, bottoms, down), (lefts, rights, across) = (
-        _neighbors(axis, n, align_corners, logits.device) for axis, n in zip(axes, logits.shape[-2:], strict=True)
-    )
     logits = logits.float()
     kept = _contenders(logits)
     logits, kept = logits[kept], kept.to(dtype)
@@ -174,13 +171,27 @@ def label_map(
     step = max(1, MAX_LOGITS // (len(logits) * max(width, logits.shape[-1])))
     for start in range(0, height, step):
         band = slice(start, start + step)
-        # Along the rows first, of which there are fewer than pixels: what then remains lies side by side.
-        first, last = tops[band].min(), bottoms[band].max()
-        rows = logits[:, first : last + 1]
-        rows = torch.lerp(rows[..., lefts], rows[..., rights], across)
-        rows = torch.lerp(rows[:, tops[band] - first], rows[:, bottoms[band] - first], down[band, None])
-        result[band] = kept[rows.max(0).indices]  # which argmax takes ten times as long for
+        # max takes a tenth of the time of argmax.
+        result[band] = kept[resize_to_image(logits, axes, align_corners, band).max(0).indices]
     return result
+
+
+def resize_to_image(
+    logits: Tensor, axes: tuple[Axis, Axis], align_corners: bool = False, band: slice = slice(None)
+) -> Tensor:
+    """Logits of each pixel of an image, or of a band of its rows, of shape (num_labels, height, width).
+
+    Arguments are those of `label_map`.
+    """
+    (tops, bottoms, down), (lefts, rights, across) = (
+        _neighbors(axis, n, align_corners, logits.device) for axis, n in zip(axes, logits.shape[-2:], strict=True)
+    )
+    tops, bottoms, down = tops[band], bottoms[band], down[band, None]
+    # Along the rows first, of which there are fewer than pixels: what then remains lies side by side.
+    first, last = tops.min(), bottoms.max()
+    rows = logits.float()[:, first : last + 1]
+    rows = torch.lerp(rows[..., lefts], rows[..., rights], across)
+    return torch.lerp(rows[:, tops - first], rows[:, bottoms - first], down)
 
 
 def _contenders(logits: Tensor) -> Tensor:
@@ -207,4 +218,4 @@ def _neighbors(axis: Axis, count: int, align_corners: bool, device: torch.device
     return first.to(device), (first + 1).clamp(max=count - 1).to(device), (places - first).float().to(device)
 
 
-__all__ = ["corners", "label_map", "overlap", "suppress"]
+__all__ = ["corners", "label_map", "overlap", "resize_to_image", "suppress"]

@@ -189,6 +189,7 @@ def test_names_cannot_write_into_the_card_of_a_conversion(data: Path, tmp_path: 
 def test_labels_cannot_write_into_the_card_of_a_training(tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed: pip install -e '.[train]'")
     options = SimpleNamespace(
+        task="classification",
         dataset=HOSTILE,
         output=HOSTILE,
         model=None,
@@ -196,6 +197,7 @@ def test_labels_cannot_write_into_the_card_of_a_training(tmp_path: Path) -> None
         revision=None,
         image_column=HOSTILE,
         label_column=None,
+        label_names=None,
         skip_unreadable=False,
     )
     config = MobileNetConfig(width_multiplier=0.35, id2label={0: HOSTILE, 1: "cat"})

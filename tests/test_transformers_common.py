@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers_suite
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from mobilenet import (
     MobileNetBackbone,
@@ -185,6 +186,10 @@ class Images(image_processing.ImageProcessingTester):
         }
         super().__init__(parent, **kwargs)
 
+    def prepare_post_process_semantic_segmentation_inputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        logits = torch.randn(self.batch_size, 5, 6, 7)
+        return {"outputs": SemanticSegmenterOutput(logits=logits)}, {"num_labels": 5, "height": 6, "width": 7}
+
     def _get_image_processing_classes(self) -> dict[str, type]:
         return {"pil": MobileNetImageProcessor}
 
@@ -204,7 +209,11 @@ class Images(image_processing.ImageProcessingTester):
         ),
     }
 )
-class TestMobileNetImageProcessor(image_processing.ImageProcessingTestMixin, unittest.TestCase):
+class TestMobileNetImageProcessor(
+    image_processing.PostProcessSemanticSegmentationTestMixin,
+    image_processing.ImageProcessingTestMixin,
+    unittest.TestCase,
+):
     image_processor_tester_class = Images
     test_cast_dtype = True
 

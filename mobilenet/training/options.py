@@ -195,6 +195,11 @@ class Options:
     restart: Annotated[bool, _option("Forget the checkpoints of an unfinished run.")] = False
     overwrite: Annotated[bool, _option("Replace the folder that is there.")] = False
 
+    def __post_init__(self) -> None:
+        for name, value in _OF_CLASSIFIERS.items():
+            if self.task == "classification" and getattr(self, name) == value:
+                setattr(self, name, None)
+
     def check(self) -> None:
         """Raise ValueError for the first option whose value is not allowed."""
         if self.task not in TASKS:
@@ -271,6 +276,9 @@ class Options:
                 words += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
         return shlex.join(words)
 
+
+# What a classifier has by default. The records of earlier versions name it; with a checkpoint, it counts for nothing.
+_OF_CLASSIFIERS = {"architecture": "mobilenet_v2", "output_stride": 32, "batch_size": 128}
 
 # Options that a checkpoint to start from decides.
 _OF_BACKBONE = ("architecture", "width")
