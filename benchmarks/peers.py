@@ -82,7 +82,8 @@ def import_torchvision() -> ModuleType:
             low = torch.maximum(boxes[order, :2], boxes[best, :2])
             high = torch.minimum(boxes[order, 2:], boxes[best, 2:])
             shared = (high - low).clamp(min=0).prod(1)
-            order = order[shared / (areas[order] + areas[best] - shared) <= iou_threshold]
+            # Where neither box has an area, this is no number, and suppresses nothing.
+            order = order[~(shared / (areas[order] + areas[best] - shared) > iou_threshold)]
         return torch.stack(kept) if kept else order
 
     library.impl("nms", nms, "CPU")
