@@ -71,6 +71,7 @@ def test_logits_equal_transformers(output_stride: int, width: float, padding: st
         torch.testing.assert_close(logits(network, images), expected, atol=1e-9, rtol=0)
 
 
+@pytest.mark.any_version  # transformers 4 has no such formula
 def test_the_loss_is_transformers_own_where_edges_stay_in_place() -> None:
     config = MobileNetConfig(segmentation_head="lraspp", num_labels=21)
     scores, labels = torch.randn(2, 21, 5, 7), torch.randint(0, 21, (2, 33, 50))
