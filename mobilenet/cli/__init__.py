@@ -128,4 +128,4 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """MobileNets: classify images, train and evaluate, convert checkpoints, export to other engines, verify."""
+    """MobileNets: classify, detect and segment, train and evaluate, convert checkpoints, export, verify."""
