@@ -219,6 +219,7 @@ import keras
 
 folder = Path(sys.argv[1])
 random = np.random.default_rng(0)
+keras.utils.set_random_seed(0)
 
 @functools.cache
 def saved(model):
@@ -355,10 +356,13 @@ def test_squeeze_and_excite_of_8_bits_rounds_within(made: Path) -> None:
     output = next(op.output for op in file.graph.chain() if isinstance(op, Squeeze))
     interpreter = litert.Interpreter(str(path), experimental_preserve_all_tensors=True)
     interpreter.allocate_tensors()
-    pixels = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
-    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], pixels.numpy())
-    interpreter.invoke()
-    expected = torch.from_numpy(interpreter.get_tensor(output)).permute(0, 3, 1, 2).float()
+    pixels = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8)
+    bytes_ = []
+    for image in pixels.numpy():
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image[None])
+        interpreter.invoke()
+        bytes_.append(torch.from_numpy(interpreter.get_tensor(output)))
+    expected = torch.cat(bytes_).permute(0, 3, 1, 2).float()
     whole = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
     images = checkpoint.processor(list(pixels.numpy()), **whole).pixel_values
     scale = activations["backbone.stages.0.0.squeeze"]
@@ -370,8 +374,9 @@ def test_squeeze_and_excite_of_8_bits_rounds_within(made: Path) -> None:
     within, around = (
         ((each / scale["scale"] + scale["zero_point"]).round() - expected).abs().mean() for each in found
     )
-    assert within < 0.5 * around
-    assert within < 0.05
+    # The file rounds what it multiplies by once more, to some 1/255, which no layer of ours gives.
+    assert within < 0.75 * around
+    assert within < 0.04
 
 
 @pytest.mark.slow
@@ -404,7 +409,7 @@ def test_what_the_user_says_of_images_counts(made: Path, tmp_path: Path) -> None
     assert pixels.shape == (1, 3, 32, 32)
     assert pixels[0, 0, :, 16].unique().tolist() == [-1, 1]
     for options, words in (
-        ({"fit": "squeeze"}, "fit must be one of crop, stretch, pad, got 'squeeze'"),
+        ({"fit": "squeeze"}, "fit must be one of crop, stretch, pad, corner, whole, got 'squeeze'"),
         ({"pixel_range": "0..2"}, "pixel_range must be one of 0..1, -1..1, 0..255, imagenet, got '0..2'"),
         ({"mean": [0.5]}, "mean must be given together with std"),
         ({"mean": [0.5], "std": [0.0]}, "std must be numbers above 0, got 0.0"),
