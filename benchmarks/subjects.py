@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peers import import_timm
+from peers import import_timm, import_torchvision
 from PIL import Image
 from torch import Tensor
 
@@ -549,6 +549,7 @@ for _engine in ("torch", "onnx", "openvino"):
 
 @subject("torchvision, SSDLite")
 def _(setup: Setup) -> Prepare:
+    import_torchvision()
     from torchvision.models.detection import ssdlite320_mobilenet_v3_large
     from torchvision.transforms.functional import to_tensor
 
