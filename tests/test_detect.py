@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scenes import coarse_images
 from test_classify import watch
 from typer.testing import CliRunner, Result
 
@@ -66,13 +67,7 @@ SIZES = {"a.jpg": (120, 80), "b.png": (33, 150), "sub/000000000139.jpg": (1, 1),
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of images of coarse colors."""
-    folder = tmp_path_factory.mktemp("scenes")
-    random = np.random.default_rng(0)
-    for name, size in SIZES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), np.uint8))
-        coarse.resize(size, Image.Resampling.NEAREST).save(folder / name, quality=95)
-    return folder
+    return coarse_images(tmp_path_factory.mktemp("scenes"), SIZES)
 
 
 def expected_objects(folder: Path, image: Path, threshold: float = THRESHOLD) -> list[tuple]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scenes import coarse_images
 from typer.testing import CliRunner, Result
 
 import mobilenet
@@ -68,13 +69,7 @@ SIZES = {"a.jpg": (120, 80), "b.png": (33, 150), "sub/a.jpg": (1, 1), "sub/c.web
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of images of coarse colors."""
-    folder = tmp_path_factory.mktemp("scenes")
-    random = np.random.default_rng(0)
-    for name, size in SIZES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), np.uint8))
-        coarse.resize(size, Image.Resampling.NEAREST).save(folder / name, quality=95)
-    return folder
+    return coarse_images(tmp_path_factory.mktemp("scenes"), SIZES)
 
 
 def expected_map(folder: Path, image: Path) -> np.ndarray:
