@@ -99,13 +99,14 @@ def _run(options: Options, state: PartialState, claim: Claim | None) -> bool:
         print(f"Note: {note}")
     state.wait_for_everyone()
     frozen = [] if options.last_stages is None else freeze(model, options.last_stages)
+    size = input_size(processor) if options.train_size is None else (options.train_size, options.train_size)
     trainer = task.trainer(
         model.to(memory_format=torch.channels_last),
         training_arguments(options, len(train), state.num_processes, validation is not None),
         options,
         train,
         validation,
-        task.augment(options, input_size(processor)),
+        task.augment(options, size),
         Normalize(processor),
         frozen=frozen,
         minutes=options.time_limit,
