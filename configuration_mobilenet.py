@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from .architectures_mobilenet import ARCHITECTURES, Architecture, Block, Width
-from .heads_mobilenet import DETECTORS, SEGMENTATION_HEADS, AtrousPyramid, LiteAtrousPyramid
+from .heads_mobilenet import DETECTORS, PUBLISHED, SEGMENTATION_HEADS, AtrousPyramid, LiteAtrousPyramid
 
 
 try:
@@ -42,42 +42,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "classifier_dropout": 0.0,
         "num_labels": 1000,
     },
-    # Segmenters: deeplabv3_mnv2_pascal and deeplabv3_mnv2_dm05_pascal of deeplab/g3doc/model_zoo.md; torchvision's.
-    **{
-        f"deeplab_v3_mobilenet_v2_{width}_513": {
-            "architecture": "mobilenet_v2",
-            "width_multiplier": width,
-            "image_size": 513,
-            "output_stride": stride,
-            "channel_divisor": divisor,
-            "segmentation_head": "deeplab_v3_light",
-            "num_labels": 21,
-        }
-        for width, stride, divisor in ((1.0, 8, 8), (0.5, 16, 1))
-    },
-    **{
-        f"{head}_mobilenet_v3_large_520": {
-            "architecture": "mobilenet_v3_large",
-            "image_size": 520,
-            "output_stride": 16,
-            "dilates_strided": True,
-            "padding": "symmetric",
-            "segmentation_head": head,
-            "num_labels": 21,
-        }
-        for head in ("deeplab_v3", "lraspp")
-    },
 }
-PRESETS |= {
-    name: {
-        "architecture": detector.architecture,
-        "image_size": detector.image_size,
-        "detector": name,
-        "num_labels": 90,  # of COCO, of which ten have no name
-        **dict(detector.config),
-    }
-    for name, detector in DETECTORS.items()
-}
+PRESETS |= PUBLISHED
 
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
 OUTPUT_STRIDES = (8, 16, 32)

@@ -88,7 +88,7 @@ class ExtraLayer(nn.Module):
 
 
 class DetectionLayers:
-    """What detects objects in the maps of a backbone, for a module to inherit."""
+    """What detects objects in the maps of a backbone, for a module to inherit that has one with layers of Features."""
 
     def add_detection_layers(self, config: MobileNetConfig) -> None:
         """Add the layers that follow the backbone to this module.
@@ -105,6 +105,30 @@ class DetectionLayers:
             self.box_predictors.append(Predictor(config, channels, len(shapes), 4))
             bias = self.detector.class_bias
             self.class_predictors.append(Predictor(config, channels, len(shapes), self.classes, bias))
+
+    def endpoints(self, x: Tensor, hidden_states: list[Tensor] | None = None) -> list[Tensor]:
+        """The maps of the backbone to predict from, by Detector.endpoints.
+
+        Args:
+            x: Images, of shape (B, num_channels, H, W).
+            hidden_states: Collects the feature maps of the stem and of every block.
+        """
+        collect = (lambda x: None) if hidden_states is None else hidden_states.append
+        names, backbone, maps = self.detector.endpoints, self.backbone, {}
+        x = backbone.stem(x)
+        collect(x)
+        for number, stage in enumerate(backbone.stages, start=1):
+            maps["previous"] = x
+            for index, block in enumerate(stage):
+                if "expansion" in names and number == len(backbone.stages) and index == 0:
+                    x, maps["expansion"] = block(x, with_expansion=True)
+                else:
+                    x = block(x)
+                collect(x)
+        maps["last"] = x
+        if "head" in names:
+            maps["head"] = backbone.head(x)
+        return [maps[name] for name in names]
 
     def predict(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Predict from the maps of the backbone.

@@ -243,3 +243,42 @@ SEGMENTATION_HEADS: Mapping[str, AtrousPyramid | LiteAtrousPyramid] = MappingPro
         ),
     }
 )
+
+# Fields of MobileNetConfig for what was published, by names: deeplabv3_mnv2_pascal and deeplabv3_mnv2_dm05_pascal of
+# deeplab/g3doc/model_zoo.md, torchvision's segmenters, and the detectors.
+PUBLISHED: Mapping[str, dict[str, Any]] = MappingProxyType(
+    {
+        f"deeplab_v3_mobilenet_v2_{width}_513": {
+            "architecture": "mobilenet_v2",
+            "width_multiplier": width,
+            "image_size": 513,
+            "output_stride": stride,
+            "channel_divisor": divisor,
+            "segmentation_head": "deeplab_v3_light",
+            "num_labels": 21,
+        }
+        for width, stride, divisor in ((1.0, 8, 8), (0.5, 16, 1))
+    }
+    | {
+        f"{head}_mobilenet_v3_large_520": {
+            "architecture": "mobilenet_v3_large",
+            "image_size": 520,
+            "output_stride": 16,
+            "dilates_strided": True,
+            "padding": "symmetric",
+            "segmentation_head": head,
+            "num_labels": 21,
+        }
+        for head in ("deeplab_v3", "lraspp")
+    }
+    | {
+        name: {
+            "architecture": detector.architecture,
+            "image_size": detector.image_size,
+            "detector": name,
+            "num_labels": 90,  # of COCO, of which ten have no name
+            **dict(detector.config),
+        }
+        for name, detector in DETECTORS.items()
+    }
+)

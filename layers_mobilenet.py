@@ -5,7 +5,6 @@ They need torch alone, and are complete without what makes them fast on a CPU, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -413,31 +412,6 @@ class Features:
                 if hidden_states is not None:
                     hidden_states.append(x)
         return x
-
-    def endpoints(self, x: Tensor, names: Sequence[str], hidden_states: list[Tensor] | None = None) -> list[Tensor]:
-        """Feature maps for a detector, by the names that Detector.endpoints has.
-
-        Args:
-            x: Images, of shape (B, num_channels, H, W).
-            names: Of the maps.
-            hidden_states: Collects the feature maps of the stem and of every block.
-        """
-        collect = (lambda x: None) if hidden_states is None else hidden_states.append
-        maps = {}
-        x = self.stem(x)
-        collect(x)
-        for number, stage in enumerate(self.stages, start=1):
-            maps["previous"] = x
-            for index, block in enumerate(stage):
-                if "expansion" in names and number == len(self.stages) and index == 0:
-                    x, maps["expansion"] = block(x, with_expansion=True)
-                else:
-                    x = block(x)
-                collect(x)
-        maps["last"] = x
-        if "head" in names:
-            maps["head"] = self.head(x)
-        return [maps[name] for name in names]
 
     def pool(self, x: Tensor) -> Tensor:
         """Pooled features of a feature map, of shape (B, config.feature_channels)."""

@@ -321,7 +321,7 @@ class MobileNetForObjectDetection(DetectionLayers, MobileNetPreTrainedModel):
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = [] if wanted else None
         x = self.backbone._prepare(pixel_values, self.backbone.stem.conv.weight)
-        logits, codes, anchors = self.predict(self.backbone.endpoints(x, self.detector.endpoints, hidden_states))
+        logits, codes, anchors = self.predict(self.endpoints(x, hidden_states))
         boxes, scores = self.boxes_and_scores(logits, codes, anchors)
         losses = None
         if labels is not None:

@@ -77,8 +77,7 @@ class BareDetector(DetectionLayers, nn.Module):
         self.add_detection_layers(config)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        maps = self.backbone.endpoints(pixel_values, self.detector.endpoints)
-        boxes, scores = self.boxes_and_scores(*self.predict(maps))
+        boxes, scores = self.boxes_and_scores(*self.predict(self.endpoints(pixel_values)))
         return scores, boxes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -22,8 +23,8 @@ from mobilenet.text import clean
 COMMANDS = {
     "classify": "Name what images show.",
     "detect": "Find objects in images: what they are, and where.",
-    "segment": "Tell the class of every pixel of images.",
-    "convert": "Convert a MobileNet of any public source into a repository for transformers.",
+    "segment": "Predict the class of every pixel of images.",
+    "convert": "Convert a public checkpoint into a repository for transformers.",
     "train": "Train a classifier, detector or segmenter on labeled images and write a complete repository.",
     "evaluate": "Measure a checkpoint on labeled images.",
     "export": "Write a network for another engine.",
@@ -106,7 +107,10 @@ class Group(TyperGroup):
             raise  # whoever read the output has seen enough: typer ends quietly
         except (OSError, ValueError, ImportError) as error:
             name, must, rest = " ".join(str(error).split()).partition(" must ")
-            typer.echo(f"Error: {clean(self.options.get(name, name) + must + rest)}", err=True)
+            text = self.options.get(name, name) + must + rest
+            # Advice names parameters too.
+            text = re.sub(r"(?<=[Ss]et )\w+|\w+(?= allows)", lambda m: self.options.get(m[0], m[0]), text)
+            typer.echo(f"Error: {clean(text)}", err=True)
             raise typer.Exit(1) from error
 
 

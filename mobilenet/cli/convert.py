@@ -104,12 +104,15 @@ def convert(
       google/mobilenet_v2_1.0_224         Hub id or folder of transformers' own
       timm/mobilenetv2_100.ra_in1k        Hub id, folder, .safetensors or .pth
       MobileNet_V2_Weights.IMAGENET1K_V2  torchvision's name, or its .pth
-      lraspp_mobilenet_v3_large           torchvision's segmenter, or its .pth
+      ssdlite320_mobilenet_v3_large       torchvision's detector, or its .pth
+      lraspp_mobilenet_v3_large           torchvision's segmenters, or their .pth
+      google/deeplabv3_mobilenet_v2_1.0_513  segmenter: Hub id or folder
       network.pth                         the plain network of courses
       mobilenet_v1_1.0_224.tgz            slim: archive or .ckpt (tensorflow)
       mobilenet_1_0_224_tf.h5             Keras: .h5, .weights.h5, .keras (h5py)
       mobilenet_v2_1.0_224_quant.tflite   TFLite, any bits (ai-edge-litert)
       coco_ssd_mobilenet_v1_quant.tflite  a detector in TFLite (ai-edge-litert)
+      ssd_mobilenet_v1_coco.tar.gz        TensorFlow's detectors, or .ckpt (tensorflow)
       mobilenetv2-12.onnx                 ONNX, any bits, or a repository of it (onnx)
     """
     signal.signal(signal.SIGTERM, _stop)

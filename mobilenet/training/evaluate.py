@@ -67,7 +67,8 @@ def evaluate_checkpoint(
         kind = task_of(read_config(Files(model)))
     task = training_task(NAMES[kind])
     splits = load_splits(dataset, subset, revision, image_column, label_column, task.labels)
-    split = split or next((name for name in ("test", "validation") if name in splits), next(iter(splits)))
+    only = next(iter(splits)) if len(splits) == 1 else None
+    split = split or next((name for name in ("test", "validation") if name in splits), only)
     if split not in splits:
         raise ValueError(f"split must be one of {', '.join(splits)}, got {split!r}.")
     network, processor = load_network(model, task=kind)

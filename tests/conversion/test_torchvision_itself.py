@@ -25,7 +25,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, torchvision_models.__file__, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "No module named 'torchvision'" in done.stderr:
-        pytest.skip("no torchvision where MOBILENET_TORCHVISION says; see README.md")
+        pytest.skip("no torchvision where MOBILENET_TORCHVISION says; see docs/compatibility.md")
     assert done.returncode == 0, done.stderr
     return folder
 
