@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from .preprocessing_mobilenet import (
     SUPPRESSION,
     UnreadableImageError,
     flatten,
+    on_image,
     open_image,
     place,
     preprocess,
@@ -190,29 +192,30 @@ class MobileNetImageProcessor(BaseImageProcessor):
         Args:
             outputs: `scores` of shape (B, anchors, num_labels) and `pred_boxes` of shape (B, anchors, 4).
             threshold: Detections have scores above this.
-            target_sizes: Height and width of each image in pixels, of shape (B, 2); by default, boxes are relative to
-                the image.
+            target_sizes: Height and width of each image as it came, of shape (B, 2); by default, boxes are relative to
+                what the network saw of it.
 
         Returns:
             For each image `scores` of shape (n,), falling; `labels` of shape (n,), keys of config.id2label; `boxes`
-            of shape (n, 4), as (x0, y0, x1, y1).
+            of shape (n, 4), as (x0, y0, x1, y1), in pixels of the image, where sizes say which, and clipped to it.
 
         Raises:
             ValueError: target_sizes are not as many as there are images, or threshold is no number.
         """
-        if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or threshold != threshold:
+        if not isinstance(threshold, Real) or isinstance(threshold, bool) or threshold != threshold:
             raise ValueError(f"threshold must be a number, got {threshold!r}.")
         if target_sizes is not None and len(target_sizes) != len(outputs.scores):
             raise ValueError(
                 f"target_sizes must hold a size for each of {len(outputs.scores)} images, got {len(target_sizes)}."
             )
-        options = {name: getattr(self, name) for name in SUPPRESSION}
+        options = read_options({name: getattr(self, name) for name in OPTIONS})
+        suppression = {name: options[name] for name in SUPPRESSION}
         results = []
         for index, (scores, boxes) in enumerate(zip(outputs.scores, outputs.pred_boxes, strict=True)):
-            found, labels, edges = suppress(scores, boxes, threshold, **options)
+            found, labels, edges = suppress(scores, boxes, float(threshold), **suppression)
             if target_sizes is not None:
                 height, width = (float(side) for side in target_sizes[index])
-                edges = edges * edges.new_tensor([width, height, width, height])
+                edges = torch.from_numpy(on_image(edges.cpu().numpy(), place(width, height, options))).to(edges)
             results.append({"scores": found, "labels": labels, "boxes": edges})
         return results
 

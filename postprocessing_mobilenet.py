@@ -65,8 +65,9 @@ def suppress(
         clip_boxes: Whether to clip boxes to the image first.
 
     Returns:
-        Scores of shape (n,), falling; of equal ones the lower label, then the earlier anchor comes first. Labels of
-        shape (n,). Corners of shape (n, 4).
+        Scores of shape (n,), falling, or with max_classes_per_box falling for each box, and by their best from box to
+        box; of equal ones the lower label, then the earlier anchor comes first. Labels of shape (n,). Corners of
+        shape (n, 4).
 
     Source: tensorflow/lite/kernels/detection_postprocess.cc; torchvision/models/detection/ssd.py
     """

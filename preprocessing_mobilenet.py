@@ -719,6 +719,20 @@ def place(width: int, height: int, options: Mapping[str, Any]) -> tuple[Axis, Ax
     return tuple(axes)
 
 
+def on_image(edges: np.ndarray, axes: tuple[Axis, Axis]) -> np.ndarray:
+    """Boxes in pixels of an image, clipped to it.
+
+    Args:
+        edges: x0, y0, x1, y1 relative to what the network sees, of shape (n, 4).
+        axes: Where the image is in that, as `place` gives it.
+    """
+    result = edges.astype(np.float64)
+    down, across = axes
+    for axis, along in ((across, result[:, 0::2]), (down, result[:, 1::2])):
+        along[:] = np.clip((along * axis.network - axis.offset) * (axis.image / axis.resized), 0, axis.image)
+    return result
+
+
 def enough(options: Mapping[str, Any]) -> tuple[int, int]:
     """Width and height from which an image can be reduced nearly as well as from its own: twice what is asked for."""
     if not (options["fast_decode"] and options["do_resize"]):

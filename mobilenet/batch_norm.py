@@ -28,6 +28,11 @@ class Moments:
         self.variance = torch.lerp(self.variance, variance, share) + share * (1 - share) * delta**2
 
 
+def _is_new(norm: nn.BatchNorm2d) -> bool:
+    """Whether a batch norm has its first statistics, which are no images': it has learned nothing to keep."""
+    return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
+
+
 @torch.no_grad()
 def align_batch_norm(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> nn.Module:
     """Give every batch norm the statistics of these images, in place, while weight and bias keep what it computes.
@@ -42,13 +47,16 @@ def align_batch_norm(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> nn
             on, as they are varied then. Of too few, the statistics are worse than the checkpoint's own.
 
     Returns:
-        The network itself. Norms whose weight does not require gradients stay as they are.
+        The network itself. Norms whose weight does not require gradients, and those that have seen nothing yet,
+        stay as they are.
 
     Raises:
         ValueError: There are no images, or they give numbers that are not finite. The network stays as it was.
     """
     norms = [
-        module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad
+        module
+        for module in model.modules()
+        if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad and not _is_new(module)
     ]
     if not norms:
         return model

@@ -16,7 +16,7 @@ from .find_images import FoundImage, find
 from .inference import ReadImage, check_positive, choose_model, infer, read_with_size, reason, report
 from .loading import Model, load
 from .output import DETECTED, Detection, DetectionResult, Layout, writer
-from .preprocessing_mobilenet import SUPPRESSION, place
+from .preprocessing_mobilenet import SUPPRESSION, on_image, place
 from .tasks import DETECTION
 from .visualize import draw_boxes
 
@@ -38,7 +38,7 @@ def detect_images(
     Args:
         images: One name or many. Folders are searched with all below them.
         model: Folder or Hub id of a detector. Code that comes with it does not run.
-        threshold: Score that an object must have.
+        threshold: Objects have scores above this.
         batch_size: Images that the network sees at once.
         **options: Of mobilenet.loading.load: revision, engine, fast_decode, device, dtype.
 
@@ -76,7 +76,7 @@ def detect(
     Args:
         images: What was found.
         detector: A model.
-        threshold: Score that an object must have.
+        threshold: Objects have scores above this.
         batch_size: Images that the network sees at once.
         drawings: Where images with boxes go.
     """
@@ -119,10 +119,7 @@ def _suppression(detector: Model, threshold: float) -> FindObjects:
             suppress = import_module(".postprocessing_mobilenet", __package__).suppress
             tensors = suppress(torch.from_numpy(first), torch.from_numpy(boxes), threshold, **options)
             found = [tensor.numpy() for tensor in tensors]
-        scores, indices, corners = found[0], found[1], found[2].astype(np.float64)
-        down, across = place(*size, detector.options)
-        for axis, edges in ((across, corners[:, 0::2]), (down, corners[:, 1::2])):
-            edges[:] = np.clip((edges * axis.network - axis.offset) * (axis.image / axis.resized), 0, axis.image)
+        scores, indices, corners = found[0], found[1], on_image(found[2], place(*size, detector.options))
         return [
             Detection(index, detector.label(index), score, tuple(box))
             for score, index, box in zip(scores.tolist(), indices.tolist(), corners.tolist(), strict=True)
@@ -151,7 +148,7 @@ def run(
         names: Of files, folders and so on, as `find` takes them.
         detector: A model.
         layout: How results are printed.
-        threshold: Score that an object must have.
+        threshold: Objects have scores above this.
         batch_size: Images that the network sees at once.
         file: Where results are printed; by default stdout.
         drawings: Where images with boxes go.

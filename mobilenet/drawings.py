@@ -72,6 +72,7 @@ class Drawings:
 
     def find(self) -> Iterator[FoundImage]:
         """Find images as `find` does, but for what lies in the folder itself, and say where each is drawn to."""
+        self.claimed = set()
         for image in find(self.names):
             if is_url(image.name) or image.data is not None or not self._is_inside(image.name):
                 yield self._claim(image)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,6 +94,7 @@ def infer(
             return reason(name, error)
 
     def run(batch: list[FoundImage]) -> list[Any]:
+        _compute_alone()
         attempts = [try_to_read(image) for image in batch]
         readable = [attempt for attempt in attempts if isinstance(attempt, ReadImage)]
         results = iter(
@@ -114,6 +116,17 @@ def infer(
             yield from batch
 
 
+_thread = threading.local()
+
+
+def _compute_alone() -> None:
+    """Let torch compute in this thread alone, where it is in use: threads would wait for each other."""
+    torch = sys.modules.get("torch")
+    if torch is not None and not hasattr(_thread, "computes_alone"):
+        torch.set_num_threads(1)
+        _thread.computes_alone = True
+
+
 def read_image(image: FoundImage, model: Model) -> ReadImage:
     """Read an image for a classifier."""
     return ReadImage(image, model.read(image.name if image.data is None else image.data))
@@ -132,13 +145,18 @@ def read_with_size(image: FoundImage, model: Model, keeps: bool = False) -> Read
         image = image._replace(data=fetch(image.name))
     source = image.name if image.data is None else image.data
     upright = open_image(source, enough(model.options))
-    return ReadImage(image, model.read(upright), _upright_size(source) if is_reduced else upright.size)
+    size = upright.size
+    if is_reduced:
+        size = _size_of_jpeg(source) or size  # no other file is reduced
+    return ReadImage(image, model.read(upright), size)
 
 
-def _upright_size(source: str | bytes) -> tuple[int, int]:
-    """Width and height of an image that is known to be sound, as its header has them."""
+def _size_of_jpeg(source: str | bytes) -> tuple[int, int] | None:
+    """Width and height of an upright image that is known to be sound, as its header has them; None for other files."""
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        if image.format not in ("JPEG", "MPO"):
+            return None
+        is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (image.height, image.width) if is_turned else image.size
 
 

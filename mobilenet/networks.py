@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,20 +160,16 @@ def as_function(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """A network for arrays, for many threads to call: each computes alone, lest they wait for each other.
+    """A network for arrays, for many threads to call.
 
     Args:
         network: From images of shape (B, C, H, W) to its outputs.
         device: Where the network is.
         dtype: In what it computes.
     """
-    alone = threading.local()
 
     @torch.inference_mode()
     def run(pixels: np.ndarray) -> list[np.ndarray]:
-        if threading.current_thread() is not threading.main_thread() and not hasattr(alone, "is_set"):
-            torch.set_num_threads(1)
-            alone.is_set = True
         outputs = network(torch.from_numpy(pixels).to(device, dtype))
         return [output.float().cpu().numpy() for output in outputs]
 

@@ -63,7 +63,7 @@ def load_network(
     Args:
         model: Folder or Hub id.
         revision: Branch, tag or commit of a Hub id.
-        labels: Names for its classes; where there are more or fewer of them, the classifier starts anew.
+        labels: Names for its classes; where there are more or fewer of them, what predicts classes starts anew.
         task: What the network shall be for.
         **fields: Of the configuration, with which a classifier becomes a network for another task: what it has
             beside the classifier's backbone starts anew.

@@ -21,6 +21,9 @@ from .tasks import SEGMENTATION
 from .visualize import background_of, draw_segments, encode, to_mask
 
 
+_COUNTED = 1 << 22  # pixels at a time
+
+
 def segment_images(
     images: str | os.PathLike | Iterable[str | os.PathLike],
     model: str | os.PathLike,
@@ -77,7 +80,9 @@ def segment(
 
     def finish(image: ReadImage, logits: np.ndarray) -> SegmentationResult:
         label_map = to_label_map(logits, image.size)
-        counts = np.bincount(label_map.reshape(-1), minlength=len(logits))
+        # In bands, as integers of 64 bits are made of the pixels.
+        bands = np.array_split(label_map.reshape(-1), 1 + label_map.size // _COUNTED)
+        counts = sum(np.bincount(band, minlength=len(logits)) for band in bands)
         segments = [
             Segment(index, segmenter.label(index), float(counts[index] / label_map.size), int(counts[index]))
             for index in np.argsort(-counts, kind="stable").tolist()

@@ -66,12 +66,18 @@ class _Box(NamedTuple):
 class _Canvas:
     """An image that is drawn on, in sizes that fit it."""
 
-    def __init__(self, image: Image.Image) -> None:
+    def __init__(self, image: Image.Image, captions: Sequence[str] = ()) -> None:
         self.image = image
         longest = max(image.size)
         self.draw = ImageDraw.Draw(image)
-        self.font = _font(max(_MIN_TEXT, round(min(_TEXT_SHARE * longest, _MAX_TEXT_SHARE * min(image.size)))))
         self.line = max(2, round(longest / 320))
+        self._set_size(max(_MIN_TEXT, round(min(_TEXT_SHARE * longest, _MAX_TEXT_SHARE * min(image.size)))))
+        widest = max((self.measure(caption)[0] for caption in captions), default=0)
+        if widest > image.width:
+            self._set_size(max(_MIN_TEXT, int(self.size * image.width / widest)))
+
+    def _set_size(self, size: int) -> None:
+        self.size, self.font = size, _font(size)
         self.pad = max(2, round(self.font.size / 4)) if hasattr(self.font, "size") else 2
 
     def measure(self, text: str) -> tuple[float, float, float]:
@@ -101,7 +107,7 @@ def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Ima
         detections: Best first, in pixels of the image.
     """
     image, scale = _enlarged(image)
-    canvas = _Canvas(image)
+    canvas = _Canvas(image, [*map(_caption, detections)])
     boxes = [_Box(*(scale * edge for edge in detection.box)) for detection in detections]
     places = _place_labels(canvas, boxes, detections)
     for detection, box in reversed(list(zip(detections, boxes, strict=True))):
@@ -197,21 +203,23 @@ def draw_segments(
     longest = max(image.size)
     border = Image.fromarray(_border(label_map, max(1, round(longest / 500))))
     shown.paste((255, 255, 255), mask=border)
-    canvas = _Canvas(shown)
+    named = [each for each in segments if each.index != background and each.area >= _SMALLEST_LABELED]
+    texts = [_label(segment.label, segment.area) for segment in named]
+    canvas = _Canvas(shown, texts)
     small = _reduced(label_map)
     scale_x, scale_y = shown.width / small.width, shown.height / small.height
     values = np.asarray(small)
-    for segment in segments:
-        if segment.index == background or segment.area < _SMALLEST_LABELED:
+    places: list[_Box] = []
+    for segment, text in zip(named, texts, strict=True):
+        deepest = _deepest(values == segment.index)
+        if deepest is None:
             continue
-        place = _deepest(values == segment.index)
-        if place is None:
-            continue
-        text = _label(segment.label, segment.area)
         width, height, _ = canvas.measure(text)
-        x, y = (place[0] + 0.5) * scale_x - width / 2, (place[1] + 0.5) * scale_y - height / 2
-        where = canvas.inside(width, height, x, y)
-        canvas.label(text, where.x0, where.y0, label_color(segment.index))
+        x, y = (deepest[0] + 0.5) * scale_x - width / 2, (deepest[1] + 0.5) * scale_y - height / 2
+        # Above or below, where another label is in the way.
+        choices = [canvas.inside(width, height, x, y + step * height) for step in (0, -1, 1, -2, 2)]
+        places.append(min(choices, key=lambda choice: sum(map(choice.shared, places))))
+        canvas.label(text, places[-1].x0, places[-1].y0, label_color(segment.index))
     return shown
 
 

@@ -94,6 +94,15 @@ def test_errors_name_options(tmp_path, monkeypatch, arguments, line):
     assert result.stderr.startswith(f"Error: {line}")
 
 
+def test_advice_names_options(tmp_path):
+    for color in ("blue", "red"):
+        (tmp_path / "images" / color).mkdir(parents=True)
+        (tmp_path / "images" / color / "a.png").write_bytes(b"no image")
+    result = run("train", str(tmp_path / "images"), "--output", str(tmp_path / "out"), "--validation", "0")
+    assert result.exit_code == 1
+    assert result.stderr.strip().endswith("Set --skip-unreadable to leave them out.")
+
+
 def test_shells_complete_commands_and_options():
     def complete(*words: str) -> list[str]:
         environment = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,21 +17,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mobilenet.preprocessing_mobilenet import FITS
 from PIL import Image
 from scenes import coarse_images
 from test_classify import watch
 from typer.testing import CliRunner, Result
 
 import mobilenet
-from mobilenet import MobileNetConfig, MobileNetForObjectDetection, MobileNetImageProcessor
+from mobilenet import (
+    MobileNetConfig,
+    MobileNetForObjectDetection,
+    MobileNetForSemanticSegmentation,
+    MobileNetImageProcessor,
+)
 from mobilenet.cli import app
 from mobilenet.coco import categories_of
+from mobilenet.find_images import FoundImage
+from mobilenet.inference import read_with_size
+from mobilenet.loading import load
 from mobilenet.output import Detection
+from mobilenet.tasks import DETECTION
 from mobilenet.visualize import draw_boxes, label_color
 
 
+ROOT = Path(__file__).parents[1]
 LABELS = {0: "kite", 1: "[red]dog[/]", 2: "cat\x1b[2J", 3: "=tie"}
 THRESHOLD = 0.8
+
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="signals and terminals of POSIX")
 
 
 def run(*arguments: object, stdin: bytes | None = None) -> Result:
@@ -134,6 +149,43 @@ print(len(result.predictions))
     assert_same(result.predictions, expected_objects(tmp_path, scenes / "b.png"))
 
 
+@pytest.mark.parametrize("fit", ["crop", "pad", "corner", "stretch"])
+def test_boxes_lie_on_the_image_whatever_the_network_sees_of_it(detector, scenes, tmp_path, fit):
+    shutil.copytree(detector, tmp_path / "fitted")
+    MobileNetImageProcessor(**FITS[fit](128, 146), max_detections=20).save_pretrained(tmp_path / "fitted")
+    results = list(mobilenet.detect_images(scenes, tmp_path / "fitted", threshold=THRESHOLD, batch_size=1))
+    assert sum(len(result.predictions) for result in results) > 10
+    for result in results:
+        assert_same(result.predictions, expected_objects(tmp_path / "fitted", result.name))
+
+
+@needs_posix
+@pytest.mark.parametrize("command", ["detect", "segment"])
+def test_in_a_terminal_drawings_have_their_sources_names(command, detector, scenes, tmp_path):
+    """There, images are found twice: to count them, and to draw them."""
+    import pty
+
+    model = detector
+    if command == "segment":
+        model = tmp_path / "segmenter"
+        config = MobileNetConfig(width_multiplier=0.1, num_labels=4, segmentation_head="lraspp")
+        MobileNetForSemanticSegmentation(config).save_pretrained(model)
+        MobileNetImageProcessor.from_recipe("deeplab", 64).save_pretrained(model)
+    terminal, end = pty.openpty()
+    names = [scenes, "--model", model, "--draw", tmp_path / "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mobilenet.cli", command, *map(str, names)], stdout=subprocess.DEVNULL, stderr=end
+    )
+    os.close(end)
+    with contextlib.suppress(OSError):  # the other end is closed
+        while os.read(terminal, 10000):
+            pass
+    os.close(terminal)
+    assert process.wait() == 0
+    drawn = [path.stem for path in (tmp_path / "out").rglob("*.*")]
+    assert {*drawn} == {Path(name).stem for name in SIZES}
+
+
 def test_layouts_say_the_same(detector, scenes):
     options = (scenes, "--model", detector, "--threshold", THRESHOLD)
     expected = {r.name: r for r in mobilenet.detect_images(scenes, detector, threshold=THRESHOLD)}
@@ -170,6 +222,16 @@ def test_results_as_coco_has_them(detector, scenes):
             x0, y0, x1, y1 = p.box
             assert line["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=0.01)
     assert json.loads(run(scenes, "--model", detector, "--threshold", 1, "--coco").stdout) == []
+
+
+def test_no_two_labels_share_a_category():
+    coco = [
+        label for label in (ROOT / "mobilenet/conversion/coco_labels.txt").read_text().splitlines() if label != "N/A"
+    ]
+    categories = categories_of(dict(enumerate([*coco, "helmet", "drone"])))
+    assert categories[0] == 1
+    assert (categories[80], categories[81]) == (91, 92)
+    assert len(set(categories.values())) == 82
 
 
 def test_categories_are_cocos_where_labels_are():
@@ -263,6 +325,19 @@ def test_orientation_and_reduced_decoding(detector, tmp_path):
         assert result.predictions[0].box == pytest.approx(best.box, abs=15)
 
 
+@pytest.mark.parametrize(("suffix", "orientation"), [("tiff", 6), ("jpg", 9), ("jpg", 6), ("png", 8)])
+def test_sizes_with_reduced_decoding(detector, tmp_path, suffix, orientation):
+    """A TIFF file's size is that of the upright image already; an orientation of 9 says nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (60, 40), "red").save(tmp_path / f"a.{suffix}", exif=exif)
+    sizes = []
+    for fast_decode in (False, True):
+        model = load(str(detector), fast_decode=fast_decode, task=DETECTION)
+        sizes.append(read_with_size(FoundImage(str(tmp_path / f"a.{suffix}")), model).size)
+    assert sizes == [(60, 40) if orientation == 9 else (40, 60)] * 2
+
+
 def test_an_image_and_names_from_stdin(detector, scenes, tmp_path):
     data = (scenes / "b.png").read_bytes()
     here = json.loads(run(scenes / "b.png", "--model", detector, "--json").stdout)
@@ -336,9 +411,6 @@ def test_other_loaders_say_the_same(detector, scenes, tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
     (result,) = mobilenet.detect_images(scenes / "a.jpg", tmp_path, threshold=THRESHOLD)
     assert_same(result.predictions, expected_objects(detector, scenes / "a.jpg"))
-
-
-needs_posix = pytest.mark.skipif(os.name != "posix", reason="signals and links of POSIX")
 
 
 def start(*arguments: object) -> subprocess.Popen:

@@ -470,6 +470,10 @@ def test_detections_are_in_pixels_of_each_image() -> None:
     torch.testing.assert_close(first["boxes"], torch.tensor([[50.0, 40.0, 150.0, 60.0]]))
     torch.testing.assert_close(second["boxes"], torch.tensor([[28.0, 15.0, 40.0, 35.0]]))
     assert (first["labels"].tolist(), second["labels"].tolist()) == ([0], [1])
+    (same,) = processor.post_process_object_detection(
+        SimpleNamespace(scores=found.scores[:1], pred_boxes=found.pred_boxes[:1]), np.float32(0.5), [(100, 200)]
+    )
+    assert torch.equal(same["boxes"], first["boxes"])
     (relative,) = processor.post_process_object_detection(
         SimpleNamespace(scores=found.scores[:1], pred_boxes=found.pred_boxes[:1])
     )

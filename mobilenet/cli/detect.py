@@ -20,7 +20,7 @@ def detect(
         str | None, typer.Option("--model", "-m", help="Folder or Hub id of a detector.", show_default=False)
     ] = None,
     revision: options.Revision = None,
-    threshold: Annotated[float, typer.Option(help="Score that an object must have.")] = 0.5,
+    threshold: Annotated[float, typer.Option(help="Objects have scores above this.")] = 0.5,
     as_json: options.AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a row for each object.")] = False,
     as_coco: Annotated[bool, typer.Option("--coco", help="Print a list of results as COCO has them.")] = False,

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mobilenet.postprocessing_mobilenet import overlap, suppress
+from mobilenet.preprocessing_mobilenet import SUPPRESSION
 from mobilenet.progress import track
 from mobilenet.repository import RepositoryError
 from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task
@@ -98,11 +100,12 @@ def _same_objects(found: Outputs, expected: Outputs, options: Mapping[str, Any])
     """Of scores and boxes, or of rows that are suppressed already: those that the other has too, counted both ways."""
     ours, theirs = (objects(outputs, options) for outputs in (found, expected))
     same = 0
-    left = list(range(len(theirs)))
-    for row in ours:
-        alike = [i for i in left if theirs[i, 1] == row[1] and _iou(theirs[i, 3:], row[3:]) >= _MIN_IOU]
-        if alike:
-            left.remove(max(alike, key=lambda i: _iou(theirs[i, 3:], row[3:])))
+    overlaps = overlap(ours[:, None, 3:], theirs[None, :, 3:])
+    overlaps[ours[:, None, 1] != theirs[None, :, 1]] = 0
+    for row in overlaps if len(theirs) else ():
+        best = row.argmax()
+        if row[best] >= _MIN_IOU:
+            overlaps[:, best] = 0  # it stands for one object alone
             same += 1
     return 2.0 * same, float(len(ours) + len(theirs))
 
@@ -112,19 +115,9 @@ def objects(outputs: Outputs, options: Mapping[str, Any], threshold: float = _MI
     if len(outputs) == 1:  # an exported network has suppressed
         rows = outputs[0]
         return rows[rows[:, 2] >= threshold][: options["max_detections"]]
-    from mobilenet.postprocessing_mobilenet import suppress
-    from mobilenet.preprocessing_mobilenet import SUPPRESSION
-
     (scores,), (boxes,) = outputs
     scores, labels, boxes = suppress(scores, boxes, threshold, **{name: options[name] for name in SUPPRESSION})
     return torch.cat([torch.zeros(len(scores), 1), labels[:, None].float(), scores[:, None], boxes], 1)
-
-
-def _iou(a: Tensor, b: Tensor) -> float:
-    sides = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp(min=0)
-    both = sides.prod().item()
-    every = ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()).item() - both
-    return both / every if every > 0 else float(torch.equal(a, b))
 
 
 AGREEMENTS = {

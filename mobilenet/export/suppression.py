@@ -18,6 +18,8 @@ OUTPUT = "detections"
 def suppress_in_graph(exported: Any, options: Mapping[str, Any]) -> None:
     """Let a graph give objects in place of scores and boxes, as `suppress` of postprocessing_mobilenet.py does.
 
+    All boxes compete, whatever max_candidates_per_class says.
+
     The graph's output `detections` has shape (objects, 7): for each object the image's place in the batch, the class,
     the score, and x0, y0, x1, y1 relative to the image, by falling score.
 

@@ -12,6 +12,7 @@ from kornia.augmentation.auto import TrivialAugment
 from torch import Tensor, nn
 
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
+from mobilenet.postprocessing_mobilenet import overlap
 
 from .boxes import NO_BOX
 from .masks import IGNORED
@@ -206,10 +207,10 @@ class AugmentBoxes(nn.Module):
         tries = [term.view(batch, -1) for term in (*drawn, *map(_shift, drawn))]
         width, height, x, y = tries
         windows = (torch.stack([x - width, y - height, x + width, y + height], -1) + 1) / 2
-        overlap = _iou(windows, boxes)
+        overlaps = overlap(windows[:, :, None], boxes[:, None])
         center = ((boxes[..., :2] + boxes[..., 2:]) / 2)[:, None]
         inside = ((center > windows[:, :, None, :2]) & (center < windows[:, :, None, 2:])).all(-1) & counts[:, None]
-        best = overlap.masked_fill(~inside, -1).amax(-1)
+        best = overlaps.masked_fill(~inside, -1).amax(-1)
         best = torch.where(counts.any(-1, keepdim=True), best, 1.0)  # where there are no objects, all windows fit
         fits = best[..., None] >= torch.tensor(self.OVERLAPS, **like)
         # As if overlaps were drawn until one has a window that fits; the whole image, which comes last, always does.
@@ -220,15 +221,6 @@ class AugmentBoxes(nn.Module):
         whole = (1.0, 1.0, 0.0, 0.0)
         chosen = (torch.where(is_crop, t.gather(1, first)[:, 0], w) for t, w in zip(tries, whole, strict=True))
         return Crops(*chosen, _mirror(batch, self.flip, like))
-
-
-def _iou(windows: Tensor, boxes: Tensor) -> Tensor:
-    """Intersection over union of windows (B, T, 4) and boxes (B, K, 4): (B, T, K)."""
-    windows, boxes = windows[:, :, None], boxes[:, None]
-    sides = torch.minimum(windows[..., 2:], boxes[..., 2:]) - torch.maximum(windows[..., :2], boxes[..., :2])
-    shared = sides.clamp(min=0).prod(-1)
-    areas = [(term[..., 2:] - term[..., :2]).prod(-1) for term in (windows, boxes)]
-    return shared / (areas[0] + areas[1] - shared)
 
 
 class AugmentMasks(nn.Module):

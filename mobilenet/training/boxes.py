@@ -53,7 +53,7 @@ class Boxes(Labels):
 
     def unify(self, splits: datasets.DatasetDict) -> datasets.DatasetDict:
         first = next(iter(splits.values()))
-        if "size" in (_parts(first.features[LABEL]) or {}):  # a COCO folder's
+        if (_parts(first.features[LABEL]) or {}).keys() == _feature(()).keys():  # a COCO folder's
             return splits
         parts = {name: _objects(split.features[LABEL]) for name, split in splits.items()}
         objects = {name: _as_lists(split[LABEL][:], parts[name]) for name, split in splits.items()}
@@ -79,7 +79,10 @@ class Boxes(Labels):
 
     def check_rows(self, rows: datasets.Dataset) -> None:
         if not any(label and label[CATEGORY] for label in rows[LABEL][:]):
-            raise ValueError("images to train on must have boxes, but none has any.")
+            raise ValueError("images to train or measure on must have boxes, but none has any.")
+
+    def check_measured(self, rows: datasets.Dataset) -> None:
+        self.check_rows(rows)
 
     def check(self, labels: np.ndarray, names: Sequence[str]) -> str | None:
         seen = labels[..., 0]
@@ -127,10 +130,11 @@ def _clip(box: Sequence[float], width: int, height: int) -> tuple[float, float, 
     shown = f"[{', '.join(f'{v:g}' for v in box)}]"
     if w <= 0 or h <= 0:
         raise ValueError(f"the box {shown} has no area")
-    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+    edges = max(x, 0) / width, max(y, 0) / height, min(x + w, width) / width, min(y + h, height) / height
+    left, top, right, bottom = np.float32(edges)  # what entries hold
     if left >= right or top >= bottom:
         raise ValueError(f"the box {shown} lies outside of the image of {width}x{height} pixels")
-    return left / width, top / height, right / width, bottom / height
+    return edges
 
 
 def _is_number(value: Any) -> bool:
@@ -214,7 +218,9 @@ def _names_of(features: dict[str, Any], categories: dict[str, list[Any]]) -> lis
         names = features[first].names
     else:
         values = {value for split in categories.values() for value in split}
-        if not values or not all(type(value) is type(next(iter(values))) for value in values):
+        if not values:
+            raise ValueError("images to train or measure on must have boxes, but none has any.")
+        if not all(type(value) is type(next(iter(values))) for value in values):
             raise ValueError("categories must all be names, or all integers.")
         if all(isinstance(value, str) for value in values):
             return sorted(values)

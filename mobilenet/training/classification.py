@@ -35,7 +35,7 @@ class Classification(TrainingTask):
     def build(
         self, options: Options, names: list[str]
     ) -> tuple[MobileNetForImageClassification, MobileNetImageProcessor]:
-        """From scratch, or from a classifier whose last layer starts anew where the labels are others."""
+        """From scratch, or from a classifier whose last layer starts anew with more or fewer labels."""
         if options.model is None:
             size = options.image_size or 224
             processor = MobileNetImageProcessor(

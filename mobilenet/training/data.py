@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor, UnreadableImageError
-from mobilenet.preprocessing_mobilenet import is_url, open_image
+from mobilenet.preprocessing_mobilenet import OPTIONS, is_url, open_image, place, read_options
 from mobilenet.progress import progress_bar
 
 
@@ -92,6 +92,9 @@ class Labels(ABC):
     @abstractmethod
     def check_rows(self, rows: datasets.Dataset) -> None:
         """Raise ValueError unless rows can be trained on, before they are decoded."""
+
+    def check_measured(self, rows: datasets.Dataset) -> None:  # noqa: B027
+        """Raise ValueError unless rows can be measured on, before they are decoded; by default, they can."""
 
     @abstractmethod
     def check(self, labels: np.ndarray, names: Sequence[str]) -> str | None:
@@ -483,7 +486,19 @@ class Reader(NamedTuple):
         if self.square is not None:
             square = {"size": self.square, "crop_size": self.square}
             options |= {"do_resize": True, "do_center_crop": True, **square}
-        return self.processor(image, **options)["pixel_values"][0].astype(np.uint8)
+        pixels = self.processor(image, **options)["pixel_values"][0].astype(np.uint8)
+        if self.processor.pad_size is not None and self.square is None:
+            self._fill(pixels, image)
+        return pixels
+
+    def _fill(self, pixels: np.ndarray, image: Image.Image) -> None:
+        """Let what is padded be what normalization makes 0 of, up to rounding."""
+        processor = self.processor
+        down, across = place(*image.size, read_options({name: getattr(processor, name) for name in OPTIONS}))
+        mean = np.array(processor.image_mean if processor.do_normalize else 0.0)
+        color = np.rint(mean / (processor.rescale_factor if processor.do_rescale else 1)).reshape(-1, 1, 1)
+        pixels[:, down.resized :] = color
+        pixels[:, :, across.resized :] = color
 
     def read(self, row: dict[str, Any] | None, label: Any, labels: Labels) -> tuple[np.ndarray, Any] | str:
         """An image and its label decoded, or why they cannot be."""

@@ -184,13 +184,19 @@ class Detection(TrainingTask):
             )
             model, processor, is_new = MobileNetForObjectDetection(config), MobileNetImageProcessor(), True
         else:
-            model, processor, is_new = load_start(options, names, DETECTION, "detector", default_detector)
+            model, processor, is_new = load_start(options, names, DETECTION, "detector", DETECTORS, default_detector)
         table = _table(model.config.detector)
         if is_new:
             for option, value in table.suppression._asdict().items():
                 setattr(processor, option, value)
         model.config.image_size = options.image_size or (table.image_size if is_new else model.config.image_size)
         stretch(processor, model.config.image_size)
+        reduced = model.config.output_stride * 2 ** (len(table.extra_channels) - 1)
+        if options.images_per_batch < 2 and model.config.image_size <= 2 * reduced:
+            raise ValueError(
+                "batch_size must be at least 2 for a detector whose last map is one pixel, normalized over the batch, "
+                f"got {options.images_per_batch}."
+            )
         return model, processor
 
     def augment(self, options: Options, size: tuple[int, int]) -> nn.Module:
@@ -203,7 +209,13 @@ class Detection(TrainingTask):
     def measure(
         self, network: MobileNetForObjectDetection, processor: MobileNetImageProcessor, split: Split, batch_size: int
     ) -> Scores:
-        """Average precision of what the processor makes of the network's outputs."""
+        """Average precision of what the processor makes of the network's outputs.
+
+        Raises:
+            ValueError: The processor does not show the network the whole of an image, stretched.
+        """
+        if processor.do_center_crop or processor.pad_size is not None or "height" not in processor.size:
+            raise ValueError("fit must be stretch for a detector to be measured: boxes are relative to the image.")
         images, device = split.images(), device_of()
         names = [*network.config.id2label.values()]
         network, normalize, scores = (

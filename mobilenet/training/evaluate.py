@@ -76,6 +76,7 @@ def evaluate_checkpoint(
     folders = None if external_images else folders_of(dataset)
     task.labels.find_names(splits, dataset, label_names, folders, default=list(known))
     rows = splits[split]
+    task.labels.check_measured(rows)
     names = task.labels.names(rows)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(

@@ -158,10 +158,10 @@ def _largest(splits: datasets.DatasetDict, folders: Sequence[Path] | None) -> in
 
     def largest(label: dict[str, Any] | None) -> int:
         try:
-            values = np.asarray(_open_mask(label, reader.source))
+            counts = _open_mask(label, reader.source).histogram()
         except UnreadableImageError:
             return -1
-        return max((int(value) for value in np.unique(values) if value != IGNORED), default=-1)
+        return max((value for value, count in enumerate(counts) if count and value != IGNORED), default=-1)
 
     with ThreadPoolExecutor() as pool:
         found = [value for rows in splits.values() for batch in rows.iter(256) for value in pool.map(
@@ -176,7 +176,7 @@ def read_names(path: Path) -> list[str]:
         ValueError: The file is none of these.
     """
     try:
-        text = Path(regular(path)).read_text(encoding="utf-8")
+        text = Path(regular(path)).read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix == ".json" else text.splitlines()
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a file of names: {error}") from error

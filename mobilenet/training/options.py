@@ -88,7 +88,10 @@ class Options:
     ] = None
     width: Annotated[float, _option("From scratch: width multiplier.")] = 1.0
     output_stride: Annotated[
-        int | None, _option("From scratch: 32, 16 or 8; by default 32, and 16 for segmentation.")
+        int | None,
+        _option(
+            "From scratch, or for a new detector or segmenter: 32, 16 or 8; by default 32, and 16 for segmentation."
+        ),
     ] = None
     detector: Annotated[
         str | None,

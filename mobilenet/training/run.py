@@ -215,6 +215,9 @@ def _read(options: Options) -> Data:
     labels.check_rows(train)
     if validation is None and options.validation:
         train, validation = labels.hold_out(train, options.validation, options.seed)
+    for rows in (validation, test):
+        if rows is not None:
+            labels.check_measured(rows)
     return Data(task, labels.names(train), train, validation, test, used)
 
 
@@ -322,7 +325,7 @@ def _finish(
     for role, images in (("validation", validation), ("test", test)):
         if images is not None:
             rows, reader = getattr(data, role), Reader(processor, _folders(options))
-            split = Split(rows, lambda images=images: images, reader, options.skip_unreadable)
+            split = Split(rows, lambda images=images: images, reader, options.skip_unreadable, is_known=True)
             scores = data.task.measure(written, processor, split, options.images_per_batch)
             measured[data.splits.get(role, HELD_OUT)] = scores.measured
             scores.plot(repository / WORDS[options.task].plot)  # of the last one

@@ -31,6 +31,7 @@ from .task import Scores, Split, TrainingTask, device_of, labels_by_index, load_
 from .trainer import ImageTrainer
 
 
+_COUNTED = 1 << 22  # pixels at a time
 IMAGE_SIZE = 513  # DeepLab V3, Section 4.1 (arXiv:1706.05587)
 
 
@@ -60,7 +61,10 @@ class MeanIou:
 
     def update(self, maps: Tensor, labels: Tensor) -> None:
         """Add predicted and true classes of pixels: (..., H, W)."""
-        self.metrics.update(maps.long(), labels.long())
+        # In bands, as the metrics make many integers of 64 bits of each pixel.
+        rows = max(1, _COUNTED // maps[..., 0, :].numel())
+        for part, expected in zip(maps.split(rows, -2), labels.split(rows, -2), strict=True):
+            self.metrics.update(part.long(), expected.long())
 
     def compute(self) -> tuple[dict[str, float], list[float | None], np.ndarray]:
         """What all images score.
@@ -142,7 +146,12 @@ class Segmentation(TrainingTask):
             model, processor, is_new = MobileNetForSemanticSegmentation(config), MobileNetImageProcessor(), True
         else:
             model, processor, is_new = load_start(
-                options, names, SEGMENTATION, "segmentation_head", default_head, output_stride=16
+                options, names, SEGMENTATION, "segmentation_head", SEGMENTATION_HEADS, default_head, output_stride=16
+            )
+        if options.images_per_batch < 2 and model.config.segmentation.kind == "atrous pyramid":
+            raise ValueError(
+                f"batch_size must be at least 2 for {model.config.segmentation_head}, whose pooled features are "
+                f"normalized over the batch, got {options.images_per_batch}."
             )
         processor.align_corners = SEGMENTATION_HEADS[model.config.segmentation_head].align_corners
         model.config.image_size = options.image_size or (IMAGE_SIZE if is_new else model.config.image_size)
@@ -210,7 +219,8 @@ class Segmentation(TrainingTask):
                 for broken in (one for one in found if isinstance(one, str)):
                     if not split.skip_unreadable:
                         raise ValueError(f"{broken}. Set skip_unreadable to leave it out.")
-                    print(f"left out {broken}")
+                    if not split.is_known:
+                        print(f"left out {broken}")
                 whole = [one for one in found if not isinstance(one, str)]
                 if whole:
                     yield tuple(map(list, zip(*whole, strict=True)))

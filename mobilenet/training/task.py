@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.loading import Files, loading, read_config
 from mobilenet.pretrained import load_network
 from mobilenet.require import require
-from mobilenet.tasks import CLASSIFICATION, Task, task_of
+from mobilenet.tasks import CLASSIFICATION, Task, check_task, task_of
 
 from .data import Images, Labels, Reader
 from .options import Options
@@ -33,6 +33,7 @@ class Split(NamedTuple):
     reader: Reader
     skip_unreadable: bool = False
     classes: Sequence[int] | None = None  # by the dataset's class, the network's; by default they are the same
+    is_known: bool = False  # whether it is known already what is left out
 
 
 class Scores(NamedTuple):
@@ -131,7 +132,13 @@ def labels_by_index(names: list[str]) -> dict[str, Any]:
 
 
 def load_start(
-    options: Options, names: list[str], task: Task, field: str, default: Callable[[str], str], **fields: Any
+    options: Options,
+    names: list[str],
+    task: Task,
+    field: str,
+    tables: Collection[str],
+    default: Callable[[str], str],
+    **fields: Any,
 ) -> tuple[PreTrainedModel, MobileNetImageProcessor, bool]:
     """The checkpoint to start from: of the same task, or a classifier's backbone with a head that starts anew.
 
@@ -140,6 +147,7 @@ def load_start(
         names: Of the classes.
         task: What the network is for.
         field: Of the configuration and of the options: names the head.
+        tables: The heads that there are.
         default: The head that an architecture gets.
         **fields: Others that a classifier's configuration gets with the head.
 
@@ -152,6 +160,10 @@ def load_start(
     with loading(options.model):
         content = read_config(Files(options.model))
     chosen = getattr(options, field)
+    if chosen is not None and chosen not in tables:
+        raise ValueError(f"{field} must be one of {', '.join(tables)}, got {chosen!r}.")
+    if task_of(content) is not CLASSIFICATION:
+        check_task(content, task)
     if task_of(content) is CLASSIFICATION:
         fields[field] = chosen or default(content.get("architecture", "mobilenet_v2"))
         if options.output_stride:

@@ -13,7 +13,7 @@ from PIL import Image
 from shapes import SHAPES, SIZE, draw, draw_coco, write
 
 from mobilenet import MobileNetImageProcessor
-from mobilenet.training.boxes import BOXES, NO_BOX
+from mobilenet.training.boxes import BOXES, CROWD, NO_BOX, _clip
 from mobilenet.training.data import IMAGE, LABEL, Images, Storage, decode, folders_of, load_splits
 
 
@@ -230,6 +230,29 @@ def test_broken_images_are_listed_or_left_out(tmp_path: Path, capsys: pytest.Cap
     wanted = expected(4)
     assert_entries(read(tmp_path / "set", skip_unreadable=True).labels, [wanted[1], wanted[3]])
     assert "000.png" in capsys.readouterr().out
+
+
+def test_a_box_too_thin_for_single_precision_is_named() -> None:
+    with pytest.raises(ValueError, match="lies outside of the image of 640x480 pixels"):
+        _clip([639.99999, 10, 50, 50], 640, 480)
+    assert _clip([639.9, 10, 50, 50], 640, 480)[2] == 1
+
+
+def test_objects_may_have_sizes_of_their_own() -> None:
+    objects = [{"bbox": [[1, 2, 3, 4]], "category": [0], "size": [[9, 9]]}]
+    rows = datasets.Dataset.from_dict({IMAGE: [{"bytes": b"", "path": "a"}], LABEL: objects})
+    splits = BOXES.unify(datasets.DatasetDict({"train": rows}))
+    assert splits["train"][LABEL][0][CROWD] == [False]
+
+
+def test_rows_without_any_box_are_refused() -> None:
+    objects = [{"bbox": [], "category": []}]
+    kind = {"bbox": datasets.List(datasets.List(datasets.Value("float64"))), "category": datasets.List(
+        datasets.Value("int64"))}  # fmt: skip
+    features = datasets.Features({IMAGE: datasets.Value("string"), LABEL: kind})
+    rows = datasets.Dataset.from_dict({IMAGE: ["a"], LABEL: objects}, features)
+    with pytest.raises(ValueError, match="images to train or measure on must have boxes, but none has any"):
+        BOXES.unify(datasets.DatasetDict({"train": rows}))
 
 
 def test_folders_without_annotations_and_splits_with_others(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mobilenet.training.data import (
     IMAGE,
     LABEL,
     Order,
+    Reader,
     Storage,
     check_classes,
     decode,
@@ -54,6 +55,18 @@ def test_images_that_outgrow_memory_lie_in_a_file(colors: Path, tmp_path: Path) 
     assert torch.equal(found.batch([3, 1])["pixels"], torch.from_numpy(in_memory.pixels[[3, 1]]))
     (tmp_path / "work" / "test.labels.npy").unlink()
     assert storage.find("test") is None
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (32, 32)])
+def test_what_is_padded_is_measured_as_the_processor_pads(size: tuple[int, int]) -> None:
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    processor = MobileNetImageProcessor(
+        size={"longest_edge": 32}, do_center_crop=False, pad_size=32, image_mean=mean, image_std=std
+    )
+    image = Image.new("RGB", size, (200, 10, 90))
+    pixels = Reader(processor).pixels(image)
+    seen = (pixels / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    np.testing.assert_allclose(seen, processor(image, return_tensors="np")["pixel_values"][0], atol=0.5 / 255 / 0.224)
 
 
 def test_hold_out_takes_the_same_share_of_every_class() -> None:

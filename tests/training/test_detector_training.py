@@ -1,5 +1,6 @@
 """Detectors in training: variation of boxes, average precision, what a run starts from, what it leaves."""
 
+import json
 import re
 import signal
 import time
@@ -221,6 +222,8 @@ def test_detectors_from_checkpoints(classifier: Path, tmp_path: Path) -> None:
         ({"segmentation_head": "lraspp"}, "segmentation_head must be left out for detection: it is for segmentation"),
         ({"task": "pose"}, "task must be one of classification, detection, segmentation, got 'pose'"),
         ({"validation": 0.01}, r"0\.01 of 20 images is too few"),
+        ({"batch_size": 1}, "batch_size must be at least 2 for a detector whose last map is one pixel"),
+        ({"detector": "yolo"}, "detector must be one of ssd_mobilenet_v1, "),
     ],
 )
 def test_options_that_are_not_for_detection(tmp_path: Path, given: dict, message: str) -> None:
@@ -274,6 +277,27 @@ def test_a_run_leaves_a_complete_repository(tmp_path: Path) -> None:
     assert re.search(r"class +average precision\b.*triangle", shown.stdout, re.DOTALL)
     detect = pipeline("object-detection", model=str(tmp_path / "out"), trust_remote_code=False)
     assert isinstance(detect(str(tmp_path / "set" / "images" / "val" / "000.png")), list)
+
+
+def test_what_has_no_boxes_cannot_be_measured(tmp_path: Path) -> None:
+    """Its average precision would be -1."""
+    draw_coco(tmp_path / "set", 4)
+    file = next((tmp_path / "set").rglob("*.json"))
+    content = json.loads(file.read_text())
+    (file.parent / "instances_test.json").write_text(json.dumps(content | {"annotations": []}))
+    with pytest.raises(ValueError, match="images to train or measure on must have boxes, but none has any"):
+        run(options("detection", tmp_path / "set", tmp_path / "out"))
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_a_detector_that_sees_a_part_cannot_be_measured(tmp_path: Path) -> None:
+    draw_coco(tmp_path / "set", 4)
+    names = dict(enumerate(sorted(SHAPES)))
+    config = MobileNetConfig(width_multiplier=0.1, detector="ssdlite_mobilenet_v2", id2label=names)
+    MobileNetForObjectDetection(config).save_pretrained(tmp_path / "model")
+    MobileNetImageProcessor(size=64, crop_size=64).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="fit must be stretch for a detector to be measured"):
+        evaluate_checkpoint(str(tmp_path / "model"), str(tmp_path / "set"))
 
 
 def test_categories_count_by_name(tmp_path: Path) -> None:

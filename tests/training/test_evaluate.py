@@ -52,6 +52,13 @@ def test_a_broken_model_is_one_error(
     assert not (tmp_path / "out").exists()
 
 
+def test_of_several_splits_one_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody measures by accident on what the checkpoint was trained on."""
+    monkeypatch.setattr("mobilenet.training.evaluate.load_splits", lambda *_: {"train": None, "extra": None})
+    with pytest.raises(ValueError, match="split must be one of train, extra, got None"):
+        evaluate_checkpoint(str(Path(__file__).parents[2]), "anything")
+
+
 def test_classes_without_images_count_for_nothing() -> None:
     logits, labels = torch.eye(3)[[0, 0, 1, 2]], torch.tensor([0, 0, 1, 1])
     assert class_accuracies(logits, labels) == [1.0, 0.5, None]

@@ -150,6 +150,7 @@ def test_broken_folders_are_one_error(tmp_path: Path, change: Callable[[Path], N
     ("name", "text", "names"),
     [
         ("classes.txt", "ground\r\n red circle \n\n", ["ground", "red circle"]),
+        ("classes.txt", "\ufeffground\ncircle", ["ground", "circle"]),
         ("labels.json", '["ground", "circle"]', ["ground", "circle"]),
         ("labels.json", '{"1": "circle", "0": "ground"}', ["ground", "circle"]),
         ("labels.json", '{"1": "circle", "2": "ground"}', None),
@@ -161,7 +162,7 @@ def test_broken_folders_are_one_error(tmp_path: Path, change: Callable[[Path], N
 )
 def test_files_of_names(tmp_path: Path, name: str, text: str, names: list[str] | None) -> None:
     path = tmp_path / name
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     if names is None:
         with pytest.raises(ValueError, match=f"{name} must (be a file of names|name the classes|name at most 255)"):
             read_names(path)
