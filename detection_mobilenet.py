@@ -30,10 +30,10 @@ TOLERANCE = 0.01  # by which a box may leave the image, as annotators round
 
 
 class PredictionConv(Conv2d):
-    """The last convolution of a prediction, which has small weights at first, and a bias of its own."""
+    """The last convolution of a prediction, by torch's arguments: with small initial weights and a bias of its own."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, initial_bias: float = 0.0) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    def __init__(self, *args: Any, initial_bias: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.initial_bias = initial_bias
 
 
@@ -51,7 +51,8 @@ class Predictor(nn.Module):
         kernel = detector.kernel_size
         filters = ConvNormAct(config, in_channels, in_channels, kernel, groups=in_channels, act=ACT)
         self.depthwise = filters if detector.is_lite else nn.Identity()
-        self.conv = PredictionConv(in_channels, anchors * numbers, 1 if detector.is_lite else kernel, bias)
+        kernel = 1 if detector.is_lite else kernel
+        self.conv = PredictionConv(in_channels, anchors * numbers, kernel, padding=kernel // 2, initial_bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(self.depthwise(x))
@@ -192,13 +193,15 @@ def extra_channels(config: MobileNetConfig) -> list[tuple[int, int, int]]:
     return result
 
 
-def prediction_weights(config: MobileNetConfig) -> int:
-    """Weights of the convolutions that end the predictions."""
+def head_weights(config: MobileNetConfig) -> int:
+    """Weights of the extra layers and of the predictions, but for those of depthwise convolutions."""
     detector = DETECTORS[config.detector]
     numbers = 4 + config.num_labels + (detector.background is not None)
-    area = 1 if detector.is_lite else detector.kernel_size**2
+    area, extra_area = (1, 1) if detector.is_lite else (detector.kernel_size**2, 9)
     pairs = zip(map_channels(config), anchor_shapes(detector), strict=True)
-    return sum(channels * len(shapes) * numbers * area for channels, shapes in pairs)
+    predictors = sum(channels * len(shapes) * numbers * area for channels, shapes in pairs)
+    extras = sum(reduced * (before + after * extra_area) for before, reduced, after in extra_channels(config))
+    return predictors + extras
 
 
 def anchor_shapes(detector: Detector) -> list[tuple[AnchorShape, ...]]:
@@ -430,6 +433,6 @@ __all__ = [
     "check_labels",
     "detection_loss",
     "generate_anchors",
-    "prediction_weights",
+    "head_weights",
     "suppress",
 ]

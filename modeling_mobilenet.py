@@ -28,7 +28,7 @@ from .detection_mobilenet import (
     PredictionConv,
     check_labels,
     detection_loss,
-    prediction_weights,
+    head_weights,
 )
 from .heads_mobilenet import DETECTORS
 from .layers_mobilenet import LAYERS, Conv2d, ConvNormAct, Features, LayerScale, fuse, hidden_layers
@@ -282,9 +282,9 @@ class MobileNetForObjectDetection(DetectionLayers, MobileNetPreTrainedModel):
             raise ValueError(f"detector must be one of {', '.join(DETECTORS)}, got None.")
         if config.num_labels < 1:
             raise ValueError(f"num_labels must be at least 1 for a detector, got {config.num_labels}.")
-        if (weights := prediction_weights(config)) > MAX_WEIGHTS:
-            got = f"{weights} with {config.num_labels}"
-            raise ValueError(f"num_labels must give predictions of at most {MAX_WEIGHTS} weights, got {got}.")
+        if (weights := head_weights(config)) > MAX_WEIGHTS:
+            got = f"{weights} with {config.num_labels} at width {config.width_multiplier}"
+            raise ValueError(f"num_labels must give a detector's layers at most {MAX_WEIGHTS} weights, got {got}.")
         self.num_labels = config.num_labels
         self.backbone = MobileNetModel(
             config, add_pooling_layer=False, add_head="head" in DETECTORS[config.detector].endpoints

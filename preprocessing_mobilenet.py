@@ -690,6 +690,8 @@ def _pad(array: np.ndarray, size: Mapping[str, int] | None) -> np.ndarray:
     if rows < 0 or columns < 0:
         got = f"{size['height']}x{size['width']} for {array.shape[0]}x{array.shape[1]} pixels"
         raise ValueError(f"pad_size must be no smaller than the resized image, got {got}.")
+    if size["height"] * size["width"] > MAX_PIXELS:
+        raise ValueError(f"pad_size must be at most {MAX_PIXELS} pixels, got {size['height']}x{size['width']}.")
     return np.pad(array, ((0, rows), (0, columns), (0, 0)))
 
 

@@ -75,6 +75,9 @@ def load_network(
     files = Files(model, revision)
     with loading(model), _quiet():
         content = read_config(files)
+        if files.find("adapter_config.json") is not None:
+            # With PEFT, transformers would load the network that it names instead, wherever that lies.
+            raise ValueError("it holds an adapter, which must be merged first, by merge_and_unload().")
         becomes = bool(fields) and task is not CLASSIFICATION and task_of(content) is CLASSIFICATION
         if becomes:
             content = {name: content[name] for name in content if name not in _OF_CLASSIFIERS} | fields

@@ -1,6 +1,6 @@
 """MobileNets among the Auto classes of transformers: importing this module registers them."""
 
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from transformers import (
     AutoBackbone,
@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
+    AutoTokenizer,
 )
 from transformers.models.auto import modeling_auto
 
@@ -30,12 +31,14 @@ from .modeling_mobilenet import (
 )
 
 
-class NoVideoProcessor:
-    """What takes the place of a video processor.
+class Absent:
+    """What takes the place of something that no MobileNet has.
 
-    Pipelines of transformers 5.23 look for one in every repository, derive its name from the image processor's in
-    `auto_map`, and ask whether to run the repository's code for it, unless there is one here. They go on without.
+    Pipelines look for it in every repository, and ask whether to run the repository's code for it, unless there is one
+    here. They go on without.
     """
+
+    noun: ClassVar[str]
 
     @classmethod
     def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> NoReturn:
@@ -44,7 +47,19 @@ class NoVideoProcessor:
         Raises:
             ValueError: Always.
         """
-        raise ValueError(f"{name} has no video processor: MobileNets take images.")
+        raise ValueError(f"{name} has no {cls.noun}: MobileNets take images.")
+
+
+class NoVideoProcessor(Absent):
+    """For all pipelines of transformers 5.23, which derive its name from the image processor's in `auto_map`."""
+
+    noun = "video processor"
+
+
+class NoTokenizer(Absent):
+    """For pipelines of detection and segmentation, which find one in tokenizer_config.json, whatever that names."""
+
+    noun = "tokenizer"
 
 
 AutoConfig.register(MobileNetConfig.model_type, MobileNetConfig, exist_ok=True)
@@ -72,6 +87,7 @@ for auto_class, model_class, names in (
     names[MobileNetConfig.model_type] = model_class.__name__
 AutoImageProcessor.register(MobileNetConfig, slow_image_processor_class=MobileNetImageProcessor, exist_ok=True)
 AutoVideoProcessor.register(MobileNetConfig, NoVideoProcessor, exist_ok=True)
+AutoTokenizer.register(MobileNetConfig, slow_tokenizer_class=NoTokenizer, exist_ok=True)
 
 __all__ = [
     "ARCHITECTURES",

@@ -35,6 +35,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--package", help="folder of the package, to import it first")
     parser.add_argument("--snapshot", help="download the repository into this folder or the 'cache', and use that")
     parser.add_argument("--all", action="store_true", help="use every class, not the classifier alone")
+    parser.add_argument("--pipeline", help="task: make a pipeline for it, and do nothing else")
     parser.add_argument("--train", action="store_true", help="train a step")
     parser.add_argument("--save", help="folder to save model and processor in")
     parser.add_argument("--push", help="repository to push model and processor to")
@@ -95,6 +96,10 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         "code_revision": given.code_revision,
         "trust_remote_code": given.trust,
     }
+    if given.pipeline:
+        from transformers import pipeline
+
+        return {"found": len(pipeline(given.pipeline, model=given.source, **options)(given.image))}
     processor = AutoImageProcessor.from_pretrained(given.source, **options)
     model = AutoModelForImageClassification.from_pretrained(given.source, **options)
     inputs = processor(images=Image.open(given.image), return_tensors="pt")

@@ -180,7 +180,10 @@ def test_a_classifiers_checkpoint_becomes_a_detectors_backbone(tmp_path: Path) -
         ),
         ({"detector": "yolo"}, "detector must be ssd_mobilenet_v1, .*, or None, got 'yolo'"),
         ({"detector": SMALL, "num_labels": 0}, "num_labels must be at least 1 for a detector, got 0"),
-        ({"detector": SMALL, "num_labels": 131072}, "num_labels must give predictions of at most 268435456 weights"),
+        (
+            {"detector": SMALL, "num_labels": 131072},
+            "num_labels must give a detector's layers at most 268435456 weights",
+        ),
     ],
 )
 def test_networks_that_cannot_be_are_refused(fields: dict, reason: str) -> None:

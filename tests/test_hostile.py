@@ -36,10 +36,16 @@ from hostile import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mobilenet.heads_mobilenet import DETECTORS
 from mobilenet.image_processing_mobilenet import UnreadableImageError, open_image
 from PIL import Image
 
-from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet import (
+    MobileNetConfig,
+    MobileNetForImageClassification,
+    MobileNetForObjectDetection,
+    MobileNetImageProcessor,
+)
 from mobilenet.conversion import ConversionError, from_timm
 from mobilenet.conversion.checkpoint import read_torch
 from mobilenet.conversion.labels import read_labels
@@ -163,6 +169,11 @@ def test_a_configuration_is_taken_as_it_is_or_refused(edits: dict) -> None:
             "preprocessor_config.json",
             {"size": 65536, "do_center_crop": False},
             "would be resized to 87381x65536, which is over",
+        ),
+        (
+            "preprocessor_config.json",
+            {"pad_size": 65536},
+            "pad_size must be at most 178956970 pixels, got 65536x65536",
         ),
     ],
 )
@@ -547,6 +558,16 @@ def test_the_largest_networks_are_bounded() -> None:
             model = MobileNetForImageClassification(config)
         weights = sum(tensor.numel() for tensor in model.state_dict().values())
         assert 4 * (weights + (1 << 28)) < 2.2e9
+    sizes = []
+    for name, detector in DETECTORS.items():
+        for width in (1.0, 2.0, 4.0, 8.0):
+            fields = {"detector": name, "num_labels": 4, **dict(detector.config)}
+            config = MobileNetConfig(detector.architecture, width, **fields)
+            with torch.device("meta"), suppress(ValueError):
+                model = MobileNetForObjectDetection(config)
+                sizes.append(4 * sum(tensor.numel() for tensor in model.state_dict().values()))
+    assert len(sizes) > 14
+    assert max(sizes) < 2.2e9
 
 
 def test_loading_does_not_build_what_the_weights_are_not(tmp_path: Path) -> None:

@@ -22,7 +22,13 @@ from packaging.version import Version
 from PIL import Image
 from released import CODE
 
-from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet import (
+    MobileNetConfig,
+    MobileNetForImageClassification,
+    MobileNetForObjectDetection,
+    MobileNetForSemanticSegmentation,
+    MobileNetImageProcessor,
+)
 from mobilenet.conversion import ConversionError
 from mobilenet.conversion.convert import convert
 
@@ -255,6 +261,30 @@ def test_with_the_package_nobody_is_asked_for_code_elsewhere(
     result = client(hub, "someone/original", "--package", ROOT, "--all")
     assert result["logits"] == expected
     assert not [request for request in hub.log if "evil" in request]
+
+
+@pytest.mark.parametrize("task", ["object-detection", "image-segmentation"])
+def test_pipelines_that_look_for_a_tokenizer_ask_for_no_code(
+    hub: Hub, client: Client, task: str, tmp_path: Path
+) -> None:
+    """Whatever tokenizer_config.json and config.json name, nobody is asked for it, and none of it is downloaded."""
+    if task == "object-detection":
+        config = MobileNetConfig(width_multiplier=0.1, num_labels=3, detector="ssdlite_mobilenet_v2")
+        MobileNetForObjectDetection(config).save_pretrained(tmp_path)
+        MobileNetImageProcessor.from_recipe("ssd", 64).save_pretrained(tmp_path)
+    else:
+        config = MobileNetConfig(width_multiplier=0.1, num_labels=3, segmentation_head="lraspp")
+        MobileNetForSemanticSegmentation(config).save_pretrained(tmp_path)
+        MobileNetImageProcessor.from_recipe("deeplab", 64).save_pretrained(tmp_path)
+    evil = {"AutoTokenizer": ["evil/code--tokenization_mobilenet.MobileNetTokenizer", None]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": evil}))
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"auto_map": fields["auto_map"] | evil}))
+    hub.publish("someone/other", tmp_path)
+    hub.publish("evil/code", {"tokenization_mobilenet.py": b"raise SystemExit('code from elsewhere ran')"})
+    client(hub, "someone/other", "--package", ROOT, "--pipeline", task)
+    assert not [request for request in hub.log if "evil" in request]
+    assert not asked_for_code(hub)
 
 
 def test_many_checkpoints_share_one_repository_of_code(

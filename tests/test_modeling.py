@@ -23,6 +23,8 @@ from mobilenet import (
     MobileNetBackbone,
     MobileNetConfig,
     MobileNetForImageClassification,
+    MobileNetForObjectDetection,
+    MobileNetForSemanticSegmentation,
     MobileNetModel,
 )
 
@@ -695,6 +697,21 @@ def test_vmap_gives_what_a_loop_gives(architecture):
             torch.testing.assert_close(gradients[name][index], expected, rtol=1e-3, atol=1e-4)
 
 
+HEADS = [
+    (MobileNetForObjectDetection, {"detector": "ssdlite_mobilenet_v2"}),
+    (MobileNetForSemanticSegmentation, {"segmentation_head": "deeplab_v3_light"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "head"), HEADS)
+def test_vmap_over_images_of_detectors_and_segmenters(kind, head):
+    model = kind(MobileNetConfig(width_multiplier=0.1, num_labels=3, **head)).eval()
+    images = torch.randn(3, 2, 3, 65, 64)
+    with torch.no_grad():
+        expected = torch.stack([model(batch).logits for batch in images])
+        assert_same(vmap(lambda batch: model(batch).logits)(images), expected)
+
+
 @pytest.mark.any_version
 @pytest.mark.parametrize("padding", ["same", "symmetric"])
 def test_adapters_of_peft_train_save_load_and_merge(tmp_path, padding):
@@ -726,6 +743,23 @@ def test_adapters_of_peft_train_save_load_and_merge(tmp_path, padding):
     assert_same(logits(merged, images), expected)
     merged.save_pretrained(tmp_path / "merged")
     assert_same(logits(MobileNetForImageClassification.from_pretrained(tmp_path / "merged").fuse(), images), expected)
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize(("kind", "head"), HEADS)
+def test_adapters_of_peft_on_what_predicts_boxes_and_pixels(kind, head):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    start = kind(MobileNetConfig(width_multiplier=0.1, num_labels=3, **head)).requires_grad_(False).eval()
+    images = torch.randn(2, 3, 65, 64)
+    target = r".*(_predictors\.\d\.conv|segmentation_head\.classifier)"
+    adapted = peft.get_peft_model(copy.deepcopy(start), peft.LoraConfig(r=4, target_modules=target))
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1)
+    for _ in range(2):
+        adapted(images).logits.square().mean().backward()
+        optimizer.step()
+    expected = logits(adapted, images)
+    assert (expected - logits(start, images)).abs().max() > 1e-3
+    assert_same(logits(adapted.merge_and_unload(), images), expected)
 
 
 @pytest.mark.any_version

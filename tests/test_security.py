@@ -27,6 +27,7 @@ from mobilenet.conversion.convert import convert
 from mobilenet.conversion.labels import read_labels
 from mobilenet.export.compare import Comparison
 from mobilenet.loading import load
+from mobilenet.pretrained import load_network
 from mobilenet.repository import check_output
 
 
@@ -102,6 +103,13 @@ def test_a_pickle_in_a_repository_runs_nothing(
     with pytest.raises((OSError, ValueError, pickle.UnpicklingError)):
         use(str(repository))
     assert not mark.exists()
+
+
+def test_an_adapter_does_not_lead_to_another_network(repository: Path) -> None:
+    """With PEFT, transformers would load the one that the adapter's file names."""
+    (repository / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "evil/weights"}))
+    with pytest.raises(ValueError, match="it holds an adapter, which must be merged first"):
+        load_network(str(repository))
 
 
 @pytest.mark.parametrize("write", [write_pickle, write_torch])
