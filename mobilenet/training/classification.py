@@ -31,6 +31,7 @@ class Classification(TrainingTask):
 
     labels = CLASSES
     trainer = ClassifierTrainer
+    teacher: MobileNetForImageClassification | None = None
 
     def build(
         self, options: Options, names: list[str]
@@ -54,6 +55,8 @@ class Classification(TrainingTask):
             )
             return MobileNetForImageClassification(config), processor
         model, processor = load_network(options.model, labels=names)
+        if options.retain:
+            self.teacher, _ = load_network(options.model)
         if options.start_labels is not None:
             start_classifier(model, load_network(options.model)[0].classifier, Path(options.start_labels))
         if options.detail_size:
@@ -80,7 +83,7 @@ class Classification(TrainingTask):
         return processor.size.get("shortest_edge", max(input_size(processor)))
 
     def trainer_options(self, processor: MobileNetImageProcessor, names: list[str]) -> dict[str, Any]:
-        return {"compute_metrics": evaluate_logits}
+        return {"compute_metrics": evaluate_logits, "teacher": self.teacher}
 
     def measure(
         self,

@@ -184,6 +184,13 @@ class Options:
     weight_decay: Annotated[float, _option("Of convolutions, but no depthwise ones, and of the classifier.")] = 4e-5
     warmup: Annotated[float, _option("Share of the steps in which the learning rate rises; then it falls.")] = 0.05
     label_smoothing: Annotated[float, _option("Share of the target that is spread over all labels.")] = 0.1
+    retain: Annotated[
+        float,
+        _option(
+            "From a checkpoint: weight of a second loss, by which the network goes on to predict the checkpoint's own "
+            "classes as the checkpoint does, and so forgets less of what these images do not show; 0 for none."
+        ),
+    ] = 0.0
     balance: Annotated[
         str, _option("Against unequal classes: none, weights (of the loss) or sampling (rare ones more often).")
     ] = "none"
@@ -238,6 +245,7 @@ class Options:
             ("weight_decay", "at least 0", self.weight_decay >= 0),
             ("warmup", "from 0 to 1", 0 <= self.warmup <= 1),
             ("label_smoothing", "from 0 to below 1", 0 <= self.label_smoothing < 1),
+            ("retain", "at least 0", self.retain >= 0),
             ("ema", "from 0 to below 1", 0 <= self.ema < 1),
             ("workers", "at least 0", self.workers >= 0),
             ("log_steps", "at least 1", self.log_steps is None or self.log_steps >= 1),
@@ -248,6 +256,8 @@ class Options:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}.")
         if self.start_labels is not None and self.model is None:
             raise ValueError("start_labels must be left out from scratch: it is for a checkpoint's classifier.")
+        if self.retain and self.model is None:
+            raise ValueError("retain must be left out from scratch: it is for what a checkpoint knows.")
         for field in dataclasses.fields(self) if self.model is not None else ():
             if field.name in FROM_SCRATCH[self.task] and getattr(self, field.name) != field.default:
                 raise ValueError(f"{field.name} must be left out where model is given, as the checkpoint has its own.")
@@ -309,6 +319,7 @@ MEANT_FOR = {
     "erasing": _CLASSIFICATION,
     "mixup": _CLASSIFICATION,
     "label_smoothing": _CLASSIFICATION,
+    "retain": _CLASSIFICATION,
     "balance": _CLASSIFICATION,
     "first_size": ("classification", "segmentation"),
     "detector": ("detection",),

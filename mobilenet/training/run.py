@@ -87,7 +87,7 @@ def _run_claimed(options: Options, state: PartialState, claim: Claim | None) -> 
 def _run(options: Options, state: PartialState, claim: Claim | None) -> bool:
     data = _read(options)
     task = data.task
-    model, processor = _build(options, data.names)
+    model, processor = task.build(options, data.names)
     if state.is_main_process:
         _prepare_work(options, state.num_processes)
     with state.local_main_process_first():
@@ -224,11 +224,6 @@ def _read(options: Options) -> Data:
 def _folders(options: Options) -> list[Path] | None:
     """Where files may lie that rows name; None for anywhere."""
     return None if options.external_images else folders_of(options.dataset)
-
-
-def _build(options: Options, names: list[str]) -> tuple[PreTrainedModel, MobileNetImageProcessor]:
-    """The network and the processor to start with."""
-    return training_task(options.task).build(options, names)
 
 
 def _decode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import os
 import shutil
@@ -298,12 +299,30 @@ class ImageTrainer(Trainer):
 
 
 class ClassifierTrainer(ImageTrainer):
-    """Trains a classifier, whose output has logits, on images and their classes: see ImageTrainer."""
+    """Trains a classifier, whose output has logits, on images and their classes: see ImageTrainer.
+
+    Args:
+        teacher: The checkpoint that it starts from, with its own classes, where options.retain is above 0.
+    """
+
+    TEMPERATURE = 2.0  # of probabilities that are retained, by which small ones count too
 
     def __init__(
-        self, model: nn.Module, args: TrainingArguments, options: Options, train: Images, *rest: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        options: Options,
+        train: Images,
+        *rest: Any,
+        teacher: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, args, options, train, *rest, **kwargs)
+        self.teacher = teacher
+        if teacher is not None:
+            self.former_classifier = copy.deepcopy(teacher.classifier).to(args.device).requires_grad_(False)
+            self.teacher = teacher.fuse().to(args.device, memory_format=torch.channels_last)
+            self.model.dropout.register_forward_pre_hook(self._keep_features)
         counts = torch.bincount(torch.from_numpy(train.labels)).float()
         self.class_weights = counts.sum() / (len(counts) * counts)  # their mean over the images is 1
 
@@ -323,13 +342,30 @@ class ClassifierTrainer(ImageTrainer):
             targets = F.one_hot(labels, len(self.class_weights)).float()
             if options.mixup:
                 pixels, targets = mix(pixels, targets, options.mixup)
-            logits = model(pixel_values=self.normalize(pixels)).logits.float()
+            pixel_values = self.normalize(pixels)
+            logits = model(pixel_values=pixel_values).logits.float()
             weights = self.class_weights.to(logits.device) if options.balance == "weights" else None
             loss = F.cross_entropy(logits, targets, weight=weights, label_smoothing=options.label_smoothing)
+            if self.teacher is not None:
+                loss = loss + options.retain * self._forgotten(pixel_values)
         else:
             logits = model(pixel_values=self.normalize(pixels)).logits.float()
             loss = F.cross_entropy(logits, labels)
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _keep_features(self, dropout: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.features = inputs[0]
+
+    def _forgotten(self, pixel_values: Tensor) -> Tensor:
+        """How far the checkpoint's own classifier, on the network's features, is from what the checkpoint predicts.
+
+        Source: learning without forgetting: Li and Hoiem, Section 3 (arXiv:1606.09282); the former classifier stays.
+        """
+        with torch.no_grad():
+            expected = self.teacher(pixel_values=pixel_values).logits.float()
+        found = self.former_classifier(self.features).float()
+        logarithms = (F.log_softmax(logits / self.TEMPERATURE, 1) for logits in (found, expected))
+        return self.TEMPERATURE**2 * F.kl_div(*logarithms, reduction="batchmean", log_target=True)
 
     def sampling_weights(self) -> Tensor | None:
         """Rare classes as often as the others, where the options say so."""

@@ -26,7 +26,7 @@ from mobilenet.cli.evaluate import evaluate
 from mobilenet.cli.train import train
 from mobilenet.repository import claimed
 from mobilenet.training import run as training
-from mobilenet.training.classification import start_classifier
+from mobilenet.training.classification import Classification, start_classifier
 from mobilenet.training.evaluate import evaluate_checkpoint
 from mobilenet.training.options import Options
 from mobilenet.training.run import run
@@ -287,7 +287,8 @@ def test_a_checkpoint_s_preprocessing_can_be_changed(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: someone/else\n---\n")
 
     def built(**kwargs: object) -> tuple[int, int, int | None, int]:
-        model, processor = training._build(Options(dataset="", output="", model=str(tmp_path), **kwargs), ["a", "b"])
+        given = Options(dataset="", output="", model=str(tmp_path), **kwargs)
+        model, processor = Classification().build(given, ["a", "b"])
         size = processor.size["shortest_edge"], processor.crop_size["height"]
         return *size, processor.detail_size, model.config.image_size
 

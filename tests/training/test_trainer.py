@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from colors import options, weights
 from oracles import randomize_norms
+from torch import nn
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.training import run as training
@@ -100,7 +101,9 @@ def test_optimizers_decay_what_shall_decay(name: str, tmp_path: Path) -> None:
         assert torch.equal(value, before[key]) != decays, key
 
 
-def trainer_of(tmp_path: Path, labels: list[int], **kwargs: object) -> ClassifierTrainer:
+def trainer_of(
+    tmp_path: Path, labels: list[int], teacher: nn.Module | None = None, **kwargs: object
+) -> ClassifierTrainer:
     """A trainer on random pixels."""
     model = MobileNetForImageClassification(
         MobileNetConfig(width_multiplier=0.1, num_labels=3, classifier_dropout=0.0)
@@ -111,7 +114,7 @@ def trainer_of(tmp_path: Path, labels: list[int], **kwargs: object) -> Classifie
     arguments = training.training_arguments(given, len(labels), 1, False)
     processor = MobileNetImageProcessor()
     augment = Augment((32, 32), given.crop_scale, given.flip, given.trivial_augment, given.erasing)
-    return ClassifierTrainer(model, arguments, given, images, None, augment, Normalize(processor))
+    return ClassifierTrainer(model, arguments, given, images, None, augment, Normalize(processor), teacher=teacher)
 
 
 def test_balancing(tmp_path: Path) -> None:
@@ -164,6 +167,49 @@ def test_images_grow(tmp_path: Path) -> None:
         sides.append(trainer._size()[0])
     # 24 pixels in 9 epochs, 8 at a time
     assert sides == [8, 8, 8, 16, 16, 16, 24, 24, 24, 32, 32, 32]
+
+
+def test_what_the_checkpoint_knows_is_retained(colors: Path, tmp_path: Path) -> None:
+    """Its own classifier, on the trained features, predicts more as before; nothing else is saved."""
+    source = tmp_path / "source"
+    start = randomize_norms(
+        MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.1, image_size=64, num_labels=40))
+    )
+    torch.nn.init.normal_(start.classifier.weight)
+    start.save_pretrained(source)
+    processor = MobileNetImageProcessor(size=64, crop_size=64)
+    processor.save_pretrained(source)
+    images = processor([*map(str, sorted((colors / "test").rglob("*.png")))], return_tensors="pt")["pixel_values"]
+    changes = []
+    for retain in (0.0, 30.0):
+        output = tmp_path / f"retain-{retain}"
+        run(options(colors, output, model=str(source), retain=retain, epochs=8, image_size=None, learning_rate=0.01))
+        assert weights(output).keys() == weights(source).keys()
+        model = MobileNetForImageClassification.from_pretrained(output).eval()
+        with torch.no_grad():
+            expected = start.eval()(images).logits.softmax(1)
+            found = start.classifier(model.backbone(images).pooler_output).softmax(1)
+        changes.append((found - expected).abs().sum(1).mean().item())
+    assert changes[1] < 0.85 * changes[0]
+
+
+def test_what_is_forgotten_by_hand(tmp_path: Path) -> None:
+    """T^2 * sum p * log(p / q) of probabilities at temperature T = 2, of the teacher and of its classifier."""
+    options = {"width_multiplier": 0.1, "num_labels": 7, "classifier_dropout": 0.5}
+    teacher = randomize_norms(MobileNetForImageClassification(MobileNetConfig(**options))).eval()
+    torch.nn.init.normal_(teacher.classifier.weight)
+    trainer = trainer_of(tmp_path, [0, 1, 2, 0], teacher=deepcopy(teacher))
+    pixels = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        p = (teacher(pixels).logits / 2).softmax(1)
+        model = randomize_norms(trainer.model).eval()
+        q = (teacher.classifier(model.backbone(pixels).pooler_output) / 2).softmax(1)
+        model(pixels)
+        expected = 4 * (p * (p / q).log()).sum(1).mean()
+        torch.testing.assert_close(trainer._forgotten(pixels), expected, rtol=1e-3, atol=1e-5)
+        model.load_state_dict({k: v for k, v in teacher.state_dict().items() if "classifier" not in k}, strict=False)
+        model(pixels)
+        assert trainer._forgotten(pixels) < 1e-5
 
 
 @pytest.mark.parametrize("first_size", [None, 16])
