@@ -1,6 +1,8 @@
 """Drawn images of shapes: as a folder in COCO's format, as folders of images and masks, and short runs on both."""
 
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,3 +88,17 @@ def options(task: str, dataset: Path, output: Path, **kwargs: object) -> Options
     from_scratch = {} if "model" in kwargs else {"width": 0.35}
     given = {"validation": 0.0, "epochs": 2, "batch_size": 4, "precision": "float32", **from_scratch, **kwargs}
     return Options(task=task, dataset=str(dataset), output=str(output), **given)
+
+
+def encode_png(samples: np.ndarray, bits: int, palette: bool = False) -> bytes:
+    """A PNG file of gray or of a palette, with 1, 2, 4 or 8 bits a pixel; Pillow writes gray of 1 and 8 alone."""
+    height, width = samples.shape
+    spread = np.unpackbits(samples.astype(np.uint8)[..., None], axis=-1)[..., 8 - bits :].reshape(height, -1)
+    lines = np.pad(np.packbits(spread, axis=1), ((0, 0), (1, 0)))  # a filter of none before each
+    chunks = [(b"IHDR", struct.pack(">IIBB3x", width, height, bits, 3 if palette else 0))]
+    chunks += [(b"PLTE", bytes(range(256)) * 3)] if palette else []
+    chunks += [(b"IDAT", zlib.compress(lines.tobytes())), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
