@@ -392,10 +392,13 @@ def _rows(
     features = datasets.Features({IMAGE: datasets.Image(decode=False), LABEL: _feature(names)})
     if not images:
         raise ValueError(f"{file} must hold images, got none.")
-    return datasets.Dataset.from_dict({IMAGE: images, LABEL: list(labels.values())}, features)
+    try:
+        return datasets.Dataset.from_dict({IMAGE: images, LABEL: list(labels.values())}, features)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{file} must name files in whole characters: {error}.") from error
 
 
 def _size(image: dict[str, Any]) -> list[int] | None:
     """Width and height, where an image has them."""
     size = [image.get("width"), image.get("height")]
-    return size if all(isinstance(value, int) and 0 < value < MAX_VALUE for value in size) else None
+    return size if all(type(value) is int and 0 < value < MAX_VALUE for value in size) else None

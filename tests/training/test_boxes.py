@@ -189,6 +189,7 @@ def broken(part: str, **fields: object) -> Callable[[dict], None]:
         (broken("annotations", category_id=8), "category_id 8 of annotation 0 is not there"),
         (broken("annotations", image_id=8), "image_id 8 of annotation 0 is not there"),
         (broken("images", file_name="no.png"), r"no\.png: no such file"),
+        (broken("images", file_name="\ud800.png"), r"instances_train\.json must name files in whole characters"),
         (broken("images", file_name="../../../out.png"), "out.png: lies outside of the dataset"),
         (broken("images", file_name="/etc/passwd"), "/etc/passwd: lies outside of the dataset"),
         (broken("images", width=80, height=96), r"000\.png: the image has 96x80 pixels, but its annotations .* 80x96"),
@@ -217,6 +218,14 @@ def test_broken_annotations_are_one_error(tmp_path: Path, change: Callable[[dict
     write(tmp_path / "set", content)
     with pytest.raises(ValueError, match=message):
         read(tmp_path / "set")
+
+
+@pytest.mark.parametrize("width", [True, None, 96.0, "96", 10**400])
+def test_widths_that_are_no_integers_say_nothing(tmp_path: Path, width: object) -> None:
+    content = draw_coco(tmp_path / "set", 1)
+    content["images"][0]["width"] = width
+    write(tmp_path / "set", content)
+    assert_entries(read(tmp_path / "set").labels, expected(1))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\xff"])
