@@ -161,10 +161,13 @@ def _open_mask(label: dict[str, Any] | None, read: Callable[[Any], Any]) -> Imag
         raise UnreadableImageError(f"{_name(label)} must be a PNG file, got {mask.format}")
     if mask.mode not in ("P", "L"):
         raise UnreadableImageError(f"{_name(label)} must be of mode P or L, got {mask.mode}")
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as header:
-        stored = header.tile[0][3]  # such as L;4
-    if mask.mode == "L" and stored != "L":  # Pillow scales these, so that 15 would become 255
-        raise UnreadableImageError(f"{_name(label)} must be gray of 8 bits or have a palette, got {stored[2:]} bits")
+    if mask.mode == "L":
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as header:
+            stored = header.tile[0][3]  # such as L;4
+        if stored != "L":  # Pillow scales it, so that 15 becomes 255
+            raise UnreadableImageError(
+                f"{_name(label)} must be gray of 8 bits or have a palette, got {stored[2:]} bits"
+            )
     return mask
 
 
