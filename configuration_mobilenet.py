@@ -99,7 +99,10 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
         f"{_one_of(*SEGMENTATION_HEADS)[0]}, or None",
         lambda v: v is None or (isinstance(v, str) and v in SEGMENTATION_HEADS),
     ),
-    "semantic_loss_ignore_index": ("an integer", _is_integer),
+    "semantic_loss_ignore_index": (
+        "an integer of 64 bits",
+        lambda v: _is_integer(v) and -(1 << 63) <= v < 1 << 63,
+    ),
     "scale_stem": _FLAG,
     "shrink_head": _FLAG,
     "grow_head": _FLAG,

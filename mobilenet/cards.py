@@ -37,6 +37,8 @@ def read_card(model: str) -> ModelCardData | None:
         return ModelCard.load(regular(path) if Path(model).exists() else model).data
     except (FileNotFoundError, EntryNotFoundError, ValueError, yaml.YAMLError):
         return None
+    except (AttributeError, RecursionError, TypeError):  # huggingface_hub takes the types of fields for granted
+        return None
 
 
 def metric_on_card(
@@ -52,12 +54,15 @@ def metric_on_card(
     wanted = (dataset_name(dataset).split("/")[-1], subset, split, metric.replace("_", " "))
     for result in data.eval_results or []:
         if (
-            result.dataset_name.split("/")[-1],
+            str(result.dataset_name).split("/")[-1],
             result.dataset_config,
             result.dataset_split,
             result.metric_name,
         ) == wanted:
-            return float(result.metric_value)
+            try:
+                return float(result.metric_value)
+            except (OverflowError, TypeError, ValueError):
+                return None
     return None
 
 

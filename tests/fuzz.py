@@ -9,6 +9,7 @@ memory than -rss_limit_mb allows. `-print_final_stats=1` counts; options are lib
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import atheris
@@ -33,6 +34,16 @@ from transformers import (  # noqa: F401
 
 with atheris.instrument_imports(include=["convert_checkpoint", "mobilenet", "h5py", "zipfile"]):
     import hostile
+
+with suppress(ImportError):  # what training needs may lack
+    import datasets  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import torchmetrics.functional.classification  # noqa: F401
+
+    with atheris.instrument_imports(include=["mobilenet"]):
+        import mobilenet.training.boxes
+        import mobilenet.training.masks
+        import mobilenet.training.report  # noqa: F401
 
 
 def main() -> None:

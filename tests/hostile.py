@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -479,3 +479,179 @@ TARGETS = {
     "onnx": Target(source("model.onnx"), _CONVERSION, onnx_files),
     "tgz": Target(source("mobilenet_v1_0.25_128.tgz"), (*_CONVERSION, ImportError), archives),
 }
+
+
+# Datasets that are trained on
+
+
+def _check_entries(entries: np.ndarray, classes: int) -> None:
+    """Every box is of a class, and lies in its image."""
+    kept = entries[entries[..., 0] >= 0]
+    assert (kept[:, 0] < classes).all()
+    assert (kept[:, 2:] >= 0).all()
+    assert (kept[:, 2:] <= 1).all()
+    assert (kept[:, 2:4] < kept[:, 4:]).all()
+
+
+def coco_files() -> Iterator[bytes]:
+    """Annotations of two images in COCO's format."""
+    images = [{"id": index, "file_name": f"{index}.png", "width": 40, "height": 30} for index in range(2)]
+    box = {"id": 1, "image_id": 0, "category_id": 7, "bbox": [1, 2.5, 30, 9], "area": 270, "iscrowd": 0}
+    category = {"id": 7, "name": "circle", "supercategory": "shape"}
+    yield json.dumps({"images": images, "annotations": [box], "categories": [category]}).encode()
+    heading = {"id": 0, "name": "shape", "supercategory": None}
+    boxes = [{**box, "image_id": "b", "category_id": "c", "iscrowd": 1}, {**box, "bbox": [-5, -5, 99, 99]}]
+    categories = [category, heading, {"id": "c", "name": "\u00e9"}]
+    images = [{"id": "b", "file_name": "1.png"}, images[0]]
+    yield json.dumps({"info": {}, "images": images, "annotations": boxes, "categories": categories}).encode()
+
+
+def use_coco(data: bytes) -> None:
+    """Read annotations of two images, and decode both."""
+    from mobilenet.training.boxes import BOXES
+    from mobilenet.training.data import Storage, decode, folders_of, load_splits
+
+    with tempfile.TemporaryDirectory(prefix="hostile-") as name:
+        folder = Path(name)
+        (folder / "annotations").mkdir()
+        (folder / "annotations" / "instances_train.json").write_bytes(data)
+        for index in range(2):
+            Image.new("RGB", (40, 30)).save(folder / f"{index}.png")
+        rows = load_splits(name, labels=BOXES)["train"]
+        BOXES.check_rows(rows)
+        given = {"storage": Storage(folder / "work"), "quiet": True, "folders": folders_of(name), "labels": BOXES}
+        images = decode(rows, PROCESSOR, name="train", **given)
+    _check_entries(images.labels, len(BOXES.names(rows)))
+
+
+def objects() -> Iterator[bytes]:
+    """Rows of objects, in every form."""
+    for boxes in (
+        {"bbox": [[1, 2, 30, 9]], "category": [0]},
+        {"id": [4], "boxes": [[1.5, 2, 30, 9]], "labels": ["circle"], "is_crowd": [True]},
+        [{"bbox": [1, 2, 30, 9], "category_id": 3}],
+    ):
+        yield json.dumps([boxes, boxes]).encode()
+
+
+def use_objects(data: bytes) -> None:
+    """Read rows of objects, and decode their boxes."""
+    import datasets
+    import pyarrow
+
+    from mobilenet.training.boxes import BOXES
+    from mobilenet.training.data import IMAGE, LABEL
+
+    try:
+        rows = json.loads(data)
+        table = datasets.Dataset.from_dict({IMAGE: [*map(str, range(len(rows)))], LABEL: rows})
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        pyarrow.ArrowException,
+    ):
+        return  # they are no column
+    rows = BOXES.unify(datasets.DatasetDict({"train": table}))["train"]
+    BOXES.check_rows(rows)
+    image = Image.new("RGB", (40, 30))
+    entries = BOXES.stack([BOXES.decode(label, image, (30, 40), lambda row: row) for label in rows[LABEL][:]])
+    _check_entries(entries, len(BOXES.names(rows)))
+
+
+def masks() -> Iterator[bytes]:
+    """Masks of every depth, as Pillow and others write them; some are refused."""
+    from shapes import encode_png
+
+    random = np.random.default_rng(0)
+    for bits in (1, 2, 4, 8):
+        values = random.integers(0, 1 << bits, (9, 13), np.uint8)
+        yield encode_png(values, bits)
+        yield encode_png(values, bits, palette=True)
+        yield _encoded(Image.fromarray(values), "PNG")
+    yield _encoded(Image.fromarray(values), "JPEG")
+
+
+def use_mask(data: bytes) -> None:
+    """Read a mask: its classes are what the file stores."""
+    import datasets
+    from mobilenet.preprocessing_mobilenet import open_image
+    from shapes import decode_png
+
+    from mobilenet.training.data import IMAGE, LABEL
+    from mobilenet.training.masks import IGNORED, Masks, _largest
+
+    label, kind = {"bytes": data, "path": None}, datasets.Image(decode=False)
+    features = datasets.Features({IMAGE: kind, LABEL: kind})
+    rows = datasets.Dataset.from_dict({IMAGE: [label], LABEL: [label]}, features)
+    classes = _largest(datasets.DatasetDict({"train": rows}), None) + 1
+    image = Image.new("L", open_image(data).size)
+    mask = Masks([*map(str, range(classes))]).decode_whole(label, image, lambda row: row["bytes"])
+    assert mask[mask != IGNORED].max(initial=0) == max(classes - 1, 0)
+    if b"\0\0\0\rIHDR" in data[:16] and (stored := decode_png(data)) is not None:
+        assert np.array_equal(mask, stored)
+
+
+def names() -> Iterator[bytes]:
+    """Files of names; the first byte says what the file is called."""
+    yield b"\0ground\r\n red circle \n\n"
+    yield b"\1\xef\xbb\xbfground\ncircle"
+    yield b'\2["ground", "circle"]'
+    yield b'\3{"1": "circle", "0": "ground"}'
+
+
+def use_names(data: bytes) -> None:
+    """Read the names of the classes of masks."""
+    from mobilenet.training.masks import NAME_FILES, read_names
+
+    with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
+        path = Path(folder, NAME_FILES[next(iter(data), 0) % len(NAME_FILES)])
+        path.write_bytes(data[1:])
+        found = read_names(path)
+    assert 0 < len({*found}) == len(found) <= 255
+    assert all(name and name == name.strip() for name in found)
+
+
+def class_names() -> Iterator[bytes]:
+    """Names of classes, between zeros."""
+    yield "ground\0circle \u00e9\0\u732b".encode()
+    yield b"US$ & CA$\0$\\foo$\0_a\0{}"
+    yield "\x1b]0;x\x07\0\x9b2J\0\u202ea".encode()
+
+
+def use_class_names(data: bytes) -> None:
+    """Say names of classes and of images on stdout, and draw them."""
+    import datasets
+
+    from mobilenet.training.boxes import BOXES, NO_BOX
+    from mobilenet.training.data import IMAGE, LABEL, Storage, decode, tell
+    from mobilenet.training.report import plot_matrix, plot_precisions
+
+    names = [*dict.fromkeys(data.decode("utf-8", "replace").split("\0"))][:6]
+    images = [{"bytes": _encoded(Image.new("L", (9, 9)), "PNG"), "path": None}]
+    images += [{"bytes": b"no image", "path": name} for name in names]
+    features = datasets.Features({IMAGE: datasets.Image(decode=False), LABEL: datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({IMAGE: images, LABEL: [0] * len(images)}, features)
+    entries = np.full((1, 1, 6), NO_BOX, np.float32)
+    entries[..., 0] = 0
+    with tempfile.TemporaryDirectory(prefix="hostile-") as folder, redirect_stdout(io.StringIO()) as out:
+        decode(rows, PROCESSOR, Storage(Path(folder, "work")), "train", skip_unreadable=True)
+        tell(f"Note: {BOXES.check(entries, names)}")
+        plot_matrix(np.eye(len(names)), names, Path(folder, "matrix.png"))
+        plot_precisions(np.ones((5, len(names))), names, Path(folder, "precisions.png"))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == len(names) + 1
+    assert all(line.isprintable() for line in lines)
+
+
+TRAINING = {
+    "coco": Target(use_coco, (ValueError,), coco_files),
+    "objects": Target(use_objects, (ValueError,), objects),
+    "mask": Target(use_mask, (ValueError,), masks),
+    "names": Target(use_names, (ValueError,), names),
+    "class_names": Target(use_class_names, (ValueError,), class_names),
+}
+TARGETS |= TRAINING

@@ -1,6 +1,8 @@
 """Drawn images of shapes: as a folder in COCO's format, as folders of images and masks, and short runs on both."""
 
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,3 +88,47 @@ def options(task: str, dataset: Path, output: Path, **kwargs: object) -> Options
     from_scratch = {} if "model" in kwargs else {"width": 0.35}
     given = {"validation": 0.0, "epochs": 2, "batch_size": 4, "precision": "float32", **from_scratch, **kwargs}
     return Options(task=task, dataset=str(dataset), output=str(output), **given)
+
+
+def encode_png(samples: np.ndarray, bits: int, palette: bool = False) -> bytes:
+    """A PNG file of gray or of a palette, with 1, 2, 4 or 8 bits a pixel; Pillow writes gray of 1 and 8 alone."""
+    height, width = samples.shape
+    spread = np.unpackbits(samples.astype(np.uint8)[..., None], axis=-1)[..., 8 - bits :].reshape(height, -1)
+    lines = np.pad(np.packbits(spread, axis=1), ((0, 0), (1, 0)))  # a filter of none before each
+    chunks = [(b"IHDR", struct.pack(">IIBB3x", width, height, bits, 3 if palette else 0))]
+    chunks += [(b"PLTE", bytes(range(256)) * 3)] if palette else []
+    chunks += [(b"IDAT", zlib.compress(lines.tobytes())), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+def decode_png(data: bytes) -> np.ndarray | None:
+    """What a PNG file of gray or of a palette stores, before anything is made of it; None where it has more to it."""
+    chunks, start = [], 8
+    while start + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, start)
+        chunks.append((name, data[start + 8 : start + 8 + length]))
+        start += 12 + length
+    names = [name for name, _ in chunks]
+    if names[:1] != [b"IHDR"] or not {*names[1:]} <= {b"PLTE", b"tRNS", b"IDAT", b"IEND"}:
+        return None
+    width, height, bits, kind, *_, is_interlaced = struct.unpack(">IIBBBBB", chunks[0][1])
+    if kind not in (0, 3) or bits > 8 or is_interlaced:
+        return None
+    side = -(-width * bits // 8)
+    stored = zlib.decompressobj().decompress(b"".join(part for name, part in chunks if name == b"IDAT"))
+    lines, above = [], bytes(side)
+    for start in range(0, height * (side + 1), side + 1):
+        line = bytearray(stored[start + 1 : start + 1 + side])
+        for index, value in enumerate(line):
+            left, corner = (line[index - 1], above[index - 1]) if index else (0, 0)
+            around = (left, above[index], corner)
+            guess = left + above[index] - corner
+            nearest = min(around, key=lambda one, guess=guess: abs(guess - one))
+            line[index] = (value + (0, left, above[index], (left + above[index]) // 2, nearest)[stored[start]]) & 255
+        lines.append(above := bytes(line))
+    spread = np.unpackbits(np.frombuffer(b"".join(lines), np.uint8).reshape(height, side), axis=1)
+    samples = spread[:, : width * bits].reshape(height, width, bits)
+    return (samples * (1 << np.arange(bits)[::-1])).sum(-1).astype(np.uint8)

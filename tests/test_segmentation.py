@@ -276,7 +276,11 @@ def test_a_backbone_loads_from_a_segmenter(tmp_path: Path) -> None:
         ({"segmentation_head": None}, "segmentation_head must be deeplab_v3_light, deeplab_v3 or lraspp for a"),
         ({"segmentation_head": "unet"}, "segmentation_head must be deeplab_v3_light, .*, or None, got 'unet'"),
         ({"segmentation_head": "lraspp", "num_labels": 0}, "num_labels must be at least 1 for a segmenter, got 0"),
-        ({"semantic_loss_ignore_index": "none"}, "semantic_loss_ignore_index must be an integer, got 'none'"),
+        (
+            {"semantic_loss_ignore_index": "none"},
+            "semantic_loss_ignore_index must be an integer of 64 bits, got 'none'",
+        ),
+        ({"semantic_loss_ignore_index": 1 << 63}, "semantic_loss_ignore_index must be an integer of 64 bits, got 922"),
         ({"dilates_strided": 1}, "dilates_strided must be true or false, got 1"),
     ],
 )

@@ -22,13 +22,22 @@ from mobilenet.training.options import FREE_TO_CHANGE, RECORD, Options
 PACKAGES = ("accelerate", "datasets", "kornia", "matplotlib", "psutil", "tensorboard", "torchmetrics")
 
 
+def _is_option(value: Any) -> bool:
+    """Whether a value is one that the command line can give, or that says nothing."""
+    return value is None or isinstance(value, str) or (isinstance(value, (int, float)) and abs(value) < 1e18)
+
+
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take defaults from a file that a run left; what the command line says goes first."""
     if path is not None:
         try:
             record = json.loads(Path(regular(path)).read_text(encoding="utf-8"))
             recorded, processes = record["options"], record["processes"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not (
+                isinstance(processes, int) and isinstance(recorded, dict) and all(map(_is_option, recorded.values()))
+            ):
+                raise ValueError("its options must be texts and numbers.")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise typer.BadParameter(f"{path} must be the {RECORD} of a run: {error}") from error
         context.default_map = {
             name: value for name, value in recorded.items() if value is not None and name not in FREE_TO_CHANGE

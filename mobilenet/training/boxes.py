@@ -8,15 +8,16 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import datasets
 import numpy as np
 from PIL import Image
 
-from mobilenet.preprocessing_mobilenet import regular
+from mobilenet.configuration_mobilenet import MAX_LABELS
 
-from .data import IMAGE, LABEL, SPLIT_FOLDERS, Labels, listed
+from .data import IMAGE, LABEL, SPLIT_FOLDERS, Labels, listed, read_text
 
 
 ANNOTATIONS = "_annotations.coco.json"  # as Roboflow exports them, in the folder of a split's images
@@ -31,6 +32,8 @@ PARTS = {
 # An entry of a decoded label: class, whether it is a crowd, left, top, right and bottom as shares of the image.
 ENTRY = 6
 MAX_VALUE = 1e9  # in pixels, of what a box may say
+MAX_BOXES = 4096  # of an image: all get the memory that the one with the most boxes takes
+MAX_SIZE = 2 << 30  # bytes of a file of annotations
 NO_BOX = -100.0  # fills an image's entries up; what the Trainer pads with, too
 
 
@@ -97,6 +100,8 @@ class Boxes(Labels):
         """Entries of shape (n, 6). Boxes are clipped to the image."""
         if label is None:
             return np.empty((0, ENTRY), np.float32)
+        if len(label[BOX]) > MAX_BOXES:
+            raise ValueError(f"an image must have at most {MAX_BOXES} boxes, got {len(label[BOX])}")
         width, height = image.size
         if label["size"] and tuple(label["size"]) != (width, height):
             expected = "{}x{}".format(*label["size"])
@@ -188,14 +193,26 @@ def _objects(feature: Any) -> dict[str, tuple[str, Any]]:
     return found
 
 
+def _is_numbers(box: Any) -> bool:
+    """Whether a box is a list of numbers; some may lack."""
+    return isinstance(box, list) and all(isinstance(value, (int, float, NoneType)) for value in box)
+
+
 def _as_lists(column: list[Any], parts: dict[str, tuple[str, Any]]) -> list[dict[str, Any]]:
     """Labels in the form of Boxes, of rows that hold dictionaries of lists or lists of dictionaries."""
     labels = []
     for row in column:
         if isinstance(row, list):
-            label = {part: [one[name] for one in row] for part, (name, _) in parts.items()}
+            label = {part: [one.get(name) if isinstance(one, dict) else None for one in row] for part, (name, _) in (
+                parts.items())}  # fmt: skip
         else:
-            label = {part: list((row or {}).get(name) or []) for part, (name, _) in parts.items()}
+            label = {part: [] if (row or {}).get(name) is None else row[name] for part, (name, _) in parts.items()}
+        for part, values in label.items():
+            if not isinstance(values, list):
+                raise ValueError(f"row {len(labels)} must have a list of {part}, got {values!r:.80}.")
+        for box in label[BOX]:
+            if box is not None and not _is_numbers(box):
+                raise ValueError(f"row {len(labels)} must have boxes of four numbers, got {box!r:.80}.")
         crowd = label.get(CROWD) or [False] * len(label[BOX])
         for part, values in ((CATEGORY, label[CATEGORY]), (CROWD, crowd)):
             if len(values) != len(label[BOX]):
@@ -217,14 +234,19 @@ def _names_of(features: dict[str, Any], categories: dict[str, list[Any]]) -> lis
             _check_same(name, getattr(features[name], "names", []), first, features[first].names)
         names = features[first].names
     else:
-        values = {value for split in categories.values() for value in split}
+        values = [value for split in categories.values() for value in split]
         if not values:
             raise ValueError("images to train or measure on must have boxes, but none has any.")
-        if not all(type(value) is type(next(iter(values))) for value in values):
-            raise ValueError("categories must all be names, or all integers.")
-        if all(isinstance(value, str) for value in values):
-            return sorted(values)
-        names = [str(index) for index in range(max(values) + 1)] if isinstance(max(values), int) else []
+        kinds = {type(value) for value in values}
+        if kinds == {str}:
+            return sorted(set(values))
+        if kinds != {int}:
+            raise ValueError(
+                f"categories must all be names, or all integers, got {listed(sorted(k.__name__ for k in kinds))}."
+            )
+        if max(values) >= MAX_LABELS:
+            raise ValueError(f"categories must be integers from 0 to {MAX_LABELS - 1}, got {max(values)}.")
+        names = [str(index) for index in range(max(values) + 1)]
     wrong = {str(v) for split in categories.values() for v in split if type(v) is not int or not 0 <= v < len(names)}
     if wrong:
         raise ValueError(f"categories must be integers from 0 to {len(names) - 1}, got {listed(sorted(wrong))}.")
@@ -297,7 +319,7 @@ def _read_json(file: Path) -> dict[str, list[dict[str, Any]]]:
         ValueError: The file is not in COCO's format.
     """
     try:
-        content = json.loads(Path(regular(file)).read_text(encoding="utf-8"))
+        content = json.loads(read_text(file, MAX_SIZE))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} must be a JSON file: {error}") from error
     if not isinstance(content, dict):
@@ -305,7 +327,7 @@ def _read_json(file: Path) -> dict[str, list[dict[str, Any]]]:
     for part, fields in (
         ("images", {"id": (int, str), "file_name": str}),
         ("annotations", {"image_id": (int, str), "category_id": (int, str), "bbox": list}),
-        ("categories", {"id": (int, str), "name": str}),
+        ("categories", {"id": (int, str), "name": str, "supercategory": (str, NoneType)}),
     ):
         entries = content.get(part)
         if not isinstance(entries, list):
@@ -358,8 +380,8 @@ def _rows(
         for what, found in (("image_id", label), ("category_id", category)):
             if found is None:
                 raise ValueError(
-                    f"{file} must describe what its annotations name, but {what} {annotation[what]!r} of annotation "
-                    f"{annotation.get('id')!r} is not there."
+                    f"{file} must describe what its annotations name, but {what} {annotation[what]!r:.80} of "
+                    f"annotation {annotation.get('id')!r:.80} is not there."
                 )
         if not all(map(_is_number, annotation["bbox"])):
             raise ValueError(f"{file} must give boxes as numbers, got {annotation['bbox']!r:.80}.")
@@ -370,10 +392,13 @@ def _rows(
     features = datasets.Features({IMAGE: datasets.Image(decode=False), LABEL: _feature(names)})
     if not images:
         raise ValueError(f"{file} must hold images, got none.")
-    return datasets.Dataset.from_dict({IMAGE: images, LABEL: list(labels.values())}, features)
+    try:
+        return datasets.Dataset.from_dict({IMAGE: images, LABEL: list(labels.values())}, features)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{file} must name files in whole characters: {error}.") from error
 
 
 def _size(image: dict[str, Any]) -> list[int] | None:
     """Width and height, where an image has them."""
     size = [image.get("width"), image.get("height")]
-    return size if all(isinstance(value, int) and 0 < value < MAX_VALUE for value in size) else None
+    return size if all(type(value) is int and 0 < value < MAX_VALUE for value in size) else None

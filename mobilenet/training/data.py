@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +16,18 @@ import datasets
 import numpy as np
 import psutil
 import torch
+import yaml
+from huggingface_hub import DatasetCard
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 from torch import Tensor
 
+from mobilenet.configuration_mobilenet import MAX_LABELS
 from mobilenet.image_processing_mobilenet import MobileNetImageProcessor, UnreadableImageError
-from mobilenet.preprocessing_mobilenet import OPTIONS, is_url, open_image, place, read_options
+from mobilenet.preprocessing_mobilenet import OPTIONS, is_url, open_image, place, read_options, regular
 from mobilenet.progress import progress_bar
+from mobilenet.text import clean
 
 
 # Folders of these names hold splits; folders of other names hold classes.
@@ -44,6 +49,28 @@ def listed(names: Sequence[str], separator: str = ", ") -> str:
     """Names for an error: the first ones, and how many more there are."""
     more = f"{separator}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return separator.join(names[:SHOWN]) + more
+
+
+def tell(text: str) -> None:
+    """Print a line for people, of which a terminal obeys nothing."""
+    print(clean(text), flush=True)
+
+
+def read_text(path: Path, most: int, encoding: str = "utf-8") -> str:
+    """The text of a file of a dataset.
+
+    Args:
+        path: Of the file.
+        most: Bytes that it may have.
+        encoding: Of the text.
+
+    Raises:
+        OSError: It cannot be read, or is no regular file.
+        ValueError: It is too large, or not encoded so.
+    """
+    if (size := os.stat(regular(path)).st_size) > most:
+        raise ValueError(f"it has {size:,} bytes, which is over {most:,}")
+    return path.read_text(encoding=encoding)
 
 
 class Labels(ABC):
@@ -189,8 +216,8 @@ def load_splits(
 
     Raises:
         FileNotFoundError: The path or Hub id does not exist.
-        ValueError: The dataset cannot be read, has no column of images or labels, or its splits do not share their
-            classes.
+        ValueError: The dataset cannot be read, names files elsewhere, has no column of images or labels, or its splits
+            do not share their classes.
     """
     path = Path(dataset)
     if path.is_file() and path.suffix != ".parquet":
@@ -198,6 +225,7 @@ def load_splits(
     if path.is_file():
         source = {"path": "parquet", "data_files": {"train": glob.escape(str(path))}}
     elif path.is_dir() and any(path.rglob("*.parquet")):
+        _check_card(path)
         source = {"path": str(path), "name": subset}
     elif path.is_dir():
         source = labels.read_folder(path)
@@ -237,6 +265,42 @@ def folders_of(dataset: str) -> list[Path]:
     else:
         own = [Path(HF_HUB_CACHE, repo_folder_name(repo_id=dataset, repo_type="dataset"))]
     return [*own, Path(datasets.config.DOWNLOADED_DATASETS_PATH), Path(datasets.config.EXTRACTED_DATASETS_PATH)]
+
+
+# What fsspec or the system takes for another place: an absolute path, a URL or a chain of them, a step up.
+_OUTSIDE = re.compile(r"[/\\~]|[a-z][a-z0-9+.-]*:|.*(::|://)|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL | re.IGNORECASE)
+
+
+def _check_card(folder: Path) -> None:
+    """Raise ValueError if README.md or .huggingface.yaml names files that lie elsewhere, which datasets would read."""
+    for name in (datasets.config.REPOCARD_FILENAME, datasets.config.REPOYAML_FILENAME):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            if path.suffix == ".md":
+                content = DatasetCard.load(regular(path)).data.to_dict()
+            else:
+                content = yaml.safe_load(Path(regular(path)).read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} must be the card of a dataset: {error}") from error
+        configs = content.get("configs") if isinstance(content, dict) else None
+        configs = configs if isinstance(configs, list) else []
+        for pattern in (named for config in configs for named in _patterns(config)):
+            if not isinstance(pattern, str) or _OUTSIDE.match(pattern):
+                raise ValueError(f"{path} must name files of its own folder, got {str(pattern)[:80]!r}.")
+
+
+def _patterns(config: Any) -> Iterator[Any]:
+    """The files and folders that a configuration in a dataset's card names."""
+    if not isinstance(config, dict):
+        return
+    given = config.get("data_files")
+    for entry in given if isinstance(given, list) else [given]:
+        named = entry.get("path") if isinstance(entry, dict) else entry
+        yield from named if isinstance(named, list) else [named] if named is not None else []
+    if config.get("data_dir") is not None:
+        yield config["data_dir"]
 
 
 def _folders(path: Path) -> dict[str, str]:
@@ -303,6 +367,8 @@ def _with_class_names(splits: datasets.DatasetDict) -> datasets.DatasetDict:
             values.sort()
             if values[0] < 0:
                 raise ValueError(f"labels must count from 0, got {listed([str(v) for v in values])}.")
+            if values[-1] >= MAX_LABELS:
+                raise ValueError(f"labels must be integers from 0 to {MAX_LABELS - 1}, got {values[-1]}.")
             values = list(range(values[-1] + 1))
         kind = datasets.ClassLabel(names=[str(value) for value in values])
     for name in others:
@@ -580,7 +646,7 @@ def decode(
             "skip_unreadable to leave them out."
         )
     for reason in () if quiet else broken:
-        print(f"left out {reason}")
+        tell(f"left out {reason}")
     if pixels is None:
         raise ValueError(f"{name} must hold at least one readable image, got none.")
     images = Images(pixels[:count], labels.stack(decoded) if masks is None else masks[:count])

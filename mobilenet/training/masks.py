@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,9 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from mobilenet.preprocessing_mobilenet import UnreadableImageError, open_image, regular
+from mobilenet.preprocessing_mobilenet import UnreadableImageError, fetch, is_url, open_image
 
-from .data import IMAGE, LABEL, SPLIT_FOLDERS, Labels, Reader, listed
+from .data import IMAGE, LABEL, SPLIT_FOLDERS, Labels, Reader, listed, read_text
 
 
 IGNORED = 255  # a value of pixels that count for nothing
@@ -22,10 +23,11 @@ IMAGE_FOLDERS = ("images", "image", "img")
 MASK_FOLDERS = ("masks", "mask", "annotations", "labels")
 MASK_COLUMNS = ("label", "annotation", "mask", "labels", "annotations", "masks")
 NAME_FILES = ("classes.txt", "labels.txt", "labels.json", "id2label.json")
+MAX_NAMES_SIZE = 64 << 20  # bytes of such a file
 
 
 class Masks(Labels):
-    """A class for each pixel: a PNG file of mode P or L whose values are classes; 255 counts for nothing.
+    """A class for each pixel: a PNG file of mode P, or L of 8 bits, whose values are classes; 255 counts for nothing.
 
     Args:
         classes: Names of the classes; set by `find_names`, where they are not known from the start.
@@ -76,7 +78,7 @@ class Masks(Labels):
             default: Names that count where there is no file, instead of numbers.
 
         Raises:
-            ValueError: The file is not what it should be, or masks hold nothing but 255.
+            ValueError: The file is not what it should be, or no mask can be read.
         """
         found = [Path(path) / name for name in NAME_FILES] if Path(path).is_dir() else []
         files = [Path(file)] if file else [place for place in found if place.is_file()]
@@ -139,34 +141,58 @@ def _name(label: dict[str, Any]) -> str:
 
 
 def _open_mask(label: dict[str, Any] | None, read: Callable[[Any], Any]) -> Image.Image:
-    """A mask of mode P or L.
+    """A mask of mode P or L, whose values are as they are stored.
 
     Raises:
-        UnreadableImageError: It cannot be read, or has another mode.
+        UnreadableImageError: It cannot be read, is no PNG file, or has another mode or a gray of less than 8 bits.
     """
     if label is None:
         raise UnreadableImageError("a row without a mask")
-    mask = open_image(read(label))
+    source = read(label)
+    if isinstance(source, str) and is_url(source):
+        source = fetch(source)
+    try:
+        mask = open_image(source)
+    except UnreadableImageError as error:
+        if isinstance(source, bytes):
+            raise UnreadableImageError(f"{_name(label)}: {str(error).removeprefix('bytes: ')}") from error
+        raise
+    if mask.format != "PNG":  # JPEG, above all, would make up classes where two of them meet
+        raise UnreadableImageError(f"{_name(label)} must be a PNG file, got {mask.format}")
     if mask.mode not in ("P", "L"):
         raise UnreadableImageError(f"{_name(label)} must be of mode P or L, got {mask.mode}")
+    if mask.mode == "L":
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as header:
+            stored = header.tile[0][3]  # such as L;4
+        if stored != "L":  # Pillow scales it, so that 15 becomes 255
+            raise UnreadableImageError(
+                f"{_name(label)} must be gray of 8 bits or have a palette, got {stored[2:]} bits"
+            )
     return mask
 
 
 def _largest(splits: datasets.DatasetDict, folders: Sequence[Path] | None) -> int:
-    """The largest value of all masks but 255; what cannot be read is reported when it is decoded."""
+    """The largest value of all masks but 255.
+
+    Raises:
+        ValueError: None can be read. Where others can, what is wrong with it is reported when it is decoded.
+    """
     reader = Reader(None, folders)
 
-    def largest(label: dict[str, Any] | None) -> int:
+    def largest(label: dict[str, Any] | None) -> int | UnreadableImageError:
         try:
             counts = _open_mask(label, reader.source).histogram()
-        except UnreadableImageError:
-            return -1
+        except UnreadableImageError as error:
+            return error
         return max((value for value, count in enumerate(counts) if count and value != IGNORED), default=-1)
 
     with ThreadPoolExecutor() as pool:
         found = [value for rows in splits.values() for batch in rows.iter(256) for value in pool.map(
             largest, batch[LABEL])]  # fmt: skip
-    return max(found, default=-1)
+    values = [value for value in found if isinstance(value, int)]
+    if found and not values:
+        raise ValueError(f"masks must be readable, but none of {len(found)} is: {found[0]}.")
+    return max(values, default=-1)
 
 
 def read_names(path: Path) -> list[str]:
@@ -176,7 +202,7 @@ def read_names(path: Path) -> list[str]:
         ValueError: The file is none of these.
     """
     try:
-        text = Path(regular(path)).read_text(encoding="utf-8-sig")
+        text = read_text(path, MAX_NAMES_SIZE, "utf-8-sig")
         content = json.loads(text) if path.suffix == ".json" else text.splitlines()
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a file of names: {error}") from error

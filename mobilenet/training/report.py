@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
+
+from mobilenet.text import clean
 
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -38,6 +41,16 @@ def class_accuracies(logits: Tensor, labels: Tensor) -> list[float | None]:
     return [None if value != value else value for value in _class_accuracies(logits, labels).tolist()]
 
 
+# What stands between two dollars in the names of classes is no formula.
+_plain = mpl.rc_context({"text.parse_math": False})
+
+
+def _shown(names: list[str]) -> list[str]:
+    """Names as a plot shows them: no longer than a line, and fit to be drawn."""
+    return [clean(name[:40]) for name in names]
+
+
+@_plain
 def plot_precisions(precisions: np.ndarray, names: list[str], path: Path) -> None:
     """Draw each class's precision over recall.
 
@@ -50,7 +63,7 @@ def plot_precisions(precisions: np.ndarray, names: list[str], path: Path) -> Non
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
     recalls = np.linspace(0, 1, len(precisions))
-    drawn = [(name, values) for name, values in zip(names, precisions.T, strict=True) if (values >= 0).all()]
+    drawn = [(name, values) for name, values in zip(_shown(names), precisions.T, strict=True) if (values >= 0).all()]
     for name, values in drawn:
         axes.plot(recalls, values, label=name)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
@@ -91,6 +104,7 @@ def plot_confusion(logits: Tensor, labels: Tensor, names: list[str], path: Path)
     plot_matrix(multiclass_confusion_matrix(logits, labels, len(names), normalize="true").numpy(), names, path)
 
 
+@_plain
 def plot_matrix(matrix: np.ndarray, names: list[str], path: Path) -> None:
     """Draw shares of what is labeled as one class and predicted as another.
 
@@ -105,8 +119,8 @@ def plot_matrix(matrix: np.ndarray, names: list[str], path: Path) -> None:
     axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="label")
     if len(names) <= 100:
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks(range(len(names)), _shown(names), rotation=90)
+        axes.set_yticks(range(len(names)), _shown(names))
     if len(names) <= 25:
         for (row, column), share in np.ndenumerate(matrix):
             if share >= 0.005:

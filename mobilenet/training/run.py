@@ -24,7 +24,7 @@ from mobilenet.image_processing_mobilenet import MobileNetImageProcessor
 from mobilenet.repository import Claim, claimed, write_json
 
 from .augment import Normalize
-from .data import Images, Reader, Storage, decode, folders_of, load_splits
+from .data import Images, Reader, Storage, decode, folders_of, load_splits, tell
 from .options import FREE_TO_CHANGE, RECORD, Options
 from .report import plot_curves
 from .task import Split, TrainingTask, input_size, training_task
@@ -96,7 +96,7 @@ def _run(options: Options, state: PartialState, claim: Claim | None) -> bool:
         )
     note = task.labels.check(train.labels, data.names)  # some of them may be of no readable image
     if note and state.is_main_process:
-        print(f"Note: {note}")
+        tell(f"Note: {note}")
     state.wait_for_everyone()
     frozen = [] if options.last_stages is None else freeze(model, options.last_stages)
     size = input_size(processor) if options.train_size is None else (options.train_size, options.train_size)

@@ -23,7 +23,7 @@ from mobilenet.progress import progress_bar
 from mobilenet.tasks import SEGMENTATION
 
 from .augment import AugmentMasks
-from .data import IMAGE, LABEL, name_row
+from .data import IMAGE, LABEL, name_row, tell
 from .masks import IGNORED, Masks
 from .options import Options
 from .report import plot_matrix
@@ -46,10 +46,11 @@ class MeanIou:
     Args:
         names: Of the classes.
         device: Where the maps are.
+        ignored: Label of the pixels that count for nothing.
     """
 
-    def __init__(self, names: list[str], device: str | torch.device = "cpu") -> None:
-        given = {"num_classes": len(names), "ignore_index": IGNORED, "validate_args": False}
+    def __init__(self, names: list[str], device: str | torch.device = "cpu", ignored: int = IGNORED) -> None:
+        given = {"num_classes": len(names), "ignore_index": ignored, "validate_args": False}
         given["sync_on_compute"] = False  # every process has all maps, or is the only one that measures
         self.metrics = MetricCollection(
             {
@@ -154,6 +155,7 @@ class Segmentation(TrainingTask):
                 f"normalized over the batch, got {options.images_per_batch}."
             )
         processor.align_corners = SEGMENTATION_HEADS[model.config.segmentation_head].align_corners
+        model.config.semantic_loss_ignore_index = IGNORED
         model.config.image_size = options.image_size or (IMAGE_SIZE if is_new else model.config.image_size)
         stretch(processor, model.config.image_size)
         return model, processor
@@ -175,10 +177,12 @@ class Segmentation(TrainingTask):
         """Mean IoU over the pixels of the images as they come, whatever their sizes."""
         device = device_of()
         names = [*network.config.id2label.values()]
-        network, scores, count = network.to(device).eval(), MeanIou(names, device), 0
+        network, scores, count = network.to(device).eval(), MeanIou(names, device, -1), 0
         classes = np.arange(256)
         if split.classes is not None:
-            classes[: len(split.classes)] = split.classes
+            known = split.classes[:IGNORED]  # a mask has no others
+            classes[: len(known)] = known
+        classes[IGNORED] = -1  # 255 may be a class of the network
         with progress_bar("measuring") as bar:
             task = bar.add_task("", total=len(split.rows))
             for images, masks in self._whole(split, processor, batch_size):
@@ -220,7 +224,7 @@ class Segmentation(TrainingTask):
                     if not split.skip_unreadable:
                         raise ValueError(f"{broken}. Set skip_unreadable to leave it out.")
                     if not split.is_known:
-                        print(f"left out {broken}")
+                        tell(f"left out {broken}")
                 whole = [one for one in found if not isinstance(one, str)]
                 if whole:
                     yield tuple(map(list, zip(*whole, strict=True)))

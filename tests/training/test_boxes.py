@@ -189,11 +189,20 @@ def broken(part: str, **fields: object) -> Callable[[dict], None]:
         (broken("annotations", category_id=8), "category_id 8 of annotation 0 is not there"),
         (broken("annotations", image_id=8), "image_id 8 of annotation 0 is not there"),
         (broken("images", file_name="no.png"), r"no\.png: no such file"),
+        (broken("images", file_name="\ud800.png"), r"instances_train\.json must name files in whole characters"),
         (broken("images", file_name="../../../out.png"), "out.png: lies outside of the dataset"),
         (broken("images", file_name="/etc/passwd"), "/etc/passwd: lies outside of the dataset"),
         (broken("images", width=80, height=96), r"000\.png: the image has 96x80 pixels, but its annotations .* 80x96"),
         (broken("images", id=101), "must give each of its images another id, but 101 comes twice"),
         (broken("categories", name="square"), "must give each of its categories another name, but square comes twice"),
+        (
+            broken("categories", supercategory=["a"]),
+            r"must give each of its categories a supercategory; .* has \['a'\]",
+        ),
+        (
+            lambda content: content["annotations"].extend([{**content["annotations"][0], "id": None}] * 4096),
+            r"000\.png: an image must have at most 4096 boxes, got \d",
+        ),
         (lambda content: content.update(categories={}), "must hold a list of categories, got dict"),
         (lambda content: content.pop("images"), "must hold a list of images, got NoneType"),
         (lambda content: content.update(images=[], annotations=[]), "must hold images, got none"),
@@ -211,12 +220,56 @@ def test_broken_annotations_are_one_error(tmp_path: Path, change: Callable[[dict
         read(tmp_path / "set")
 
 
+@pytest.mark.parametrize("width", [True, None, 96.0, "96", 10**400])
+def test_widths_that_are_no_integers_say_nothing(tmp_path: Path, width: object) -> None:
+    content = draw_coco(tmp_path / "set", 1)
+    content["images"][0]["width"] = width
+    write(tmp_path / "set", content)
+    assert_entries(read(tmp_path / "set").labels, expected(1))
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\xff"])
 def test_files_that_are_no_annotations(tmp_path: Path, text: str) -> None:
     draw_coco(tmp_path / "set", 1)
     (tmp_path / "set" / "annotations" / "instances_train.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"instances_train\.json must (be a JSON file|hold a JSON object)"):
         read(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("category", "message"),
+    [
+        (1 << 62, "categories must be integers from 0 to 131071, got 4611686018427387904"),
+        ([0], "categories must all be names, or all integers, got list"),
+        (0.5, "categories must all be names, or all integers, got float"),
+    ],
+)
+def test_categories_that_are_no_classes(category: object, message: str) -> None:
+    rows = datasets.Dataset.from_dict({IMAGE: ["a"], LABEL: [{"bbox": [[1, 2, 3, 4]], "category": [category]}]})
+    with pytest.raises(ValueError, match=message):
+        BOXES.unify(datasets.DatasetDict({"train": rows}))
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        ({"bbox": 5.0, "category": 1}, r"row 0 must have a list of bbox, got 5\.0"),
+        ({"bbox": [5.0], "category": [1]}, r"row 0 must have boxes of four numbers, got 5\.0"),
+        ({"bbox": [["5"]], "category": [1]}, r"row 0 must have boxes of four numbers, got \['5'\]"),
+        ([[{"bbox": [1, 2, 3, 4], "category": 1}]], "categories must all be names, or all integers, got NoneType"),
+    ],
+)
+def test_objects_of_other_shapes(objects: object, message: str) -> None:
+    rows = datasets.Dataset.from_dict({IMAGE: ["a"], LABEL: [objects]})
+    with pytest.raises(ValueError, match=message):
+        BOXES.unify(datasets.DatasetDict({"train": rows}))
+
+
+def test_annotations_of_absurd_size_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_coco(tmp_path / "set", 1)
+    monkeypatch.setattr("mobilenet.training.boxes.MAX_SIZE", 10)
+    with pytest.raises(ValueError, match=r"instances_train\.json must be a JSON file: it has .* bytes, .* over 10"):
+        load_splits(str(tmp_path / "set"), labels=BOXES)
 
 
 def test_broken_images_are_listed_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -252,3 +252,54 @@ def test_too_few_images_for_a_validation_split(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(ValueError, match=r"at least 2 images of each class, got green \(1\)"):
         run(options(tmp_path / "colors", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "data_files: OUTSIDE",
+        "data_files: [train.parquet, OUTSIDE]",
+        "data_files: [{split: train, path: [OUTSIDE]}]",
+        "data_files: ../outside.parquet",
+        "data_files: 'file:OUTSIDE'",
+        "data_files: http://127.0.0.1:9/outside.parquet",
+        "data_files: 'zip://*.parquet::outside.zip'",
+        "data_dir: data/../..",
+        "data_files: [{split: train, path: [5]}]",
+    ],
+)
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_the_card_of_a_folder_names_its_own_files_alone(tmp_path: Path, config: str, card: str) -> None:
+    outside = parquet(tmp_path / "outside.parquet", label=["a", "b"])
+    parquet(tmp_path / "set" / "train.parquet", label=["c", "d"])
+    text = f"configs:\n- config_name: default\n  {config.replace('OUTSIDE', str(outside))}\n"
+    (tmp_path / "set" / card).write_text(f"---\n{text}---\n" if card == "README.md" else text)
+    with pytest.raises(ValueError, match=f"{re.escape(card)} must name files of its own folder, got "):
+        load_splits(str(tmp_path / "set"))
+
+
+def test_the_card_of_a_folder_says_which_files_are_a_split(tmp_path: Path) -> None:
+    for name, colors in (("a", 1), ("b", 2)):
+        table = images(*[png()] * colors).add_column("label", [0] * colors)
+        (tmp_path / "set" / "data").mkdir(parents=True, exist_ok=True)
+        table.to_parquet(tmp_path / "set" / "data" / f"{name}.parquet")
+    text = "---\nconfigs:\n- config_name: one\n  data_files: [{split: train, path: data/b*}]\n---\n"
+    (tmp_path / "set" / "README.md").write_text(text)
+    splits = load_splits(str(tmp_path / "set"), "one")
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 2}
+    (tmp_path / "set" / "README.md").write_text("---\n[[\n---\n")
+    with pytest.raises(ValueError, match=r"README\.md must be the card of a dataset: "):
+        load_splits(str(tmp_path / "set"))
+
+
+def test_labels_without_end_are_refused(tmp_path: Path) -> None:
+    images(png(), png()).add_column("label", [0, 1 << 62]).to_parquet(tmp_path / "set.parquet")
+    with pytest.raises(ValueError, match="labels must be integers from 0 to 131071, got 4611686018427387904"):
+        load_splits(str(tmp_path / "set.parquet"))
+
+
+def test_names_of_files_cannot_command_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = images(png(), {"bytes": b"no", "path": "\x1b]0;x\x07.png"}).rename_column("img", IMAGE)
+    rows = rows.add_column(LABEL, [0, 1])
+    decode(rows, MobileNetImageProcessor(size=16, crop_size=16), Storage(tmp_path), "train", skip_unreadable=True)
+    assert "left out \ufffd]0;x\ufffd.png: not an image" in capsys.readouterr().out

@@ -9,9 +9,18 @@ from colors import COLORS, options
 from torch import nn
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet.cards import metric_on_card
 from mobilenet.training.evaluate import evaluate_checkpoint
 from mobilenet.training.report import class_accuracies, metrics
 from mobilenet.training.run import run
+
+
+RESULT = """model-index:
+- name: model
+  results:
+  - task: {{type: image-classification}}
+    dataset: {{type: set, name: {name}, split: test}}
+    metrics: [{{type: accuracy, name: accuracy, value: {value}}}]"""
 
 
 def test_a_checkpoint_with_other_labels_is_refused(colors: Path, tmp_path: Path) -> None:
@@ -79,3 +88,27 @@ def test_labels_count_by_name(colors: Path, tmp_path: Path) -> None:
     assert measured.by_class == {"blue": 1.0, "green": 0.0, "red": 0.0}
     assert measured.metrics["accuracy"] == pytest.approx(1 / 3)
     assert measured.on_card is None
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "[" * 10_000,
+        "tags: 5",
+        "1: a",
+        "model-index: [{name: a, results: [{task: {type: b}, dataset: {type: c, name: set}, source: d}]}]",
+        RESULT.format(name="set", value="[0.5]"),
+        RESULT.format(name="set", value="20.0 and more"),
+        RESULT.format(name="set", value="1" + "0" * 400),
+        RESULT.format(name="7", value="0.5"),
+        RESULT.format(name="[set]", value="0.5"),
+    ],
+)
+def test_cards_without_figures_that_can_be_read(tmp_path: Path, metadata: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
+    assert metric_on_card(str(tmp_path), "owner/set", "test") is None
+
+
+def test_figures_on_cards(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{RESULT.format(name='other/set', value='0.5')}\n---\n")
+    assert metric_on_card(str(tmp_path), "owner/set", "test") == 0.5

@@ -1,5 +1,6 @@
 """Images with masks: folders of both, columns of both, names of classes, and what is refused."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from shapes import SHAPES, draw, draw_scenes
+from shapes import SHAPES, draw, draw_scenes, encode_png
 
 from mobilenet import MobileNetImageProcessor
 from mobilenet.training.data import IMAGE, LABEL, Images, Storage, decode, folders_of, load_splits
@@ -101,6 +102,51 @@ def test_columns_of_masks(tmp_path: Path) -> None:
         load_splits(str(tmp_path / "set.parquet"), image_column="picture", label_column="id", labels=Masks())
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_palettes_of_few_bits_hold_classes(tmp_path: Path, bits: int) -> None:
+    scenes = draw_scenes(tmp_path / "scenes", 1)
+    values = np.random.default_rng(0).integers(0, min(1 << bits, 4), (80, 96), np.uint8)
+    (scenes / "masks" / "000.png").write_bytes(encode_png(values, bits, palette=True))
+    _, images = read(scenes)
+    assert np.array_equal(images.labels[0], np.asarray(Image.fromarray(values).resize((60, 48), 0)))
+
+
+@pytest.mark.parametrize("place", ["outside", "climbing", "url"])
+def test_rows_name_masks_of_their_dataset_alone(tmp_path: Path, serve: Callable[[Path], str], place: str) -> None:
+    """Neither to find the names of classes nor to train."""
+    scenes = draw_scenes(tmp_path / "set", 2)
+    Image.new("L", (96, 80), 200).save(tmp_path / "mask.png")
+    name = {
+        "outside": str(tmp_path / "mask.png"),
+        "climbing": str(scenes / ".." / "mask.png"),
+        "url": f"{serve(tmp_path)}/mask.png",
+    }[place]
+    own = {"bytes": None, "path": str(scenes / "masks" / "001.png")}
+    kind = datasets.Image(decode=False)
+
+    def rows(*masks: dict) -> datasets.DatasetDict:
+        files = [{"bytes": None, "path": str(scenes / "images" / "001.png")}] * len(masks)
+        table = datasets.Dataset.from_dict(
+            {IMAGE: files, LABEL: list(masks)}, datasets.Features({IMAGE: kind, LABEL: kind})
+        )
+        return datasets.DatasetDict({"train": table})
+
+    splits, folders, labels = rows({"bytes": None, "path": name}, own), folders_of(str(scenes)), Masks()
+    labels.find_names(splits, "a Hub id", folders=folders)
+    assert len(labels.classes) <= 4  # no file outside was looked at, which has 201
+    processor = MobileNetImageProcessor(size=32, do_center_crop=False)
+    given = {"processor": processor, "storage": Storage(tmp_path / "work"), "name": "train", "labels": labels}
+    with pytest.raises(
+        ValueError, match=f"1 of 2 images .*{re.escape(name)}: lies outside of the dataset; external_im"
+    ):
+        decode(splits["train"], folders=folders, **given)
+    with pytest.raises(ValueError, match=f"none of 1 is: {re.escape(name)}: lies outside of the dataset"):
+        labels.find_names(rows({"bytes": None, "path": name}), "a Hub id", folders=folders)
+    labels.find_names(splits, "a Hub id")
+    assert len(labels.classes) == 201
+    assert (decode(splits["train"], **given).labels[0] == 200).all()
+
+
 def repaint(change: Callable[[Image.Image], Image.Image]) -> Callable[[Path], None]:
     """What changes the first mask."""
 
@@ -118,6 +164,18 @@ def repaint(change: Callable[[Image.Image], Image.Image]) -> Callable[[Path], No
     [
         (repaint(lambda mask: mask.convert("RGB")), r"masks/000\.png must be of mode P or L, got RGB"),
         (repaint(lambda mask: mask.resize((80, 96))), r"000\.png has 80x96, but its image 96x80"),
+        (
+            lambda folder: Image.new("L", (96, 80)).save(folder / "masks" / "000.png", "JPEG"),
+            r"masks/000\.png must be a PNG file, got JPEG",
+        ),
+        (
+            lambda folder: (folder / "masks" / "000.png").write_bytes(encode_png(np.full((80, 96), 3), 2)),
+            r"masks/000\.png must be gray of 8 bits or have a palette, got 2 bits",
+        ),
+        (
+            lambda folder: (folder / "masks" / "000.png").write_bytes(encode_png(np.full((80, 96), 15), 4)),
+            r"masks/000\.png must be gray of 8 bits or have a palette, got 4 bits",
+        ),
         (repaint(lambda mask: mask.point(lambda v: 7 * v)), r"must have values from 0 to 3, or 255, got \d"),
         (lambda folder: (folder / "masks" / "000.png").write_bytes(b"no"), r"masks/000\.png: not an image"),
         (
@@ -168,6 +226,13 @@ def test_files_of_names(tmp_path: Path, name: str, text: str, names: list[str] |
             read_names(path)
     else:
         assert read_names(path) == names
+
+
+def test_files_of_names_of_absurd_size_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "classes.txt").write_text("ground\ncircle\n")
+    monkeypatch.setattr("mobilenet.training.masks.MAX_NAMES_SIZE", 10)
+    with pytest.raises(ValueError, match=r"classes\.txt must be a file of names: it has 14 bytes, which is over 10"):
+        read_names(tmp_path / "classes.txt")
 
 
 def test_masks_of_one_class_are_refused(tmp_path: Path) -> None:

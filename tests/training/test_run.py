@@ -16,14 +16,14 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
 from transformers import pipeline
-from typer import Typer
+from typer import BadParameter, Typer
 from typer.testing import CliRunner
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.cards import Start, write_card
 from mobilenet.cli import app
 from mobilenet.cli.evaluate import evaluate
-from mobilenet.cli.train import train
+from mobilenet.cli.train import _read_config, train
 from mobilenet.repository import claimed
 from mobilenet.training import run as training
 from mobilenet.training.classification import Classification, start_classifier
@@ -125,6 +125,24 @@ def test_the_record_repeats_the_run(colors: Path, tmp_path: Path, monkeypatch: p
     assert (changed.epochs, changed.flip, changed.balance) == (9, True, "sampling")
     given.overwrite = True
     assert by_command == given
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "[]",
+        '{"options": [], "processes": 1}',
+        '{"options": {}, "processes": "1"}',
+        '{"options": {"epochs": [1]}, "processes": 1}',
+        '{"options": {"epochs": 1e999}, "processes": 1}',
+        '{"options": {"learning_rate": 1' + "0" * 400 + '}, "processes": 1}',
+    ],
+)
+def test_files_that_record_no_run(tmp_path: Path, text: str) -> None:
+    (tmp_path / "training.json").write_text(text)
+    with pytest.raises(BadParameter, match=r"training\.json must be the training\.json of a run: "):
+        _read_config(None, tmp_path / "training.json")
 
 
 # What it survives

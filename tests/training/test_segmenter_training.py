@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -22,10 +23,12 @@ from mobilenet import (
     MobileNetImageProcessor,
 )
 from mobilenet.training.augment import AugmentMasks
+from mobilenet.training.data import IMAGE, LABEL, Reader
 from mobilenet.training.evaluate import evaluate_checkpoint
 from mobilenet.training.options import Options
 from mobilenet.training.run import run
 from mobilenet.training.segmentation import MeanIou, Segmentation
+from mobilenet.training.task import Split
 from mobilenet.training.trainer import checkpoints
 
 
@@ -152,9 +155,11 @@ def test_segmenters_from_checkpoints(tmp_path: Path) -> None:
     assert processor.image_mean == [0.485, 0.456, 0.406]
     assert built(model=str(classifier), output_stride=8, segmentation_head="lraspp")[0].config.output_stride == 8
 
+    model.config.semantic_loss_ignore_index = 0
     model.save_pretrained(tmp_path / "segmenter")
     processor.save_pretrained(tmp_path / "segmenter")
     again, _ = built(model=str(tmp_path / "segmenter"))
+    assert again.config.semantic_loss_ignore_index == 255  # as in masks, whatever the checkpoint has
     assert all(torch.equal(value, after[name]) for name, value in again.state_dict().items())
     other, _ = built(("a", "b", "c"), model=str(tmp_path / "segmenter"))
     changed = {
@@ -172,11 +177,15 @@ def test_segmenters_from_checkpoints(tmp_path: Path) -> None:
 SHORT = {"image_size": 65, "width": 0.1, "learning_rate": 0.5}
 
 
-def test_a_run_leaves_a_complete_repository(tmp_path: Path) -> None:
-    """With a card, curves, and figures that `mobilenet evaluate` gets from the files."""
+def test_a_run_leaves_a_complete_repository(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """With a card, curves, and figures that `mobilenet evaluate` gets from the files, whatever classes are called."""
     scenes = draw_scenes(tmp_path / "scenes", 10)
+    (scenes / "classes.txt").write_text("ground\ncircle\nUS$ & CA$\n$\\foo$\n\x1b]0;x\x07\n")
     given = {**SHORT, "epochs": 2, "validation": 0.2, "first_size": 33, "trivial_augment": True}
     assert run(options("segmentation", scenes, tmp_path / "out", **given))
+    out = capsys.readouterr().out
+    assert "Note: there are no pixels to train on of \ufffd]0;x\ufffd." in out
+    assert "\x1b" not in out
     for name in ("config.json", "model.safetensors", "segmentation_mobilenet.py", "training.json", "log.csv"):
         assert (tmp_path / "out" / name).stat().st_size > 0
     assert "eval_mean_iou" in (tmp_path / "out" / "log.csv").read_text()
@@ -238,6 +247,45 @@ def test_evaluation_is_of_whole_images(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match=r"masks/1\.png: not an image"):
         evaluate_checkpoint(str(tmp_path / "model"), str(scenes))
     assert evaluate_checkpoint(str(tmp_path / "model"), str(scenes), skip_unreadable=True).images == 2
+
+
+def test_a_class_255_of_the_network_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In masks, 255 counts for nothing; a network may have more classes than they can hold."""
+    scenes = tmp_path / "scenes"
+    for part in ("images", "masks"):
+        (scenes / part).mkdir(parents=True)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, :32] = 1
+    Image.fromarray(255 * mask).convert("RGB").save(scenes / "images" / "0.png")
+    mask[48:] = 255
+    Image.fromarray(mask).save(scenes / "masks" / "0.png")
+    names = ["ground", *(f"other {index}" for index in range(254)), "lamp", *map(str, range(44))]
+    config = MobileNetConfig(
+        width_multiplier=0.1,
+        segmentation_head="deeplab_v3_light",
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    MobileNetForSemanticSegmentation(config).save_pretrained(tmp_path / "model")
+    size = {"height": 64, "width": 64}
+    MobileNetImageProcessor(size=size, do_center_crop=False).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(MobileNetForSemanticSegmentation, "forward", Known.forward)
+    assert len(evaluate_checkpoint(str(tmp_path / "model"), str(scenes)).by_class) == 300
+    (scenes / "classes.txt").write_text("ground\nlamp")
+    measured = evaluate_checkpoint(str(tmp_path / "model"), str(scenes))
+    assert measured.by_class == {"ground": pytest.approx(1, abs=0.05), "lamp": pytest.approx(1, abs=0.05)}
+
+
+def test_names_of_images_that_are_left_out_cannot_command_a_terminal(capsys: pytest.CaptureFixture) -> None:
+    kind = datasets.Image(decode=False)
+    rows = datasets.Dataset.from_dict(
+        {IMAGE: [{"bytes": None, "path": "\x1b]0;x\x07.png"}], LABEL: [None]},
+        datasets.Features({IMAGE: kind, LABEL: kind}),
+    )
+    processor = MobileNetImageProcessor()
+    split = Split(rows, lambda: None, Reader(processor, []), skip_unreadable=True)
+    assert not [*Segmentation()._whole(split, processor, 1)]
+    assert "left out \ufffd]0;x\ufffd.png: lies outside" in capsys.readouterr().out
 
 
 @pytest.mark.slow
