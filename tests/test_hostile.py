@@ -41,7 +41,7 @@ from PIL import Image
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.conversion import ConversionError, from_timm
-from mobilenet.conversion.checkpoint import read_torch
+from mobilenet.conversion.checkpoint import read_json, read_torch
 from mobilenet.conversion.labels import read_labels
 from mobilenet.loading import load
 
@@ -444,6 +444,16 @@ def test_labels_nested_without_end_are_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text("[" * 100_000)
     with pytest.raises(ConversionError, match=r"labels\.json: no labels: "):
         read_labels(str(tmp_path / "labels.json"), 2)
+
+
+def test_texts_without_end_are_not_read(tmp_path: Path) -> None:
+    for name in ("labels.txt", "config.json"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate((64 << 20) + 1)  # most file systems store nothing of it
+    with pytest.raises(ConversionError, match=r"labels\.txt: no labels: .*; it has more than 67108864 bytes"):
+        read_labels(str(tmp_path / "labels.txt"), 2)
+    with pytest.raises(ConversionError, match=r"config\.json: has more than 67108864 bytes"):
+        read_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("name", ["EPS", "WMF", "IPTC"])
