@@ -2,7 +2,6 @@
 
 import argparse
 import codecs
-import inspect
 import io
 import json
 import os
@@ -24,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from hostile import (
+    OWN_FIELDS,
     TARGETS,
     VALUES,
     attempt,
@@ -51,8 +51,6 @@ COUNTS = {"image": 300, "array": 300, "config": 60, "processor": 80, "google": 5
 QUICK = settings(
     derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-OWN_FIELDS = (*list(inspect.signature(MobileNetConfig.__init__).parameters)[1:-1], "num_labels", "depth_multiplier")
 
 edits = st.lists(
     st.tuples(
@@ -92,7 +90,9 @@ def _memory() -> Iterator[None]:
 @pytest.fixture(scope="module", params=TARGETS)
 def target(request: pytest.FixtureRequest) -> tuple:
     """A target's name, the target, and its seeds."""
-    for module, names in {"h5py": ["h5"], "ai_edge_litert": ["tflite"], "flatbuffers": ["tflite"]}.items():
+    tflite = ["tflite", "post_process", "tflite_detector", "tflite_segmenter"]
+    needs = {"h5py": ["h5"], "ai_edge_litert": tflite, "flatbuffers": tflite, "onnxruntime": ["onnx", "onnx_outputs"]}
+    for module, names in needs.items():
         if request.param in names:
             pytest.importorskip(module)
     if request.param == "tflite":
@@ -104,13 +104,13 @@ def target(request: pytest.FixtureRequest) -> tuple:
 def test_sound_input_is_answered(target: tuple) -> None:
     name, target, seeds = target
     errors = [error for error in (attempt(target, seed) for seed in seeds) if error is not None]
-    if name in ("image", "safetensors", "bin", "h5", "tflite"):
+    if name in ("image", "safetensors", "bin", "h5", "tflite", "tflite_detector", "tflite_segmenter"):
         assert len(errors) <= 0.04 * len(seeds), errors
 
 
 def test_any_input_is_answered_or_refused_in_words(target: tuple) -> None:
     name, target, seeds = target
-    if name in ("config", "processor", "google", "timm"):
+    if name in ("config", "processor", "google", "timm", "onnx_outputs"):
         inputs = st.binary(max_size=12)
     else:
         inputs = st.builds(edited, st.sampled_from(seeds), edits)
