@@ -70,6 +70,7 @@ _SMALL = (
     *("Add", "Concat", "ConstantOfShape", "Div", "Gather", "Max", "Min", "Mod", "Mul", "Neg", "Shape", "Slice", "Sub"),
 )
 MAX_SMALL = 1 << 16  # elements
+MAX_OPERATORS = 100_000  # with those of functions, which may call others many times
 
 
 class File(Reader):
@@ -135,6 +136,8 @@ class File(Reader):
                 model = onnx.load(path)
             domains = {node.domain for node in model.graph.node} - set(_DOMAINS)
             if model.functions:
+                if count_operators(model) > MAX_OPERATORS:
+                    raise ConversionError(f"{path}: has more than {MAX_OPERATORS} operators.")
                 model = onnx.inliner.inline_local_functions(model)
                 domains = {node.domain for node in model.graph.node} - set(_DOMAINS)
         except ConversionError:
@@ -452,6 +455,24 @@ class File(Reader):
             name = "log_softmax" if kind == "LogSoftmax" else "softmax"
             return name if fields.get("axis", -1) in (-1, 1) else f"{name} over positions"
         return _ACTIVATIONS.get(kind)
+
+
+def count_operators(model: Any) -> int:
+    """How many operators a model has once each function is written out where it is called."""
+    functions = {(each.domain, each.name, each.overload): each for each in model.functions}
+    known: dict[tuple[str, str, str], int] = {}
+
+    def count(nodes: Sequence[Any]) -> int:
+        total = 0
+        for node in nodes:
+            key = node.domain, node.op_type, node.overload
+            if key in functions and key not in known:
+                known[key] = count(functions[key].node)
+            inner = (graph for entry in node.attribute for graph in (entry.g, *entry.graphs))
+            total += known.get(key, 1) + sum(count(graph.node) for graph in inner)
+        return total
+
+    return count(model.graph.node)
 
 
 def detect(origin: Origin) -> bool:

@@ -179,6 +179,8 @@ class File(Reader):
             if value in makers and value not in used:
                 used.add(value)
                 stack += makers[value].inputs
+            elif value not in makers and value != self.input:
+                raise ConversionError(f"{self.path}: takes a value that is neither its input nor a dense constant.")
         unpacked = copies = 0
         for number, name in self.made.items():
             source = self.source(number)
@@ -610,9 +612,9 @@ def read_numbers(data: bytes) -> dict[str, float]:
             place, size = place - get(place, width), 1 << (kind & 3)
         form = _NUMBERS.get(kind >> 2, "    ")
         if form[size.bit_length() - 1] != " ":
-            numbers[names[-1].decode()] = get(place, size, form)
+            numbers[names[-1].decode(errors="replace")] = get(place, size, form)
         elif kind >> 2 and not names[-1].startswith(b"_"):  # null is nothing; converters add options of their own
-            raise ValueError(f"{names[-1].decode()} must be a number")
+            raise ValueError(f"{names[-1].decode(errors='replace')} must be a number")
     if names != sorted(set(names)):
         raise ValueError("options must be sorted by their keys")
     return numbers

@@ -301,3 +301,26 @@ def test_constants_of_other_shapes_are_refused(nodes: list, words: str, tmp_path
     )
     onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
     assert_fails_without_a_trace(tmp_path / "model.onnx", tmp_path / "output", words)
+
+
+@pytest.mark.parametrize(
+    ("depth", "words"), [(40, "has more than 100000 operators."), (0, "truncated or corrupt, or no ONNX file")]
+)
+def test_functions_that_call_each_other_without_end_are_refused(depth: int, words: str, tmp_path: Path) -> None:
+    """Forty functions of which each calls the one before it twice; and one that calls itself."""
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("own", 1)]
+    functions = []
+    for level in range(depth + 1):
+        kind, domain = (f"f{max(level - 1, 0)}", "own") if level or not depth else ("Relu", "")
+        nodes = [
+            onnx.helper.make_node(kind, ["x"], ["between"], domain=domain),
+            onnx.helper.make_node(kind, ["between"], ["y"], domain=domain),
+        ]
+        functions.append(onnx.helper.make_function("own", f"f{level}", ["x"], ["y"], nodes, opsets))
+    values = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3, 32, 32]) for name in ("pixels", "end")
+    )
+    call = onnx.helper.make_node(f"f{depth}", ["pixels"], ["end"], domain="own")
+    graph = onnx.helper.make_graph([call], "graph", *([value] for value in values))
+    onnx.save(onnx.helper.make_model(graph, functions=functions, opset_imports=opsets), tmp_path / "model.onnx")
+    assert_fails_without_a_trace(tmp_path / "model.onnx", tmp_path / "output", words)

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from mobilenet import MobileNetConfig, MobileNetForSemanticSegmentation, MobileN
 from mobilenet.conversion import ConversionError
 from mobilenet.conversion.convert import build, convert
 from mobilenet.conversion.from_tflite import File
-from mobilenet.conversion.graph import Act, ArgMax, Concat, Conv, Graph, Pool, Resize
+from mobilenet.conversion.graph import Act, Add, ArgMax, Concat, Conv, Graph, Pool, Resize
 from mobilenet.conversion.parity import check_parity, compare_with_source, label_maps, logits_step, rounded
 from mobilenet.conversion.segmenters import match_segmenter
 from mobilenet.segmentation_labels import VOC
@@ -193,6 +194,16 @@ def test_a_ring_at_the_end_is_refused(kinds: list[type]) -> None:
         ops.append(kind(**fields, **({"align_corners": True} if kind is Resize else {})))
     with pytest.raises(ConversionError, match=r"op must not come before|must come after the joined channels"):
         match_segmenter(Graph(ops=ops, input=0, output=1, channels=3, size=33), "source")
+
+
+def test_a_sum_of_what_nobody_makes_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed")
+    graph = File(hostile.tflite_segmenter(), tmp_path / "a.tflite").graph
+    first = next(op for op in graph.ops if isinstance(op, Add))
+    assert graph.ops.index(first) < 8  # the block after the stem adds
+    wrong = changed(graph, Add, 0, inputs=(first.inputs[0], 10**6))
+    with pytest.raises(ConversionError, match=r"ADD \d+ does not add what its block started from"):
+        match_segmenter(wrong, "source")
 
 
 def test_a_map_is_not_resized_to_more_than_the_image(data: Path, tmp_path: Path) -> None:
