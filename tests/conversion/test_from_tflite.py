@@ -19,10 +19,10 @@ from conversions import assert_fails_without_a_trace, assert_wrong_tables_are_no
 from oracles import logits
 from torch import Tensor
 
-from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.conversion import from_tflite
 from mobilenet.conversion.convert import build, convert
-from mobilenet.conversion.graph import Squeeze
+from mobilenet.conversion.graph import Squeeze, expected
 from mobilenet.conversion.parity import compare_with_source, rounded
 from mobilenet.synthetic import draw_images
 
@@ -252,6 +252,45 @@ def test_what_nobody_needs_is_not_run(data: Path, tmp_path: Path) -> None:
         (overwrite, "overwrites a value."),
     ):
         assert_fails_without_a_trace(changed(whole, change, tmp_path / "a.tflite"), tmp_path / "output", words)
+
+
+def flattened(numbers: int) -> bytes:
+    """A small classifier whose features are flattened as Keras does it: to a form that is computed from their own.
+
+    Args:
+        numbers: How many each part of the form has; one, where the form is right.
+    """
+    config = MobileNetConfig("mobilenet_v1", 0.1, image_size=32, num_labels=3)
+    file, channels = hostile.TFLiteFile(32), config.stages[-1][-1].out_channels
+    integers = file.schema.TensorType.INT32
+
+    def integer(value: int) -> int:
+        file.graph.tensors[value].type = integers
+        return value
+
+    value = file.input
+    for step in expected(config):
+        value = file.conv(value, step)
+    pooled = file.add("MEAN", (value, file.value(np.int32([1, 2]))), "ReducerOptions", keepDims=True)
+    form = integer(file.add("SHAPE", (pooled,), "ShapeOptions", outType=integers))
+    bounds = [file.value(np.int32([edge])) for edge in (0, 1, 1)]
+    batch = integer(file.add("STRIDED_SLICE", (form, *bounds), "StridedSliceOptions", shrinkAxisMask=1))
+    width = file.value(np.full(() if numbers == 1 else numbers, channels, np.int32))
+    form = integer(file.add("PACK", (batch, width), "PackOptions", valuesCount=2))
+    flat = file.add("RESHAPE", (pooled, form), "ReshapeOptions")
+    weight, bias = (file.value(file.random.random(shape, np.float32)) for shape in ((3, channels), 3))
+    linear = file.add("FULLY_CONNECTED", (flat, weight, bias), "FullyConnectedOptions")
+    return file.finish([file.add("SOFTMAX", (linear,), "SoftmaxOptions", beta=1.0)])
+
+
+def test_forms_that_are_computed_are_run_where_they_are_small(tmp_path: Path) -> None:
+    path = tmp_path / "a.tflite"
+    path.write_bytes(flattened(1))
+    checkpoint, images = read(path), torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(checkpoint.oracle().logits(images), logits(build(checkpoint, ""), images))
+    path.write_bytes(flattened(60))
+    words = "PACK 30 makes what the network does not use."
+    assert_fails_without_a_trace(path, tmp_path / "output", words)
 
 
 def test_weights_of_three_axes_are_refused(data: Path, tmp_path: Path) -> None:
