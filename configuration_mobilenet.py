@@ -401,7 +401,7 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         fields = super().to_dict()
         for name, default in MobileNetConfig.__init__.__kwdefaults__.items():
             if fields.get(name) in (default, []):
-                del fields[name]
+                fields.pop(name, None)
         return fields | {"auto_map": dict(AUTO_MAP)}
 
 

@@ -29,12 +29,12 @@ class Moments:
 
 
 def _is_new(norm: nn.BatchNorm2d) -> bool:
-    """Whether a batch norm has its first statistics, which are no images': it has learned nothing to keep."""
+    """Whether a batch norm has its first statistics, which are no images'."""
     return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
 
 
 @torch.no_grad()
-def align_batch_norm(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> nn.Module:
+def align_batch_norm(model: nn.Module, batches: Tensor | Iterable[Tensor], spares_new: bool = False) -> nn.Module:
     """Give every batch norm the statistics of these images, in place, while weight and bias keep what it computes.
 
     A batch norm normalizes by its running statistics in evaluation, and by those of the batch in training. Where the
@@ -45,10 +45,10 @@ def align_batch_norm(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> nn
         model: A network that is called with `pixel_values`.
         batches: `pixel_values` of shape (B, C, H, W), or several of them; a thousand or so of the images to train
             on, as they are varied then. Of too few, the statistics are worse than the checkpoint's own.
+        spares_new: Whether norms that have seen no images yet stay as they are, too.
 
     Returns:
-        The network itself. Norms whose weight does not require gradients, and those that have seen nothing yet,
-        stay as they are.
+        The network itself. Norms whose weight does not require gradients stay as they are.
 
     Raises:
         ValueError: There are no images, or they give numbers that are not finite. The network stays as it was.
@@ -56,7 +56,7 @@ def align_batch_norm(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> nn
     norms = [
         module
         for module in model.modules()
-        if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad and not _is_new(module)
+        if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad and not (spares_new and _is_new(module))
     ]
     if not norms:
         return model

@@ -32,7 +32,7 @@ from transformers import (  # noqa: F401
 )
 
 
-with atheris.instrument_imports(include=["convert_checkpoint", "mobilenet", "h5py", "zipfile"]):
+with atheris.instrument_imports(include=["convert_checkpoint", "mobilenet", "h5py", "zipfile", "flatbuffers"]):
     import hostile
 
 with suppress(ImportError):  # what training needs may lack

@@ -5,13 +5,14 @@ A target takes any bytes. It returns, or raises one of its errors: anything else
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import struct
 import tarfile
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mobilenet.detection_mobilenet import anchor_shapes, generate_anchors
+from mobilenet.heads_mobilenet import DETECTORS
+from mobilenet.preprocessing_mobilenet import OPTIONS
 from PIL import Image
 from safetensors.torch import save
 
@@ -32,10 +36,15 @@ from mobilenet.conversion import (
     from_torchvision,
     read_source,
 )
+from mobilenet.conversion.checkpoint import NoOracleError
 from mobilenet.conversion.convert import build, choose_labels
-from mobilenet.conversion.graph import expected
+from mobilenet.conversion.detectors import detection_steps, map_ends
+from mobilenet.conversion.from_tflite import POST_PROCESS
+from mobilenet.conversion.graph import Step, expected
+from mobilenet.conversion.parity import Comparison
 from mobilenet.conversion.rename import Table, places, skeleton
 from mobilenet.loading import load
+from mobilenet.tasks import DETECTION, SEGMENTATION
 
 
 try:
@@ -203,6 +212,7 @@ def use_array(data: bytes) -> None:
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 8, 16, 32, 64, 224, 4096, 65536, 1 << 20, 1 << 31, 1 << 63, 10**400),
     *(0.0, 0.25, 0.5, 1.0, -1.0, 1e-30, 16.0, 1e308, float("nan"), float("inf"), -float("inf")),
+    *("ssd_mobilenet_v1", "ssdlite_mobilenet_v2", "deeplab_v3_light", "lraspp", "blur", "max", "sigmoid"),
     *("", "mobilenet_v1", "mobilenet_v2", "mobilenet", "relu", "same", "float32", "float8", "int8", "\0", "../.."),
     *([], [0], [1, 2, 3], ["stem", "stage2"], ["stage9"], [[]], [None], [0.5] * 3, [-1], [1e308] * 3),
     *({}, {"0": "a"}, {"0": "a", "1": "b"}, {"x": 1}, {"a": 0}, {"shortest_edge": 1}, {"height": 65536, "width": 1}),
@@ -262,8 +272,11 @@ def use_edited(name: str, edits: dict[str, Any]) -> None:
     assert np.isfinite(scores).all()
 
 
-CONFIG_FIELDS = (*MobileNetConfig().to_dict(), *_COMMON)
-PROCESSOR_FIELDS = (*PROCESSOR.to_dict(), "processor_class", "feature_extractor_type", "do_pad", "auto_map", "image")
+# What to_dict() leaves out where it says nothing, too.
+OWN_FIELDS = (*list(inspect.signature(MobileNetConfig.__init__).parameters)[1:-1], "num_labels", "depth_multiplier")
+CONFIG_FIELDS = tuple(dict.fromkeys((*OWN_FIELDS, *MobileNetConfig().to_dict(), *_COMMON)))
+_TYPES_OF_PROCESSORS = ("image_processor_type", "processor_class", "feature_extractor_type")
+PROCESSOR_FIELDS = (*OPTIONS, *_TYPES_OF_PROCESSORS, "do_pad", "auto_map", "image")
 
 
 # Sources of conversions
@@ -389,18 +402,23 @@ def archives() -> Iterator[bytes]:
 
 
 def convert_file(path: Path) -> None:
-    """Read a source, and build its network; where the source has a runtime at hand, both must agree."""
+    """Read a source, and build its network; where the source has a runtime at hand, run both on one image."""
     _, checkpoint = read_source(str(path))
     choose_labels(checkpoint, None, False)
     model = build(checkpoint, "the source")
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     size = checkpoint.config["image_size"]
-    if path.suffix == ".tflite" and size <= 256:
+    if path.suffix in (".tflite", ".onnx") and size <= 256:
         image = torch.rand(1, model.config.num_channels, size, size)
-        theirs = checkpoint.oracle().logits(image)
-        with torch.no_grad():
-            ours = model(image).logits
-        assert ours.shape == theirs.shape
+        with suppress(NoOracleError), torch.no_grad():
+            oracle = checkpoint.oracle()
+            if checkpoint.task is DETECTION:
+                ours, theirs = model(image).scores, oracle.results(image).scores
+            else:
+                ours, theirs = model(image).logits, oracle.logits(image)
+            if checkpoint.task is SEGMENTATION and oracle.predictions:
+                assert oracle.predictions(image).shape == (1, size, size)
+            Comparison.of("the runtime", ours, theirs)
 
 
 def source(name: str) -> Callable[[bytes], None]:
@@ -460,6 +478,197 @@ def described_files(kind: str) -> dict[str, bytes]:
     return {"config.json": json.dumps(config).encode(), "model.safetensors": weights}
 
 
+# Detectors and segmenters of TFLite, and graphs of ONNX that compute more than a network
+
+
+class TFLiteFile:
+    """A TFLite file in the making. Values are numbers, as operators take and give them."""
+
+    def __init__(self, size: int) -> None:
+        from ai_edge_litert import schema_py_generated as schema
+
+        self.schema, self.random = schema, np.random.default_rng(0)
+        self.graph = self.make("SubGraph", tensors=[], operators=[])
+        self.model = self.make(
+            "Model", version=3, subgraphs=[self.graph], operatorCodes=[], buffers=[self.make("Buffer")]
+        )
+        self.input = self.value(shape=(1, size, size, 3))
+
+    def make(self, kind: str, **fields: Any) -> Any:
+        """An object of the schema."""
+        result = getattr(self.schema, f"{kind}T")()
+        for name, value in fields.items():
+            setattr(result, name, value)
+        return result
+
+    def value(self, constant: np.ndarray | None = None, shape: tuple[int, ...] = ()) -> int:
+        """A new value, or a constant."""
+        kind, buffer = self.schema.TensorType.FLOAT32, 0
+        if constant is not None:
+            kind = self.schema.TensorType.INT32 if constant.dtype == np.int32 else kind
+            buffer, shape = len(self.model.buffers), constant.shape
+            self.model.buffers.append(self.make("Buffer", data=np.frombuffer(constant.tobytes(), np.uint8)))
+        numbers = np.array(shape, np.int32)
+        self.graph.tensors.append(self.make("Tensor", name=b"", shape=numbers, type=kind, buffer=buffer))
+        return len(self.graph.tensors) - 1
+
+    def add(self, kind: str, inputs: Sequence[int], options: str | None = None, **fields: Any) -> int:
+        """A new operator; its value."""
+        codes, builtin = self.schema.BuiltinOperator, self.schema.BuiltinOptions
+        code = getattr(codes, kind)
+        self.model.operatorCodes.append(
+            self.make("OperatorCode", builtinCode=code, deprecatedBuiltinCode=code, version=1)
+        )
+        operator = self.make("Operator", opcodeIndex=len(self.model.operatorCodes) - 1)
+        operator.inputs, operator.outputs = np.array(inputs, np.int32), np.array([self.value()], np.int32)
+        if options:
+            operator.builtinOptionsType = getattr(builtin, options)
+            operator.builtinOptions = self.make(options, **fields)
+        self.graph.operators.append(operator)
+        return int(operator.outputs[0])
+
+    def conv(self, value: int, step: Step) -> int:
+        """A convolution with the activation that follows it."""
+        depthwise, side, outputs = step.groups > 1, step.kernel_size, step.out_channels
+        shape = (1, side, side, outputs) if depthwise else (outputs, side, side, step.in_channels)
+        arrays = (self.random.normal(0, 0.2, sizes).astype(np.float32) for sizes in (shape, outputs))
+        fields = dict.fromkeys(("strideW", "strideH"), step.stride)
+        fields |= dict.fromkeys(("dilationWFactor", "dilationHFactor"), step.dilation)
+        fields |= {"fusedActivationFunction": {None: 0, "relu": 1, "relu6": 3}[step.act]}
+        kind, options = ("CONV_2D", "Conv2DOptions")
+        if depthwise:
+            kind, options, fields["depthMultiplier"] = "DEPTHWISE_CONV_2D", "DepthwiseConv2DOptions", 1
+        return self.add(kind, (value, *map(self.value, arrays)), options, **fields)
+
+    def finish(self, outputs: Sequence[int]) -> bytes:
+        """The file."""
+        from flatbuffers import Builder
+
+        self.graph.inputs, self.graph.outputs = np.array([self.input], np.int32), np.array(outputs, np.int32)
+        builder = Builder(1 << 16)
+        builder.Finish(self.model.Pack(builder), b"TFL3")
+        return bytes(builder.Output())
+
+
+SUPPRESSION = {
+    **{"max_detections": 10, "max_classes_per_detection": 1, "num_classes": 2, "nms_score_threshold": 1e-8},
+    **{"nms_iou_threshold": 0.6, "y_scale": 10.0, "x_scale": 10.0, "h_scale": 5.0, "w_scale": 5.0},
+}
+
+
+@cache
+def tflite_detector() -> tuple[TFLiteFile, Any]:
+    """A small detector, and its last operator, which has no options so far."""
+    config = MobileNetConfig.from_preset("ssd_mobilenet_v1", width_multiplier=1 / 16, image_size=32, num_labels=2)
+    file, detector, steps = TFLiteFile(32), DETECTORS[config.detector], detection_steps(config)
+    value, side, maps, sizes = file.input, 32, [], []
+    for index, step in enumerate(steps):
+        value, side = file.conv(value, step), -(-side // step.stride)
+        if index in map_ends(config, steps):
+            maps.append((value, step.out_channels))
+            sizes.append((side, side))
+    joined = []
+    for numbers in (4, 3):
+        form, parts = file.value(np.int32([1, -1, numbers])), []
+        for (start, channels), shapes in zip(maps, anchor_shapes(detector), strict=True):
+            predicted = file.conv(start, Step("", "conv", channels, len(shapes) * numbers))
+            parts.append(file.add("RESHAPE", (predicted, form), "ReshapeOptions"))
+        joined.append(file.add("CONCATENATION", parts, "ConcatenationOptions", axis=1))
+    scores = file.add("LOGISTIC", joined[1:])
+    anchors = file.value(generate_anchors(detector, sizes)[:, [1, 0, 3, 2]].numpy())
+    file.add("CUSTOM", (joined[0], scores, anchors))
+    file.model.operatorCodes[-1].customCode = POST_PROCESS
+    last = file.graph.operators[-1]
+    last.outputs = np.array([*last.outputs, *(file.value() for _ in range(3))], np.int32)
+    return file, last
+
+
+@cache
+def tflite_segmenter() -> bytes:
+    """A small segmenter, DeepLab V3 in its light form."""
+    fields = {"image_size": 33, "output_stride": 16, "segmentation_head": "deeplab_v3_light", "num_labels": 3}
+    file, starts = TFLiteFile(33), {}
+    value = file.input
+    for step in expected(config := MobileNetConfig("mobilenet_v2", 0.1, **fields)):
+        if step.kind == "add":
+            value = file.add("ADD", (value, starts[step.name]), "AddOptions")
+        else:
+            starts.setdefault(step.name.rpartition(".")[0], value)
+            value = file.conv(value, step)
+    channels = config.stages[-1][-1].out_channels
+
+    def resized(value: int, side: int) -> int:
+        size = file.value(np.int32([side, side]))
+        return file.add("RESIZE_BILINEAR", (value, size), "ResizeBilinearOptions", alignCorners=True)
+
+    axes = file.value(np.int32([1, 2]))
+    pooled = file.add("MEAN", (value, axes), "ReducerOptions", keepDims=True)
+    branches = [file.conv(each, Step("", "conv", channels, 256, act="relu")) for each in (pooled, value)]
+    joined = file.add("CONCATENATION", (resized(branches[0], 3), branches[1]), "ConcatenationOptions", axis=3)
+    projected = file.conv(joined, Step("", "conv", 512, 256, act="relu"))
+    return file.finish([resized(file.conv(projected, Step("", "conv", 256, 3)), 33)])
+
+
+def post_processes() -> Iterator[bytes]:
+    """Options of a detector's last operator, as TensorFlow writes them and otherwise."""
+    from flatbuffers import flexbuffers
+
+    regular = {"use_regular_nms": True, "detections_per_class": 3}
+    for more in ({}, regular, {"_output_types": [1, 2], "_output_quantized": True}, {"max_detections": 65536}):
+        yield bytes(flexbuffers.Dumps(SUPPRESSION | more))
+    yield bytes(flexbuffers.Dumps([SUPPRESSION]))
+
+
+def use_post_process(data: bytes) -> None:
+    """Convert a detector whose last operator has other options."""
+    file, last = tflite_detector()
+    last.customOptions = np.array(bytearray(data), np.uint8)
+    source("detector.tflite")(file.finish(last.outputs))
+
+
+def tflite_detectors() -> Iterator[bytes]:
+    """A detector with each of some options."""
+    file, last = tflite_detector()
+    for options in list(post_processes())[:2]:
+        last.customOptions = np.frombuffer(options, np.uint8)
+        yield file.finish(last.outputs)
+
+
+@cache
+def onnx_graph() -> bytes:
+    """The graph of a narrow network, whose output may have others beside it."""
+    import onnx
+
+    model = onnx.load_from_string(next(onnx_files()))
+    end = next(node for node in model.graph.node if model.graph.output[0].name in node.output)
+    end.output[0] = model.graph.output[0].name = "logits"
+    return model.SerializeToString()
+
+
+def use_onnx_outputs(data: bytes) -> None:
+    """Convert a graph to which something is done by each pair of bytes: zeros, outputs, constants, connections."""
+    import onnx
+
+    model = onnx.load_from_string(onnx_graph())
+    graph, float32 = model.graph, onnx.TensorProto.FLOAT
+    for index, (change, value) in enumerate(zip(data[::2], data[1::2], strict=False)):
+        node, name = graph.node[value % len(graph.node)], f"zeros {index}"
+        if change % 5 < 2:
+            shape = onnx.numpy_helper.from_array(np.int64([1 << value % 40]), f"shape {index}")
+            graph.initializer.append(shape)
+            graph.node.insert(0, onnx.helper.make_node("ConstantOfShape", [shape.name], [name]))
+            if change % 5:
+                graph.output.append(onnx.helper.make_tensor_value_info(name, float32, None))
+        elif change % 5 == 2:
+            tensor = graph.initializer[value % len(graph.initializer)]
+            longer = np.resize(onnx.numpy_helper.to_array(tensor), change + 1)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(longer, tensor.name))
+        elif node.input:
+            other = graph.node[change % len(graph.node)]
+            node.input[value % len(node.input)] = other.output[0]
+    source("model.onnx")(model.SerializeToString())
+
+
 _CONVERSION = (ConversionError,)
 TARGETS = {
     "image": Target(use_image, (ValueError,), images),
@@ -478,6 +687,10 @@ TARGETS = {
     "tflite": Target(source("model.tflite"), _CONVERSION, tflite_files),
     "onnx": Target(source("model.onnx"), _CONVERSION, onnx_files),
     "tgz": Target(source("mobilenet_v1_0.25_128.tgz"), (*_CONVERSION, ImportError), archives),
+    "post_process": Target(use_post_process, _CONVERSION, post_processes),
+    "tflite_detector": Target(source("detector.tflite"), _CONVERSION, tflite_detectors),
+    "tflite_segmenter": Target(source("segmenter.tflite"), _CONVERSION, lambda: iter([tflite_segmenter()])),
+    "onnx_outputs": Target(use_onnx_outputs, _CONVERSION, pairs),
 }
 
 

@@ -96,16 +96,16 @@ def test_modes_and_frozen_norms_stay() -> None:
         assert torch.equal(tensor, before[name]) != changes, name
 
 
-def test_norms_without_statistics_stay() -> None:
-    """What stands anew on a checkpoint's backbone has learned nothing that aligning could keep."""
+@pytest.mark.parametrize("spares_new", [True, False])
+def test_norms_without_statistics_may_stay(spares_new: bool) -> None:
     old, new = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
     old.running_mean.fill_(2)
     model = nn.Sequential(old, new).eval()
     model.forward = lambda pixel_values: new(old(pixel_values))
-    align_batch_norm(model, torch.randn(4, 3, 5, 5))
+    align_batch_norm(model, torch.randn(4, 3, 5, 5), spares_new)
     assert not (old.weight == 1).any()
-    assert (new.weight == 1).all()
-    assert (new.running_var == 1).all()
+    assert (new.weight == 1).all() == spares_new
+    assert (new.running_var == 1).all() == spares_new
 
 
 def test_fused_networks_have_nothing_to_align() -> None:

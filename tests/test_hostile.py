@@ -2,7 +2,6 @@
 
 import argparse
 import codecs
-import inspect
 import io
 import json
 import os
@@ -24,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from hostile import (
+    OWN_FIELDS,
     TARGETS,
     VALUES,
     attempt,
@@ -47,7 +47,7 @@ from mobilenet import (
     MobileNetImageProcessor,
 )
 from mobilenet.conversion import ConversionError, from_timm
-from mobilenet.conversion.checkpoint import read_torch
+from mobilenet.conversion.checkpoint import read_json, read_torch
 from mobilenet.conversion.labels import read_labels
 from mobilenet.loading import load
 
@@ -58,8 +58,6 @@ COUNTS |= {"names": 100, "objects": 60, "mask": 60}
 QUICK = settings(
     derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-OWN_FIELDS = (*list(inspect.signature(MobileNetConfig.__init__).parameters)[1:-1], "num_labels", "depth_multiplier")
 
 edits = st.lists(
     st.tuples(
@@ -99,7 +97,9 @@ def _memory() -> Iterator[None]:
 @pytest.fixture(scope="module", params=TARGETS)
 def target(request: pytest.FixtureRequest) -> tuple:
     """A target's name, the target, and its seeds."""
-    for module, names in {"h5py": ["h5"], "ai_edge_litert": ["tflite"], "flatbuffers": ["tflite"]}.items():
+    tflite = ["tflite", "post_process", "tflite_detector", "tflite_segmenter"]
+    needs = {"h5py": ["h5"], "ai_edge_litert": tflite, "flatbuffers": tflite, "onnxruntime": ["onnx", "onnx_outputs"]}
+    for module, names in needs.items():
         if request.param in names:
             pytest.importorskip(module)
     if request.param == "tflite":
@@ -114,7 +114,7 @@ def target(request: pytest.FixtureRequest) -> tuple:
 def test_sound_input_is_answered(target: tuple) -> None:
     name, target, seeds = target
     errors = [error for error in (attempt(target, seed) for seed in seeds) if error is not None]
-    if name in ("image", "safetensors", "bin", "h5", "tflite"):
+    if name in ("image", "safetensors", "bin", "h5", "tflite", "tflite_detector", "tflite_segmenter"):
         assert len(errors) <= 0.04 * len(seeds), errors
     if name in hostile.TRAINING and name != "mask":
         assert not errors
@@ -122,7 +122,7 @@ def test_sound_input_is_answered(target: tuple) -> None:
 
 def test_any_input_is_answered_or_refused_in_words(target: tuple) -> None:
     name, target, seeds = target
-    if name in ("config", "processor", "google", "timm"):
+    if name in ("config", "processor", "google", "timm", "onnx_outputs"):
         inputs = st.binary(max_size=12)
     else:
         inputs = st.builds(edited, st.sampled_from(seeds), edits)
@@ -461,6 +461,16 @@ def test_labels_nested_without_end_are_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text("[" * 100_000)
     with pytest.raises(ConversionError, match=r"labels\.json: no labels: "):
         read_labels(str(tmp_path / "labels.json"), 2)
+
+
+def test_texts_without_end_are_not_read(tmp_path: Path) -> None:
+    for name in ("labels.txt", "config.json"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate((64 << 20) + 1)  # most file systems store nothing of it
+    with pytest.raises(ConversionError, match=r"labels\.txt: no labels: .*; it has more than 67108864 bytes"):
+        read_labels(str(tmp_path / "labels.txt"), 2)
+    with pytest.raises(ConversionError, match=r"config\.json: has more than 67108864 bytes"):
+        read_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("name", ["EPS", "WMF", "IPTC"])

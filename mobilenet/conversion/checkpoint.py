@@ -32,6 +32,7 @@ from mobilenet.pickles import TooLargeError, check_pickle
 from mobilenet.preprocessing_mobilenet import FITS, RANGES, RECIPES
 from mobilenet.tasks import Task
 
+from .labels import MAX_BYTES
 from .rename import ConversionError, Table, task_of
 
 
@@ -180,7 +181,11 @@ def read_json(path: Path) -> dict[str, Any]:
         ConversionError: The file is missing, or holds something else.
     """
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConversionError(f"{path}: has more than {MAX_BYTES} bytes.")
         content = json.loads(path.read_text(encoding="utf-8"))
+    except ConversionError:
+        raise
     except FileNotFoundError as error:
         raise ConversionError(f"{path}: no such file.") from error
     except (ValueError, RecursionError) as error:
@@ -201,7 +206,7 @@ def field_errors(path: Path) -> Iterator[None]:
         yield
     except ConversionError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConversionError(f"{path}: cannot be understood: {first_line(error)}") from error
 
 

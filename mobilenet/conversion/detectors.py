@@ -226,6 +226,9 @@ class DetectorMatcher(Matcher):
             wanted = None if is_last else ACT
             if (found := unit.act if is_last else unit.activation) != wanted:
                 raise self.refuse(unit.name, f"has the activation {found}, and must have {wanted}")
+        if name.startswith("box_") and units[-1].out_channels % 4:
+            channels = units[-1].out_channels
+            raise self.refuse(units[-1].name, f"must predict 4 numbers for each box, has {channels} channels")
         return list(zip(names, units, strict=True))
 
     def labels(self, classes: list[Branch], detector: Detector) -> int:
@@ -256,12 +259,16 @@ class DetectorMatcher(Matcher):
         for index, step in enumerate(steps):
             size = -(-size // step.stride)
             sizes += [(size, size)] * (index in ends)
-        ours = generate_anchors(detector, sizes, self.given.step)
         theirs, tolerance = self.given.anchors, ANCHOR_TOLERANCE + self.given.step
-        if ours.shape != theirs.shape or not ((ours - theirs).abs() <= tolerance).all():
-            far = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else None
-            got = f"{len(theirs)} of them" if far is None else f"some that differ by {far:.3g}"
-            raise self.refuse("the last operator", f"must have the {len(ours)} anchors of {detector.title}, got {got}")
+        # Sizes are what the file says: ours are not made before there are as many of them.
+        count = sum(h * w * len(shapes) for (h, w), shapes in zip(sizes, anchor_shapes(detector), strict=True))
+        got = f"{len(theirs)} of them"
+        if theirs.shape == (count, 4):
+            far = (generate_anchors(detector, sizes, self.given.step) - theirs).abs().max().item()
+            if far <= tolerance:
+                return
+            got = f"some that differ by {far:.3g}"
+        raise self.refuse("the last operator", f"must have the {count} anchors of {detector.title}, got {got}")
 
 
 def _reorder_boxes(tensors: dict[str, Tensor], quantization: dict[str, Any] | None) -> None:

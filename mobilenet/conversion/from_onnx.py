@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobilenet.loading import _bound_onnx
 from mobilenet.pickles import MAX_BYTES
 from mobilenet.require import require
 
@@ -69,6 +70,7 @@ _SMALL = (
     *("Add", "Concat", "ConstantOfShape", "Div", "Gather", "Max", "Min", "Mod", "Mul", "Neg", "Shape", "Slice", "Sub"),
 )
 MAX_SMALL = 1 << 16  # elements
+MAX_OPERATORS = 100_000  # with those of functions, which may call others many times
 
 
 class File(Reader):
@@ -88,6 +90,7 @@ class File(Reader):
         self.scales: dict[str, Scale] = {}
         self.layouts: dict[str, str] = {}
         self.flat: set[str] = set()  # values of shape (B, C)
+        self.computed = 0  # bytes of the constants that are computed
         for tensor in self.model.graph.initializer:
             self.constants[tensor.name] = self.onnx.numpy_helper.to_array(tensor)
         kinds = {tensor.data_type for tensor in self.model.graph.initializer}
@@ -133,6 +136,8 @@ class File(Reader):
                 model = onnx.load(path)
             domains = {node.domain for node in model.graph.node} - set(_DOMAINS)
             if model.functions:
+                if count_operators(model) > MAX_OPERATORS:
+                    raise ConversionError(f"{path}: has more than {MAX_OPERATORS} operators.")
                 model = onnx.inliner.inline_local_functions(model)
                 domains = {node.domain for node in model.graph.node} - set(_DOMAINS)
         except ConversionError:
@@ -197,6 +202,8 @@ class File(Reader):
         fields = {entry.name: self.onnx.helper.get_attribute_value(entry) for entry in node.attribute}
         if kind == "Constant":
             value = next(iter(fields.values()), 0)
+            if isinstance(value, self.onnx.SparseTensorProto):
+                raise ConversionError(f"{self.path}: {node.output[0]} must be a dense constant.")
             is_tensor = isinstance(value, self.onnx.TensorProto)
             self.constants[node.output[0]] = self.onnx.numpy_helper.to_array(value) if is_tensor else np.array(value)
             return
@@ -256,11 +263,18 @@ class File(Reader):
         small = sum(value.size for value in given) <= MAX_SMALL
         if kind == "ConstantOfShape":
             small = small and int(np.prod(given[0], dtype=np.float64)) <= MAX_SMALL
+        elif small and kind in ("Add", "Div", "Gather", "Max", "Min", "Mod", "Mul", "Sub"):
+            shapes = [value.shape for value in given]
+            shape = sum(shapes, ()) if kind == "Gather" else np.broadcast_shapes(*shapes)
+            small = int(np.prod(shape, dtype=np.float64)) <= MAX_SMALL
         if kind in _FORMS or (kind in _SMALL and small):
             from onnx.reference import ReferenceEvaluator
 
             feeds = {name: value for name, value in zip(names, given, strict=True) if name}
-            self.constants[node.output[0]] = np.asarray(ReferenceEvaluator(node).run(None, feeds)[0])
+            self.constants[node.output[0]] = result = np.asarray(ReferenceEvaluator(node).run(None, feeds)[0])
+            self.computed += result.nbytes
+            if self.computed > MAX_BYTES:
+                raise ConversionError(f"{self.path}: its constants have more than {MAX_BYTES} bytes.")
             for name in names[:1]:
                 if kind in ("Identity", "Transpose") and name in self.weight_scales:
                     self.weight_scales[node.output[0]] = self.weight_scales[name]
@@ -443,6 +457,24 @@ class File(Reader):
         return _ACTIVATIONS.get(kind)
 
 
+def count_operators(model: Any) -> int:
+    """How many operators a model has once each function is written out where it is called."""
+    functions = {(each.domain, each.name, each.overload): each for each in model.functions}
+    known: dict[tuple[str, str, str], int] = {}
+
+    def count(nodes: Sequence[Any]) -> int:
+        total = 0
+        for node in nodes:
+            key = node.domain, node.op_type, node.overload
+            if key in functions and key not in known:
+                known[key] = count(functions[key].node)
+            inner = (graph for entry in node.attribute for graph in (entry.g, *entry.graphs))
+            total += known.get(key, 1) + sum(count(graph.node) for graph in inner)
+        return total
+
+    return count(model.graph.node)
+
+
 def detect(origin: Origin) -> bool:
     """Whether a path is an ONNX file, or a folder that has its weights in one."""
     return origin.path.suffix == ".onnx" or (origin.path.is_dir() and _file(origin.path) is not None)
@@ -490,6 +522,31 @@ def read(origin: Origin, options: Options) -> Checkpoint:
     return checkpoint
 
 
+def cut(model: Any, names: Sequence[str]) -> Any:
+    """What some of a model's values depend on, with these as its outputs: a runtime computes all that it is given.
+
+    Args:
+        model: An ONNX model, which stays as it is.
+        names: The values.
+    """
+    makers = {output: node for node in model.graph.node for output in node.output}
+    needed, stack = set(), list(names)
+    while stack:
+        value = stack.pop()
+        if value and value not in needed:
+            needed.add(value)
+            stack += makers[value].input if value in makers else ()
+    result = type(model)()
+    result.CopyFrom(model)
+    for field in ("node", "output", "sparse_initializer"):  # no constant that is used is sparse
+        result.graph.ClearField(field)
+    result.graph.node.extend(node for node in model.graph.node if needed.intersection(node.output))
+    result.graph.output.extend(value for value in model.graph.output if value.name in names)
+    for name in set(names) - {value.name for value in model.graph.output}:
+        result.graph.output.add(name=name)
+    return result
+
+
 def _runtime(file: File, found: Match, image_size: int) -> Oracle:
     """The file itself in ONNX Runtime.
 
@@ -500,16 +557,21 @@ def _runtime(file: File, found: Match, image_size: int) -> Oracle:
         raise NoOracleError(f"the ONNX file takes images of {file.graph.size} pixels, not of {image_size}")
     import onnxruntime
 
-    model, given = file.model, file.input
+    given = file.input
     names = [found.logits, file.output] if found.prediction else [file.output]
-    if found.prediction and found.logits not in [value.name for value in model.graph.output]:
-        model = file.onnx.ModelProto.FromString(model.SerializeToString())
-        model.graph.output.append(file.onnx.ValueInfoProto(name=found.logits))
+    model = cut(file.model, names)
+    if any(entry.HasField("g") or entry.graphs for node in model.graph.node for entry in node.attribute):
+        raise NoOracleError("the ONNX file has operators that run others")
+    _bound_onnx()
     try:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        options.log_severity_level = 4  # errors are raised
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        # What is folded at loading comes from another allocator, which takes whatever it is asked for.
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+        )
     except Exception as error:  # the runtime has errors of its own for each cause
         said = first_line(error)
         raise NoOracleError(f"ONNX Runtime {onnxruntime.__version__} does not run the file: {said}") from error
@@ -519,7 +581,10 @@ def _runtime(file: File, found: Match, image_size: int) -> Oracle:
     def run(name: str, pixel_values: Tensor) -> Tensor:
         rows = []
         for image in (pixel_values.permute(0, 2, 3, 1) if last else pixel_values).contiguous().numpy():
-            (values,) = session.run([name], {given.name: image[None].astype(kind)})
+            try:
+                (values,) = session.run([name], {given.name: image[None].astype(kind)})
+            except Exception as error:  # of a class of its own
+                raise ConversionError(f"{file.path}: ONNX Runtime does not run it: {first_line(error)}") from error
             values = np.asarray(values, np.float32)
             if values.ndim == 4 and values.shape[-2:] != (1, 1) and not found.config["num_labels"]:
                 values = values.max((2, 3)) if found.config.get("pooling") == "max" else values.mean((2, 3))

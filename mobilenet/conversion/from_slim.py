@@ -134,7 +134,8 @@ def without_sizes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Leave channels out of the names of extra layers, and let boxes be predicted in our order: x, y, w, h."""
     result = {}
     for name, tensor in tensors.items():
-        if re.fullmatch(r"BoxPredictor_\d+/BoxEncodingPredictor/(weights|biases)", name) and tensor.shape[-1] % 4 == 0:
+        predicts = re.fullmatch(r"BoxPredictor_\d+/BoxEncodingPredictor/(weights|biases)", name)
+        if predicts and tensor.ndim and tensor.shape[-1] % 4 == 0:
             tensor = tensor.unflatten(-1, (-1, 4))[..., [1, 0, 3, 2]].flatten(-2)
         result[re.sub(r"(_\d_Conv2d_\d_(1x1|3x3_s2))_\d+(_depthwise)?/", r"\1\3/", name)] = tensor
     return result

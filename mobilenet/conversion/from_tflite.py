@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobilenet.pickles import MAX_BYTES
 from mobilenet.require import require
 from mobilenet.tasks import SEGMENTATION
 
@@ -70,8 +73,13 @@ _FUSED = {0: None, 1: "relu", 2: "relu_n1_to_1", 3: "relu6", 4: "tanh", 5: "sign
 _CONSTANTS = ("float32", "float16", "int32", "int64", *BYTES)
 _SAME = 0  # schema.Padding
 _MAX_LABELS = 1 << 20  # bytes
+# What computes the forms that RESHAPE takes, and how many numbers one may have.
+_FORMS = ("SHAPE", "STRIDED_SLICE", "SLICE", "GATHER", "REDUCE_PROD", "PACK", "CONCATENATION", "CAST")
+_MAX_FORM = 64
 # The operator that ends a detector: it makes boxes of what is predicted for each anchor, and suppresses some.
 POST_PROCESS = b"TFLite_Detection_PostProcess"
+_MAX_ROWS = 65536  # that it writes
+_MAX_OPTIONS = 64
 
 
 def _post_process(model: Any) -> Any | None:
@@ -97,8 +105,11 @@ class File(Reader):
 
         self.data = data
         try:
+            self.check_custom(schema)
             Interpreter(model_content=data)  # checks every offset, which the schema's classes do not
             model = schema.ModelT.InitFromPackedBuf(data, 0)
+        except ConversionError:
+            raise
         except Exception as error:
             said = first_line(error)
             # The runtime reads a file whole before it looks for kernels of its operators.
@@ -117,8 +128,10 @@ class File(Reader):
         self.model, self.values, self.buffers = model, graph.tensors, model.buffers
         self.types = {n: name.lower() for name, n in vars(schema.TensorType).items() if isinstance(n, int)}
         self.input, self.output = int(graph.inputs[0]), int(graph.outputs[0])
+        self.outputs = [self.output]
         if self.post_process is not None:
-            self.output = int(self.post_process.inputs[0])
+            self.outputs = [int(number) for number in self.post_process.inputs[:2]]
+            self.output = self.outputs[0]
         last = model.operatorCodes[graph.operators[-1].opcodeIndex] if graph.operators else None
         is_label = last and max(last.builtinCode, last.deprecatedBuiltinCode) == schema.BuiltinOperator.ARG_MAX
         for number, others in ((self.input, ()), (self.output, ("int32", "int64") if is_label else ())):
@@ -127,6 +140,8 @@ class File(Reader):
                     f"{path}: input and output must be float32, uint8 or int8, got {self.type(number)}."
                 )
         self.layouts: dict[int, str] = {}
+        self.forms: dict[int, int] = {}  # values that only RESHAPE takes, and how many numbers they have at most
+        self.made: dict[int, str] = {}  # what makes a value
         operators = {n: name for name, n in vars(schema.BuiltinOperator).items() if isinstance(n, int)}
         for index, operator in enumerate(graph.operators):
             if operator is self.post_process:
@@ -136,14 +151,60 @@ class File(Reader):
             self.add(f"{kind} {index}", kind, operator.builtinOptions, [int(n) for n in operator.inputs], operator)
         self.graph = self.read()
 
+    def check_custom(self, schema: Any) -> None:
+        """Raise ConversionError for operators that are not built in, but for one whose options are in order.
+
+        LiteRT reads such options as soon as it has the file, and trusts the offsets in them.
+        """
+        model = schema.Model.GetRootAs(self.data, 0)
+        if model.SubgraphsLength() != 1:
+            raise ConversionError(f"{self.path}: must hold one graph, got {model.SubgraphsLength()}.")
+        graph = model.Subgraphs(0)
+        for operator in map(graph.Operators, range(graph.OperatorsLength())):
+            code = model.OperatorCodes(operator.OpcodeIndex()).CustomCode()
+            if code and code != POST_PROCESS:
+                name = code.decode(errors="replace")
+                raise ConversionError(f"{self.path}: holds the operator {name}, which no MobileNet has.")
+            if code:
+                with field_errors(self.path):
+                    read_numbers(bytes(operator.CustomOptionsAsNumpy()))  # 0, where there are none
+
+    def check_operators(self) -> None:
+        """Raise ConversionError for operators of which the network has no use: LiteRT would run them all the same."""
+        makers = {op.output: op for op in self.ops}
+        used: set[Any] = set()
+        stack = [self.source(number) for number in self.outputs]
+        while stack:
+            value = stack.pop()
+            if value in makers and value not in used:
+                used.add(value)
+                stack += makers[value].inputs
+            elif value not in makers and value != self.input:
+                raise ConversionError(f"{self.path}: takes a value that is neither its input nor a dense constant.")
+        unpacked = copies = 0
+        for number, name in self.made.items():
+            source = self.source(number)
+            if self.is_constant(source):
+                unpacked += 4 * math.prod(self.shape(source))
+            elif source in used or source == self.input:
+                copies += source != number
+            elif self.forms.get(source, math.inf) > _MAX_FORM:
+                raise ConversionError(
+                    f"{self.path}: is no MobileNet that can be converted: {name} makes what the network does not use."
+                )
+        if unpacked > MAX_BYTES:
+            raise ConversionError(f"{self.path}: unpacks to more than {MAX_BYTES} bytes.")
+        if copies > len(used):
+            raise ConversionError(f"{self.path}: has {copies} operators that change no number, of {len(self.made)}.")
+
     def read(self) -> Graph:
         """The network."""
         shape, layout = self.shape(self.input), self.layouts.get(self.input, "NHWC")
         sizes = dict(zip(layout, shape, strict=len(shape) == 4)) if len(shape) == 4 else {}
-        if not sizes or sizes["H"] != sizes["W"]:
+        if not sizes or sizes["H"] != sizes["W"] or sizes["H"] > 65536:
             raise ConversionError(
                 f"{self.path}: is no MobileNet that can be converted: the input must be square, of shape "
-                f"(1, size, size, channels), got {shape}."
+                f"(1, size, size, channels), with a size of at most 65536, got {shape}."
             )
         return Graph(
             ops=self.ops,
@@ -159,6 +220,14 @@ class File(Reader):
         output = int(operator.outputs[0])
         label = self.values[output].name
         name = f"{name} ({label.decode(errors='replace')})" if label else name
+        if output == self.input or output in self.made or self.is_constant(output):
+            raise ConversionError(f"{self.path}: {name} overwrites a value.")
+        self.made[output] = name
+        counts = [self.count(number) for number in inputs if number >= 0]
+        if kind == "SHAPE":
+            self.forms[output] = 8
+        elif kind in _FORMS and None not in counts:
+            self.forms[output] = math.prod(counts) if kind == "GATHER" else sum(counts)
         first = inputs[0]
         constants = [number for number in inputs if number >= 0 and self.is_constant(number)]
         data = tuple(self.source(number) for number in inputs if number >= 0 and number not in constants)
@@ -197,6 +266,9 @@ class File(Reader):
         elif kind == "GELU":
             self.ops.append(Act(**common, function="approximate gelu" if options.approximate else "gelu"))
         elif kind == "RESIZE_BILINEAR":
+            size = self.constant(inputs[1]).reshape(-1).tolist()
+            if max(size, default=0) > max(self.shape(self.input), default=0):
+                raise ConversionError(f"{self.path}: {name} resizes to {size}, which is more than the image has.")
             self.ops.append(Resize(**common, align_corners=options.alignCorners and not options.halfPixelCenters))
         elif kind == "CONCATENATION" and options.axis in (3, -1) and not constants:
             self.ops.append(Concat(**(common | {"inputs": data})))
@@ -212,6 +284,9 @@ class File(Reader):
         weight, groups = self.real(inputs[1]), 1
         if weight.ndim == 2:
             weight = weight[:, :, None, None]
+        elif weight.ndim != 4:
+            name = common["name"]
+            raise ConversionError(f"{self.path}: {name} must have weights of 4 axes, got {list(weight.shape)}.")
         elif kind == "DEPTHWISE_CONV_2D":
             weight = weight.permute(3, 0, 1, 2)
             # Files of 2019 and before may leave the shapes of activations to the runtime.
@@ -292,6 +367,10 @@ class File(Reader):
             and source != self.input
             and self.buffers[self.values[source].buffer].data is not None
         )
+
+    def count(self, number: int) -> int | None:
+        """How many numbers a constant or a form has at most; None of another value."""
+        return math.prod(self.shape(number)) if self.is_constant(number) else self.forms.get(number)
 
     def constant(self, number: int) -> np.ndarray:
         """The values of a constant as they are stored."""
@@ -410,6 +489,7 @@ def read(origin: Origin, options: Options) -> Checkpoint:
             found = match_segmenter(file.graph, str(origin.path))
         else:
             found = match(file.graph, str(origin.path), file.graph.size)
+        file.check_operators()
         recorded = file.normalization()
     kind = f"a {'quantized' if found.quantization else 'float'} TFLite file"
     labels = _labels(origin.path, found.config["num_labels"])
@@ -422,6 +502,7 @@ def twin(data: bytes, path: Path, name: str, image_size: int) -> Oracle:
     with field_errors(path):
         file = File(data, path)
         found = match(file.graph, str(path), file.graph.size)
+        file.check_operators()
     return interpreter(file, found, image_size, name)
 
 
@@ -433,10 +514,20 @@ def read_detector(file: File, options: Options) -> Checkpoint:
     Raises:
         ConversionError: It holds another network, or anchors of another kind.
     """
-    from flatbuffers import flexbuffers
-
     operator, path = file.post_process, file.path
-    said = flexbuffers.Loads(bytes(operator.customOptions))
+    said = read_numbers(bytes(operator.customOptions))
+
+    def number(name: str) -> float:
+        if name not in said:
+            raise ConversionError(f"{path}: {name} of {POST_PROCESS.decode()} must be a number.")
+        return said[name]
+
+    rows = int(number("max_detections")), int(number("max_classes_per_detection"))
+    if min(rows) < 1 or math.prod(rows) > _MAX_ROWS:
+        raise ConversionError(
+            f"{path}: max_detections and max_classes_per_detection must be above 0 and their product at most "
+            f"{_MAX_ROWS}, got {rows[0]} and {rows[1]}."
+        )
     codes, scores, anchors = (int(number) for number in operator.inputs)
     found = match_detector(
         file.graph,
@@ -446,19 +537,20 @@ def read_detector(file: File, options: Options) -> Checkpoint:
             scores=file.source(scores),
             anchors=file.real(anchors)[:, [1, 0, 3, 2]],
             step=max(scale.scale) if (scale := file.scale(anchors)) else 0.0,
-            classes=int(said["num_classes"]),
-            box_scales=tuple(float(said[f"{axis}_scale"]) for axis in "xywh"),
+            classes=int(number("num_classes")),
+            box_scales=tuple(float(number(f"{axis}_scale")) for axis in "xywh"),
         ),
     )
+    file.check_operators()
     suppression = {
-        "score_threshold": max(0.0, float(said["nms_score_threshold"])),
-        "nms_iou_threshold": float(said["nms_iou_threshold"]),
-        "max_detections": int(said["max_detections"]),
+        "score_threshold": max(0.0, float(number("nms_score_threshold"))),
+        "nms_iou_threshold": float(number("nms_iou_threshold")),
+        "max_detections": rows[0],
         "max_detections_per_class": int(said.get("detections_per_class", 100)),
         "clip_boxes": False,
     }
     if not said.get("use_regular_nms", False):
-        suppression["max_classes_per_box"] = int(said["max_classes_per_detection"])
+        suppression["max_classes_per_box"] = rows[1]
     recorded, size, count = file.normalization(), file.graph.size, found.config["num_labels"]
     values = dict(zip(("image_mean", "image_std"), recorded, strict=True)) if recorded and not options.recipe else {}
     labels, _ = beside(path, count)
@@ -477,6 +569,61 @@ def read_detector(file: File, options: Options) -> Checkpoint:
         quantization=found.quantization,
         notes=[NOTE] if found.quantization else [],
     )
+
+
+def read_numbers(data: bytes) -> dict[str, float]:
+    """The numbers of a FlexBuffers map by their keys, and no other values.
+
+    Every place that leads to them must lie within: LiteRT does not look.
+
+    Args:
+        data: The map, as it is stored.
+
+    Raises:
+        ValueError: It is broken.
+
+    Source: flatbuffers/flexbuffers.h
+    """
+
+    def get(place: int, width: int, kind: str = "BHIQ") -> Any:
+        if not 0 <= place <= len(data) - width:
+            raise ValueError("options must lie within their bytes")
+        return struct.unpack_from(f"<{kind[width.bit_length() - 1]}", data, place)[0]
+
+    width, kind = (*data[:-3:-1], 0, 0)[:2]
+    if width not in (1, 2, 4, 8) or kind >> 2 != _MAP:
+        raise ValueError("options must be a map")
+    place = len(data) - 2 - width
+    start, width = place - get(place, width), 1 << (kind & 3)
+    count = get(start - width, width)
+    keys, key_width = start - 3 * width - get(start - 3 * width, width), get(start - 2 * width, width)
+    if count > _MAX_OPTIONS or key_width not in (1, 2, 4, 8) or get(keys - key_width, key_width) != count:
+        raise ValueError(f"options must be at most {_MAX_OPTIONS}, each with its key")
+    names, numbers = [], {}
+    for index in range(count):
+        place = keys + index * key_width
+        place -= get(place, key_width)
+        if (end := data.find(0, max(place, 0), max(place, 0) + _MAX_OPTIONS)) < 0 or place < 0:
+            raise ValueError(f"keys of options must have fewer than {_MAX_OPTIONS} bytes")
+        names.append(data[place:end])
+        kind = get(start + count * width + index, 1)
+        place, size = start + index * width, width
+        if kind >> 2 in _INDIRECT:
+            place, size = place - get(place, width), 1 << (kind & 3)
+        form = _NUMBERS.get(kind >> 2, "    ")
+        if form[size.bit_length() - 1] != " ":
+            numbers[names[-1].decode(errors="replace")] = get(place, size, form)
+        elif kind >> 2 and not names[-1].startswith(b"_"):  # null is nothing; converters add options of their own
+            raise ValueError(f"{names[-1].decode(errors='replace')} must be a number")
+    if names != sorted(set(names)):
+        raise ValueError("options must be sorted by their keys")
+    return numbers
+
+
+# Types of FlexBuffers: how each is stored in 1, 2, 4 and 8 bytes; and which of them stand elsewhere than in the map.
+_NUMBERS = {1: "bhiq", 6: "bhiq", 2: "BHIQ", 7: "BHIQ", 26: "BHIQ", 3: "  fd", 8: "  fd"}
+_INDIRECT = (6, 7, 8)
+_MAP = 9
 
 
 def detection_interpreter(file: File, found: DetectorMatch, image_size: int, classes_per_box: int) -> DetectionOracle:
@@ -505,8 +652,7 @@ def detection_interpreter(file: File, found: DetectorMatch, image_size: int, cla
         results = []
         cy, cx, ah, aw = get(anchors).T
         for image in pixel_values.permute(0, 2, 3, 1).numpy():
-            runtime.set_tensor(given["index"], _quantized(image[None], given))
-            runtime.invoke()
+            _run(runtime, given, image, file.path)
             y, x, h, w = get(codes)[0].T
             all_boxes = np.stack(
                 (x / of_x * aw + cx, y / of_y * ah + cy, np.exp(w / of_w) * aw, np.exp(h / of_h) * ah), -1
@@ -539,7 +685,8 @@ def _labels(path: Path, count: int) -> list[str] | None:
                     labels = archive.read(member).decode("utf-8").splitlines()
                     if len(labels) == count:
                         return labels
-    except (NotImplementedError, UnicodeDecodeError, zipfile.BadZipFile):
+    # RuntimeError is of members that are encrypted, or packed in a way that Python does not know.
+    except (EOFError, OSError, RuntimeError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error):
         pass
     return None
 
@@ -557,8 +704,7 @@ def interpreter(file: File, found: Match, image_size: int, name: str = "LiteRT")
 
     def results(number: int, pixel_values: Tensor) -> Iterator[np.ndarray]:
         for image in (pixel_values if first else pixel_values.permute(0, 2, 3, 1)).numpy():
-            runtime.set_tensor(given["index"], _quantized(image[None], given))
-            runtime.invoke()
+            _run(runtime, given, image, file.path)
             yield _real(runtime.get_tensor(details[number]["index"]), details[number])
 
     def run(number: int, pixel_values: Tensor) -> Tensor:
@@ -588,6 +734,8 @@ def _runtime(file: File, image_size: int) -> tuple[Any, dict[int, dict[str, Any]
     """An interpreter that keeps every tensor, its tensors by their numbers, and its version."""
     if image_size != file.graph.size:
         raise NoOracleError(f"the TFLite file takes images of {file.graph.size} pixels, not of {image_size}")
+    if (count := file.shape(file.input)[0]) != 1:
+        raise NoOracleError(f"the TFLite file takes {count} images at a time")
     from importlib.metadata import version
 
     from ai_edge_litert.interpreter import Interpreter
@@ -600,6 +748,19 @@ def _runtime(file: File, image_size: int) -> tuple[Any, dict[int, dict[str, Any]
     except (RuntimeError, ValueError) as error:
         raise ConversionError(f"{file.path}: LiteRT does not run it: {first_line(error)}") from error
     return runtime, {tensor["index"]: tensor for tensor in runtime.get_tensor_details()}, version("ai-edge-litert")
+
+
+def _run(runtime: Any, given: dict[str, Any], image: np.ndarray, path: Path) -> None:
+    """Run a file on an image.
+
+    Raises:
+        ConversionError: The runtime fails.
+    """
+    try:
+        runtime.set_tensor(given["index"], _quantized(image[None], given))
+        runtime.invoke()
+    except (RuntimeError, ValueError) as error:
+        raise ConversionError(f"{path}: LiteRT does not run it: {first_line(error)}") from error
 
 
 def _quantized(values: np.ndarray, details: dict[str, Any]) -> np.ndarray:

@@ -800,7 +800,7 @@ class Matcher:
         for index, (step, item) in enumerate(zip(steps, body, strict=True)):
             if step.kind == "add":
                 start = next(i for i, other in enumerate(steps) if other.name.startswith(f"{step.name}."))
-                others = {self.outputs.get(value, 0) - self.skipped for value in item.inputs}
+                others = {self.outputs.get(value, -2) - self.skipped for value in item.inputs}
                 if others != {start - 1, index - 1}:
                     raise self.refuse(item.name, "does not add what its block started from")
 

@@ -14,6 +14,8 @@ from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION, Task
 from .rename import ConversionError
 
 
+# A file of labels, or of a configuration, that has more bytes is not read.
+MAX_BYTES = 64 << 20
 # Classes of ImageNet (ILSVRC 2012), and the one that Google's checkpoints put before them.
 IMAGENET, GOOGLE = "imagenet", "imagenet-background"
 _SETS = {1000: IMAGENET, 1001: GOOGLE}
@@ -99,7 +101,10 @@ def check(labels: Any, count: int, source: str | os.PathLike) -> list[str]:
 
 def _read_file(path: Path) -> Any:
     try:
-        text = Path(regular(path)).read_text(encoding="utf-8")
+        path = Path(regular(path))
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
         if path.suffix != ".json":
             return [line.strip() for line in text.splitlines() if line.strip()]
         content = json.loads(text)

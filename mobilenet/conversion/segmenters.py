@@ -60,7 +60,9 @@ class SegmenterMatcher(Matcher):
     def cut(self) -> None:
         """Find where the head starts, where branches are joined, and what comes out: from the end to the start."""
         value, steps = self.graph.output, []
-        while isinstance(op := self.makers.get(value), (ArgMax, Resize)):
+        for _ in self.makers:  # no chain is longer, though it may be a ring
+            if not isinstance(op := self.makers.get(value), (ArgMax, Resize)):
+                break
             steps.append(op)
             value = op.inputs[0]
         self.check_resized(steps)

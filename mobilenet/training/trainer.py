@@ -207,7 +207,8 @@ class ImageTrainer(Trainer):
             varied = (
                 self.vary(*(batch[name].to(self.args.device) for name in ("pixels", "labels")))[0] for batch in batches
             )
-            align_batch_norm(self.model, map(self.normalize, varied))
+            # What stands anew on a checkpoint's backbone has learned nothing to keep.
+            align_batch_norm(self.model, map(self.normalize, varied), spares_new=True)
 
     def _random_numbers_kept(self) -> AbstractContextManager[None]:
         """Whatever is drawn within, training goes on with the random numbers it would have had."""

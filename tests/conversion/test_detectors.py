@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 from collections import OrderedDict
 from pathlib import Path
 
@@ -16,7 +17,11 @@ from oracles import randomize_norms
 from torch import Tensor, nn
 
 from mobilenet import MobileNetConfig, MobileNetForObjectDetection
+from mobilenet.conversion import ConversionError, from_slim
 from mobilenet.conversion.convert import build, convert
+from mobilenet.conversion.detectors import Branch, DetectorMatcher
+from mobilenet.conversion.from_tflite import read_numbers
+from mobilenet.conversion.graph import Conv, Graph
 from mobilenet.conversion.parity import compare_detections
 from mobilenet.conversion.parity_detection import agreement, detect
 
@@ -201,14 +206,95 @@ def test_unfused_and_fused_it_detects_the_same(data: Path, tmp_path: Path) -> No
     [
         ({"y_scale": 5.0}, "the last operator scales boxes by 10, 5, 5, 5, and must by 10.0, 5.0"),
         ({"nms_iou_threshold": 2.0}, "nms_iou_threshold must be a number from 0 to 1, got 2.0"),
-        ({"max_detections": -3}, "max_detections must be made of integers from 1 to 65536, got -3"),
-        ({"num_classes": "many"}, "cannot be understood: invalid literal for int()"),
+        ({"max_detections": -3}, "must be above 0 and their product at most 65536, got -3 and 1"),
+        (
+            {"max_detections": 65536, "max_classes_per_detection": 65536},
+            "must be above 0 and their product at most 65536, got 65536 and 65536",
+        ),
+        (
+            {"use_regular_nms": True, "max_classes_per_detection": 0},
+            "must be above 0 and their product at most 65536, got 10 and 0",
+        ),
+        ({"num_classes": "many"}, "cannot be understood: num_classes must be a number"),
+        ({"num_classes": None}, "num_classes of TFLite_Detection_PostProcess must be a number"),
         ({"num_classes": 80}, "must predict 80 classes and the background for 3 anchors, has 273 channels"),
     ],
 )
 def test_files_with_other_options_are_refused(options: dict, reason: str, data: Path, tmp_path: Path) -> None:
     path = in_floats(data / "tflite" / QUANTIZED, tmp_path / "detector.tflite", **options)
     assert_fails_without_a_trace(path, tmp_path / "output", reason)
+
+
+def nested(key: bytes) -> bytes:
+    """A map of one vector, which holds one vector 255 times, and so on: 255 ** 9 numbers in 12 kB."""
+    data, child, kind = b"", 0, 1 << 2 | 2  # kinds are those of FlexBuffers, of 4 bytes each
+    for _ in range(9):
+        start = len(data) + 4
+        data += struct.pack("<256I", 255, *(start + 4 * index - child for index in range(255))) + bytes([kind]) * 255
+        child, kind = start, 10 << 2 | 2
+    data, place = data + key + b"\0", len(data)
+    data, keys = data + struct.pack("<II", 1, len(data) + 4 - place), len(data) + 4
+    start = len(data) + 12
+    data += struct.pack("<4IB", len(data) - keys, 4, 1, start - child, kind)
+    return data + struct.pack("<IBB", len(data) - start, 9 << 2 | 2, 4)
+
+
+def test_options_are_read_within_their_bytes() -> None:
+    """And only the numbers: a vector may hold itself, or another many times."""
+    flexbuffers = pytest.importorskip("flatbuffers.flexbuffers")
+    known = {"max_detections": 10, "nms_iou_threshold": 0.6, "num_classes": 90, "use_regular_nms": True, "w_scale": 5}
+    whole = bytes(flexbuffers.Dumps({**known, "_output_types": [1, 2]}))
+    assert read_numbers(whole) == pytest.approx(known | {"use_regular_nms": 1})
+    assert read_numbers(nested(b"_x")) == {}
+    for broken, words in (
+        (nested(b"x"), "x must be a number"),
+        (bytes(flexbuffers.Dumps({"a": "b"})), "a must be a number"),
+        (bytes(flexbuffers.Dumps([1, 2])), "must be a map"),
+        (b"", "must be a map"),
+        (whole[5:], "must"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_numbers(broken)
+    chance, refused = np.random.default_rng(0), 0
+    for _ in range(1000):
+        data = bytearray(whole)
+        for _ in range(chance.integers(1, 4)):
+            data[chance.integers(len(data))] = chance.integers(256)
+        try:
+            read_numbers(bytes(data))
+        except ValueError:
+            refused += 1
+    assert 200 < refused < 1000
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        # Sums of the cells of 6 maps, whose sides are half of each other: 3750, 1875, 938, ... with 3 or 6 anchors.
+        (60_000, "must have the 70294974 anchors of SSD MobileNet V1"),
+        (300_000, "with a size of at most 65536, got [1, 300000, 300000, 3]"),
+    ],
+)
+def test_images_of_absurd_size_are_refused(size: int, words: str, data: Path, tmp_path: Path) -> None:
+    schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="ai-edge-litert is not installed")
+    flatbuffers = pytest.importorskip("flatbuffers")
+    model = schema.ModelT.InitFromPackedBuf((data / "tflite" / QUANTIZED).read_bytes(), 0)
+    (graph,) = model.subgraphs
+    graph.tensors[graph.inputs[0]].shape = np.array([1, size, size, 3], np.int32)
+    builder = flatbuffers.Builder()
+    builder.Finish(model.Pack(builder), b"TFL3")
+    (tmp_path / "detector.tflite").write_bytes(builder.Output())
+    assert_fails_without_a_trace(tmp_path / "detector.tflite", tmp_path / "output", words)
+
+
+def test_predictors_with_odd_channels_are_refused() -> None:
+    """Boxes have four numbers; what is no tensor of boxes is left as it is, until it is refused by its name."""
+    matcher = DetectorMatcher(Graph(ops=[], input=0, output=1, channels=3, size=32), "source", None)
+    conv = Conv(name="boxes", inputs=(0,), output=1, weight=torch.zeros(11, 8, 1, 1))
+    with pytest.raises(ConversionError, match="boxes must predict 4 numbers for each box, has 11 channels"):
+        matcher.predictor("box_predictors.0", Branch(0, [conv]), DETECTORS["ssd_mobilenet_v1"])
+    name = "BoxPredictor_0/BoxEncodingPredictor/biases"
+    assert from_slim.without_sizes({name: torch.tensor(1.0)}) == {name: torch.tensor(1.0)}
 
 
 def in_tensorflow(model: MobileNetForObjectDetection, size: int, path: Path) -> Path:

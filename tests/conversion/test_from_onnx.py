@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification
 from mobilenet.conversion import ConversionError
+from mobilenet.conversion.checkpoint import NoOracleError
 from mobilenet.conversion.convert import build, convert
 from mobilenet.conversion.parity import compare_with_source
 from mobilenet.synthetic import draw_images
@@ -223,3 +224,103 @@ def test_without_onnx_the_error_says_what_to_install(tmp_path: Path, monkeypatch
     (tmp_path / "model.onnx").touch()
     with pytest.raises(ImportError, match=r'clone of this project, pip install -c constraints\.txt -e "\.\[onnx\]"$'):
         convert(str(tmp_path / "model.onnx"), tmp_path / "output")
+
+
+def add_zeros(content: object, count: int, name: str) -> None:
+    """Let a graph compute so many zeros."""
+    shape = onnx.helper.make_tensor(f"shape of {name}", onnx.TensorProto.INT64, [1], [count])
+    content.graph.initializer.append(shape)
+    content.graph.node.insert(0, onnx.helper.make_node("ConstantOfShape", [shape.name], [name]))
+
+
+def test_what_nobody_needs_is_not_run(tmp_path: Path) -> None:
+    """Zeros of 400 GB, which nothing takes; with a second output that does, too."""
+    model = network("mobilenet_v1", 0.25)
+    path = export(model, tmp_path / "model.onnx", dynamo=False)
+    content = onnx.load(path)
+    add_zeros(content, 10**11, "dead")
+    add_zeros(content, 10**11, "zeros")
+    content.graph.node.append(onnx.helper.make_node("ReduceMax", ["zeros"], ["other"], keepdims=0))
+    content.graph.output.append(onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, []))
+    onnx.save(content, path)
+    assert_equal(path, model)
+
+
+def test_what_is_needed_takes_no_more_than_it_may(tmp_path: Path) -> None:
+    """The form of a value, which nothing but the runtime computes: from 400 GB of zeros, or without an end."""
+    path = export(network("mobilenet_v1", 0.25), tmp_path / "model.onnx", dynamo=False)
+    content = onnx.load(path)
+    last = content.graph.node[-1]
+    whole, last.output[0] = last.output[0], "flat"
+    add_zeros(content, 10**11, "zeros")
+    form = onnx.numpy_helper.from_array(np.int64([1, 5]), "form")
+    content.graph.initializer.append(form)
+    for node in (
+        onnx.helper.make_node("ReduceMax", ["zeros"], ["zero"], keepdims=0),
+        onnx.helper.make_node("Cast", ["zero"], ["nothing"], to=onnx.TensorProto.INT64),
+        onnx.helper.make_node("Add", ["form", "nothing"], ["computed"]),
+        onnx.helper.make_node("Reshape", ["flat", "computed"], [whole]),
+    ):
+        content.graph.node.append(node)
+    onnx.save(content, path)
+    with pytest.raises(ConversionError, match=r"model\.onnx: ONNX Runtime does not run it: .*Available memory"):
+        read(path).oracle().logits(IMAGES)
+    body = onnx.helper.make_graph([], "body", [], [])
+    content.graph.node[-3].CopyFrom(onnx.helper.make_node("Loop", ["", ""], ["nothing"], body=body))
+    onnx.save(content, path)
+    with pytest.raises(NoOracleError, match="has operators that run others"):
+        read(path).oracle()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        (
+            [("Conv", ["pixels", "weight"], ["conv"]), ("Mul", ["conv", "five"], ["end"])],
+            "model.onnx: cannot be understood: ",
+        ),
+        ([("Gather", ["many", "places"], ["made"]), ("Mul", ["pixels", "made"], ["end"])], "Gather on constants"),
+        ([("Add", ["many", "column"], ["made"]), ("Mul", ["pixels", "made"], ["end"])], "Add on constants"),
+    ],
+)
+def test_constants_of_other_shapes_are_refused(nodes: list, words: str, tmp_path: Path) -> None:
+    """A factor for five of eight channels; and a few thousand numbers of which a million would be made."""
+    constants = {
+        "weight": np.ones((8, 3, 3, 3), np.float32),
+        "five": np.ones((5, 1, 1), np.float32),
+        "many": np.ones((1, 1000), np.float32),
+        "column": np.ones((1000, 1), np.float32),
+        "places": np.zeros(1000, np.int64),
+    }
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(*node) for node in nodes],
+        "graph",
+        [onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.FLOAT, [1, 3, 32, 32])],
+        [onnx.helper.make_tensor_value_info("end", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(values, name) for name, values in constants.items()],
+    )
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    assert_fails_without_a_trace(tmp_path / "model.onnx", tmp_path / "output", words)
+
+
+@pytest.mark.parametrize(
+    ("depth", "words"), [(40, "has more than 100000 operators."), (0, "truncated or corrupt, or no ONNX file")]
+)
+def test_functions_that_call_each_other_without_end_are_refused(depth: int, words: str, tmp_path: Path) -> None:
+    """Forty functions of which each calls the one before it twice; and one that calls itself."""
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("own", 1)]
+    functions = []
+    for level in range(depth + 1):
+        kind, domain = (f"f{max(level - 1, 0)}", "own") if level or not depth else ("Relu", "")
+        nodes = [
+            onnx.helper.make_node(kind, ["x"], ["between"], domain=domain),
+            onnx.helper.make_node(kind, ["between"], ["y"], domain=domain),
+        ]
+        functions.append(onnx.helper.make_function("own", f"f{level}", ["x"], ["y"], nodes, opsets))
+    values = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3, 32, 32]) for name in ("pixels", "end")
+    )
+    call = onnx.helper.make_node(f"f{depth}", ["pixels"], ["end"], domain="own")
+    graph = onnx.helper.make_graph([call], "graph", *([value] for value in values))
+    onnx.save(onnx.helper.make_model(graph, functions=functions, opset_imports=opsets), tmp_path / "model.onnx")
+    assert_fails_without_a_trace(tmp_path / "model.onnx", tmp_path / "output", words)

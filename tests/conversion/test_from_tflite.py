@@ -1,13 +1,17 @@
 """Conversions of TFLite files, against LiteRT's interpreter."""
 
 import csv
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pytest
 import torch
@@ -15,10 +19,10 @@ from conversions import assert_fails_without_a_trace, assert_wrong_tables_are_no
 from oracles import logits
 from torch import Tensor
 
-from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.conversion import from_tflite
 from mobilenet.conversion.convert import build, convert
-from mobilenet.conversion.graph import Squeeze
+from mobilenet.conversion.graph import Squeeze, expected
 from mobilenet.conversion.parity import compare_with_source, rounded
 from mobilenet.synthetic import draw_images
 
@@ -195,6 +199,124 @@ def test_broken_files_are_refused(data: Path, tmp_path: Path) -> None:
     for part in (whole[: len(whole) // 2], whole[:100], b"", whole[:4] + b"XXXX" + whole[8:]):
         source.write_bytes(part)
         assert_fails_without_a_trace(source, tmp_path / "output", "model.tflite: truncated or corrupt")
+
+
+def changed(data: bytes, change: Callable[[object, object], None], path: Path) -> Path:
+    """Write a file in which a function of the schema and the model has changed something."""
+    schema, flatbuffers = pytest.importorskip("ai_edge_litert.schema_py_generated"), pytest.importorskip("flatbuffers")
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    change(schema, model)
+    builder = flatbuffers.Builder(1 << 16)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    path.write_bytes(builder.Output())
+    return path
+
+
+def add_fill(schema: object, model: object) -> object:
+    """Let a model begin with an operator that makes 640 GB of zeros, which nothing takes."""
+    graph = model.subgraphs[0]
+
+    def tensor(kind: int, values: np.ndarray | None) -> int:
+        buffer, new = schema.BufferT(), schema.TensorT()
+        buffer.data = None if values is None else np.frombuffer(values.tobytes(), np.uint8)
+        model.buffers.append(buffer)
+        new.type, new.buffer = kind, len(model.buffers) - 1
+        new.shape = np.array([] if values is None else values.shape, np.int32)
+        graph.tensors.append(new)
+        return len(graph.tensors) - 1
+
+    code, operator = schema.OperatorCodeT(), schema.OperatorT()
+    code.builtinCode = code.deprecatedBuiltinCode = schema.BuiltinOperator.FILL
+    code.version = 1
+    model.operatorCodes.append(code)
+    sides = tensor(schema.TensorType.INT32, np.int32([400_000, 400_000]))
+    zero = tensor(schema.TensorType.FLOAT32, np.float32(0).reshape(()))
+    operator.inputs = np.array([sides, zero], np.int32)
+    operator.outputs = np.array([tensor(schema.TensorType.FLOAT32, None)], np.int32)
+    operator.opcodeIndex = len(model.operatorCodes) - 1
+    operator.builtinOptionsType, operator.builtinOptions = schema.BuiltinOptions.FillOptions, schema.FillOptionsT()
+    graph.operators.insert(0, operator)
+    return operator
+
+
+def test_what_nobody_needs_is_not_run(data: Path, tmp_path: Path) -> None:
+    """LiteRT would run every operator of a file, whether its output is of use or not."""
+
+    def overwrite(schema: object, model: object) -> None:
+        operator = add_fill(schema, model)
+        operator.outputs = model.subgraphs[0].operators[1].outputs
+
+    whole = next(hostile.tflite_files())
+    for change, words in (
+        (add_fill, "is no MobileNet that can be converted: FILL 0 makes what the network does not use."),
+        (overwrite, "overwrites a value."),
+    ):
+        assert_fails_without_a_trace(changed(whole, change, tmp_path / "a.tflite"), tmp_path / "output", words)
+
+
+def flattened(numbers: int) -> bytes:
+    """A small classifier whose features are flattened as Keras does it: to a form that is computed from their own.
+
+    Args:
+        numbers: How many each part of the form has; one, where the form is right.
+    """
+    config = MobileNetConfig("mobilenet_v1", 0.1, image_size=32, num_labels=3)
+    file, channels = hostile.TFLiteFile(32), config.stages[-1][-1].out_channels
+    integers = file.schema.TensorType.INT32
+
+    def integer(value: int) -> int:
+        file.graph.tensors[value].type = integers
+        return value
+
+    value = file.input
+    for step in expected(config):
+        value = file.conv(value, step)
+    pooled = file.add("MEAN", (value, file.value(np.int32([1, 2]))), "ReducerOptions", keepDims=True)
+    form = integer(file.add("SHAPE", (pooled,), "ShapeOptions", outType=integers))
+    bounds = [file.value(np.int32([edge])) for edge in (0, 1, 1)]
+    batch = integer(file.add("STRIDED_SLICE", (form, *bounds), "StridedSliceOptions", shrinkAxisMask=1))
+    width = file.value(np.full(() if numbers == 1 else numbers, channels, np.int32))
+    form = integer(file.add("PACK", (batch, width), "PackOptions", valuesCount=2))
+    flat = file.add("RESHAPE", (pooled, form), "ReshapeOptions")
+    weight, bias = (file.value(file.random.random(shape, np.float32)) for shape in ((3, channels), 3))
+    linear = file.add("FULLY_CONNECTED", (flat, weight, bias), "FullyConnectedOptions")
+    return file.finish([file.add("SOFTMAX", (linear,), "SoftmaxOptions", beta=1.0)])
+
+
+def test_forms_that_are_computed_are_run_where_they_are_small(tmp_path: Path) -> None:
+    path = tmp_path / "a.tflite"
+    path.write_bytes(flattened(1))
+    checkpoint, images = read(path), torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(checkpoint.oracle().logits(images), logits(build(checkpoint, ""), images))
+    path.write_bytes(flattened(60))
+    words = "PACK 30 makes what the network does not use."
+    assert_fails_without_a_trace(path, tmp_path / "output", words)
+
+
+def test_weights_of_three_axes_are_refused(data: Path, tmp_path: Path) -> None:
+    def flatten(_: object, model: object) -> None:
+        weights = model.subgraphs[0].tensors[model.subgraphs[0].operators[0].inputs[1]]
+        weights.shape = np.array([8, 9, 3], np.int32)
+
+    path = changed((data / "tflite" / FLOAT).read_bytes(), flatten, tmp_path / "a.tflite")
+    assert_fails_without_a_trace(path, tmp_path / "output", "must have weights of 4 axes, got [8, 9, 3].")
+
+
+def test_an_archive_of_labels_that_cannot_be_read_holds_none(data: Path, tmp_path: Path) -> None:
+    """An encrypted member, and one whose packed bytes are damaged."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("labels.txt", "\n".join(f"kind {index}" for index in range(8)))
+    whole, path = buffer.getvalue(), tmp_path / "model.tflite"
+    encrypted, damaged = bytearray(whole), bytearray(whole)
+    for start, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        encrypted[whole.index(start) + place] |= 1
+    packed = whole.index(b"labels.txt") + len(b"labels.txt")
+    damaged[packed : packed + 8] = b"\xff" * 8
+    model = list(hostile.tflite_files())[-1]
+    for archive, labels in ((whole, [f"kind {index}" for index in range(8)]), (encrypted, None), (damaged, None)):
+        path.write_bytes(model + archive)
+        assert read(path).labels == labels
 
 
 def test_without_litert_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from mobilenet import MobileNetConfig, MobileNetForSemanticSegmentation, MobileN
 from mobilenet.conversion import ConversionError
 from mobilenet.conversion.convert import build, convert
 from mobilenet.conversion.from_tflite import File
-from mobilenet.conversion.graph import Act, ArgMax, Concat, Conv, Pool, Resize
+from mobilenet.conversion.graph import Act, Add, ArgMax, Concat, Conv, Graph, Pool, Resize
 from mobilenet.conversion.parity import check_parity, compare_with_source, label_maps, logits_step, rounded
 from mobilenet.conversion.segmenters import match_segmenter
 from mobilenet.segmentation_labels import VOC
@@ -183,6 +184,41 @@ def test_graphs_that_differ_are_refused_by_the_layer(file: File) -> None:
         found = match_segmenter(ends, "source")
         assert (found.prediction, found.logits) == (prediction, logits_value)
         assert found.config["num_labels"] == 21
+
+
+@pytest.mark.parametrize("kinds", [[Resize], [ArgMax, Resize]])
+def test_a_ring_at_the_end_is_refused(kinds: list[type]) -> None:
+    ops = []
+    for index, kind in enumerate(kinds, start=1):
+        fields = {"name": "op", "inputs": (index % len(kinds) + 1,), "output": index}
+        ops.append(kind(**fields, **({"align_corners": True} if kind is Resize else {})))
+    with pytest.raises(ConversionError, match=r"op must not come before|must come after the joined channels"):
+        match_segmenter(Graph(ops=ops, input=0, output=1, channels=3, size=33), "source")
+
+
+def test_a_sum_of_what_nobody_makes_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed")
+    graph = File(hostile.tflite_segmenter(), tmp_path / "a.tflite").graph
+    first = next(op for op in graph.ops if isinstance(op, Add))
+    assert graph.ops.index(first) < 8  # the block after the stem adds
+    wrong = changed(graph, Add, 0, inputs=(first.inputs[0], 10**6))
+    with pytest.raises(ConversionError, match=r"ADD \d+ does not add what its block started from"):
+        match_segmenter(wrong, "source")
+
+
+def test_a_map_is_not_resized_to_more_than_the_image(data: Path, tmp_path: Path) -> None:
+    schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="ai-edge-litert is not installed")
+    flatbuffers = pytest.importorskip("flatbuffers")
+    model = schema.ModelT.InitFromPackedBuf((data / "tflite" / FLOAT).read_bytes(), 0)
+    (graph,) = model.subgraphs
+    last = next(operator for operator in graph.operators[::-1] if len(operator.inputs) == 2)
+    size = np.frombuffer(np.int32([90_000, 90_000]).tobytes(), np.uint8)
+    model.buffers[graph.tensors[last.inputs[1]].buffer].data = size
+    builder = flatbuffers.Builder(1 << 16)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    (tmp_path / "a.tflite").write_bytes(builder.Output())
+    words = "resizes to [90000, 90000], which is more than the image has."
+    assert_fails_without_a_trace(tmp_path / "a.tflite", tmp_path / "output", words)
 
 
 # Google's layout on the Hub
