@@ -100,7 +100,8 @@ def _same_objects(found: Outputs, expected: Outputs, options: Mapping[str, Any])
     """Of scores and boxes, or of rows that are suppressed already: those that the other has too, counted both ways."""
     ours, theirs = (objects(outputs, options) for outputs in (found, expected))
     same = 0
-    overlaps = overlap(ours[:, None, 3:], theirs[None, :, 3:])
+    pairs = ours[:, None, 3:], theirs[None, :, 3:]
+    overlaps = overlap(*pairs).maximum((pairs[0] == pairs[1]).all(-1).float())  # boxes may have no area
     overlaps[ours[:, None, 1] != theirs[None, :, 1]] = 0
     for row in overlaps if len(theirs) else ():
         best = row.argmax()
