@@ -123,7 +123,7 @@ def test_find_expands_patterns(images, pattern, expected):
 
 
 def test_find_keeps_names_that_are_nothing_here():
-    names = ["https://example.org/a.jpg?size=*", "missing.jpg", "missing/*.jpg", "nul\0.jpg"]
+    names = ["https://example.org/a.jpg?size=*", "missing.jpg", "missing/*.jpg", "nul\0.jpg", "nul\0/*.jpg"]
     assert list(find(names)) == [FoundImage(name) for name in names]
 
 
