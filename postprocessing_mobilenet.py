@@ -7,6 +7,7 @@ imports, or that of the networks.
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,10 @@ def suppress(
     return found[kept], labels[kept], edges[rows][:, None].expand(-1, found.shape[1], -1)[kept]
 
 
+# Pairs of boxes whose overlap is computed at a time: 250 MB.
+MAX_PAIRS = 1 << 22
+
+
 def _select(
     scores: Tensor,
     edges: Tensor,
@@ -125,7 +130,10 @@ def _select(
         best = torch.cat((best, values))
         best = best.topk(min(total, len(best))).values
         alive, classes = alive[open_classes], classes[open_classes]
-        alive[overlap(edges[index][:, None], edges[None]) > nms_iou_threshold] = -math.inf
+        step = max(1, MAX_PAIRS // len(rows))
+        for start in range(0, len(alive), step):
+            some = slice(start, start + step)
+            alive[some][overlap(edges[index[some], None], edges[None]) > nms_iou_threshold] = -math.inf
         alive.scatter_(1, index[:, None], -math.inf)
         if len(best) == total:  # what is less can no longer be among the best
             alive[alive < best[-1]] = -math.inf
@@ -153,7 +161,7 @@ def label_map(
 ) -> Tensor:
     """The class of each pixel of an image: of the largest logit, resized to where the network saw that pixel.
 
-    What a crop left out gets the class of the nearest pixel that it did not. Memory holds a band of rows at a time.
+    What a crop left out gets the class of the nearest pixel that it did not. Memory holds logits of a part at a time.
 
     Args:
         logits: Of one image, of shape (num_labels, h, w).
@@ -169,30 +177,35 @@ def label_map(
     kept = _contenders(logits)
     logits, kept = logits[kept], kept.to(dtype)
     result = torch.empty(height, width, dtype=dtype, device=logits.device)
-    step = max(1, MAX_LOGITS // (len(logits) * max(width, logits.shape[-1])))
-    for start in range(0, height, step):
-        band = slice(start, start + step)
+    # Of a row of an image, and of the rows of logits along it.
+    across = max(1, min(width, MAX_LOGITS // len(logits)))
+    down = max(1, MAX_LOGITS // (len(logits) * max(across, logits.shape[-1]) * -(-logits.shape[-2] // height)))
+    for top, left in product(range(0, height, down), range(0, width, across)):
+        part = slice(top, top + down), slice(left, left + across)
         # max takes a tenth of the time of argmax.
-        result[band] = kept[resize_to_image(logits, axes, align_corners, band).max(0).indices]
+        result[part] = kept[resize_to_image(logits, axes, align_corners, part).max(0).indices]
     return result
 
 
 def resize_to_image(
-    logits: Tensor, axes: tuple[Axis, Axis], align_corners: bool = False, band: slice = slice(None)
+    logits: Tensor,
+    axes: tuple[Axis, Axis],
+    align_corners: bool = False,
+    part: tuple[slice, slice] = (slice(None), slice(None)),
 ) -> Tensor:
-    """Logits of each pixel of an image, or of a band of its rows, of shape (num_labels, height, width).
+    """Logits of each pixel of an image, or of a part of its rows and columns, of shape (num_labels, height, width).
 
-    Arguments are those of `label_map`.
+    Other arguments are those of `label_map`.
     """
     (tops, bottoms, down), (lefts, rights, across) = (
-        _neighbors(axis, n, align_corners, logits.device) for axis, n in zip(axes, logits.shape[-2:], strict=True)
+        _neighbors(axis, n, align_corners, logits.device, some)
+        for axis, n, some in zip(axes, logits.shape[-2:], part, strict=True)
     )
-    tops, bottoms, down = tops[band], bottoms[band], down[band, None]
     # Along the rows first, of which there are fewer than pixels: what then remains lies side by side.
     first, last = tops.min(), bottoms.max()
     rows = logits.float()[:, first : last + 1]
     rows = torch.lerp(rows[..., lefts], rows[..., rights], across)
-    return torch.lerp(rows[:, tops - first], rows[:, bottoms - first], down)
+    return torch.lerp(rows[:, tops - first], rows[:, bottoms - first], down[:, None])
 
 
 def _contenders(logits: Tensor) -> Tensor:
@@ -208,10 +221,12 @@ def _contenders(logits: Tensor) -> Tensor:
     return (~(lead < -rounding)).nonzero()[:, 0]  # with NaN, every class
 
 
-def _neighbors(axis: Axis, count: int, align_corners: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each pixel along an axis: the two of so many logits around it, and how far it is from the first of them."""
+def _neighbors(
+    axis: Axis, count: int, align_corners: bool, device: torch.device, part: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For pixels along an axis: the two of so many logits around each, and how far it is from the first of them."""
     image, resized, offset, network = axis
-    seen = (torch.arange(image, dtype=torch.float64) + 0.5) * resized / image - 0.5 + offset
+    seen = (torch.arange(*part.indices(image), dtype=torch.float64) + 0.5) * resized / image - 0.5 + offset
     seen = seen.clamp(max(offset, 0), min(offset + resized, network) - 1)
     aligned, centered = seen * (count - 1) / max(network - 1, 1), (seen + 0.5) * count / network - 0.5
     places = (aligned if align_corners else centered).clamp(0, count - 1)

@@ -103,6 +103,8 @@ class UnreadableImageError(ValueError):
 
 # An image of more pixels is refused, and none is made: in all, one takes up to 24 bytes a pixel, 4 GB then.
 MAX_PIXELS = 178_956_970
+# So is one of a longer side: what is computed for each row or column takes many times the memory of a pixel.
+MAX_SIDE = 1_000_000
 # Formats that are not read. Ghostscript runs an EPS file, Windows a WMF file; and IPTC would lead Pillow to both.
 _REFUSED = {
     "EPS": "it is a program that draws an image",
@@ -330,6 +332,8 @@ def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0
                 raise UnreadableImageError(f"{name}: {image.format} is not read: {_REFUSED[image.format]}")
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableImageError(f"{name}: {image.width}x{image.height} is over {MAX_PIXELS} pixels")
+            if max(image.size) > MAX_SIDE:
+                raise UnreadableImageError(f"{name}: {image.width}x{image.height} is over {MAX_SIDE} pixels a side")
             if all(at_least):
                 image.draft(None, at_least)
             image.load()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -15,11 +17,21 @@ from PIL import Image
 
 from .find_images import FoundImage, find
 from .preprocessing_mobilenet import is_url, open_image
+from .repository import hidden, put_file
 from .visualize import encode
 
 
 # Sources that are drawn as what they are; all others become PNG.
 _JPEG = (".jfif", ".jpe", ".jpeg", ".jpg")
+# Bytes of a name, before a number and a suffix: file systems take 255.
+_MAX_NAME = 230
+_MAX_DEPTH = 30  # folders of a URL
+# Names of URLs that Windows takes for devices, whatever follows the first dot.
+_DEVICES = re.compile(r"^(?:aux|con|nul|prn|com\d|lpt\d)(?![^.])", re.IGNORECASE)
+# Errors that the next drawing would meet too, which end the run; others are an image's own.
+_COMMON_ERRORS = frozenset(
+    getattr(errno, name) for name in ("EACCES", "EDQUOT", "EIO", "EMFILE", "ENFILE", "ENOSPC", "EPERM", "EROFS")
+)
 
 
 def drawn_suffix(name: str) -> str:
@@ -54,43 +66,60 @@ class Drawings:
         self.real = os.path.realpath(folder)
         self.base = _common_folder(names)
         self.claimed: set[int] = set()
-        self.parts = folder / f".mobilenet-{secrets.token_hex(4)}"
+        self.numbers: dict[int, int] = {}  # from names to the numbers to try next
+        self.stack = ExitStack()
         for name in names:
-            if os.path.exists(name) and self._is_inside(name):
+            if os.path.exists(name) and self._holds(name):
                 raise ValueError(f"draw must be a folder that holds no images, got {folder}, which holds {name}.")
 
     def __enter__(self) -> Drawings:
-        self.parts.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parts = self.stack.enter_context(hidden(self.folder, ".mobilenet-", Path.mkdir, _remove_parts))
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.parts, ignore_errors=True)
+        self.stack.close()
 
-    def _is_inside(self, name: str) -> bool:
-        path = os.path.realpath(name)
+    def _is_below(self, path: str) -> bool:
         return path == self.real or path.startswith(self.real.rstrip(os.sep) + os.sep)
+
+    def _holds(self, name: str) -> bool:
+        """Whether a file lies in the folder, whichever way it is named: some file systems ignore case."""
+        path = os.path.realpath(name)
+        if self._is_below(path):
+            return True
+        return any(_is_same(parent, self.folder) for parent in (path, *map(str, Path(path).parents)))
 
     def find(self) -> Iterator[FoundImage]:
         """Find images as `find` does, but for what lies in the folder itself, and say where each is drawn to."""
-        self.claimed = set()
+        self.claimed, self.numbers = set(), {}
         for image in find(self.names):
-            if is_url(image.name) or image.data is not None or not self._is_inside(image.name):
-                yield self._claim(image)
+            try:
+                claimed = self._claim(image)
+            except ValueError as error:  # of what is no name: of a host without an end, or with a null
+                claimed = image._replace(error=f"no file can have its name: {error}")
+            if claimed is not None:
+                yield claimed
 
-    def _claim(self, image: FoundImage) -> FoundImage:
+    def _claim(self, image: FoundImage) -> FoundImage | None:
+        """An image with where it is drawn to, or with an error; None for what lies in the folder."""
+        if not is_url(image.name) and image.data is None and self._holds(image.name):
+            return None
         if image.error is not None:
             return image
         path, suffix = self._relative(image), drawn_suffix(image.name)
-        number = 1
+        key = hash((os.path.normcase(path).casefold(), suffix))
+        number = self.numbers.get(key, 1)
         while True:
             targets = self.targets(path if number == 1 else f"{path}-{number}", suffix)
             marks = {hash(os.path.normcase(target).casefold()) for target in targets}
+            number += 1
             if not marks & self.claimed:
                 break
-            number += 1
+        self.numbers[key] = number
         self.claimed |= marks
         for target in targets:
-            if error := self._refuse(self.folder / target):
+            if error := self._refuse(target, image):
                 return image._replace(error=error)
         return image._replace(targets=tuple(targets))
 
@@ -102,22 +131,29 @@ class Drawings:
         if is_url(name):
             parts = urlsplit(name)
             words = [parts.hostname or "", *PurePosixPath(unquote(parts.path)).parts]
-            words = [re.sub(r"[^\w.-]", "_", word)[:100] for word in words]
-            return os.path.splitext(os.path.join("", *(word for word in words if word.strip("._"))))[0]
-        path = os.path.abspath(name)
-        if path.startswith(os.path.join(self.base, "")):
-            path = os.path.relpath(path, self.base)
-        else:  # from stdin
-            path = os.path.splitdrive(path)[1].lstrip(os.sep)
-        return os.path.splitext(path)[0]
+            words = [re.sub(r"[^\w.-]", "_", word)[:100].rstrip(".") for word in words]
+            words = [_DEVICES.sub(r"_\g<0>", word) for word in words[-_MAX_DEPTH:]]
+            path = os.path.join("", *(word for word in words if word.strip("._")))
+        else:
+            path = os.path.abspath(name)
+            if path.startswith(os.path.join(self.base, "")):
+                path = os.path.relpath(path, self.base)
+            else:  # from stdin
+                path = os.path.splitdrive(path)[1].lstrip(os.sep)
+        return os.sep.join(map(_shorten, os.path.splitext(path)[0].split(os.sep)))
 
-    def _refuse(self, path: Path) -> str | None:
-        """Why a file cannot be written; None where it can."""
+    def _refuse(self, target: str, image: FoundImage) -> str | None:
+        """Why an image cannot be drawn to a file; None where it can."""
+        path = self.folder / target
+        if not self._is_below(os.path.realpath(path.parent)):
+            return f"{path.parent} leads out of {self.folder}"
         if not os.path.lexists(path):
             return None
         if not self.overwrite:
             return f"{path} exists; --overwrite replaces it"
-        return None if path.is_file() and not path.is_symlink() else f"{path} is no regular file"
+        if not path.is_file() or path.is_symlink():
+            return f"{path} is no regular file"
+        return f"{path} is the image itself" if image.data is None and _is_same(path, image.name) else None
 
     def draw(
         self,
@@ -138,32 +174,61 @@ class Drawings:
             The paths of the files.
 
         Raises:
-            OSError: A file cannot be written.
-            ValueError: The image cannot be read any more, or a file exists.
+            OSError: No files can be written.
+            ValueError: The image cannot be read any more, a file exists, or this one cannot be written.
         """
         upright = open_image(found.name if found.data is None else found.data)
         if upright.size != size:
             raise ValueError("it has changed meanwhile")
         files = (*others, encode(paint(upright), os.path.splitext(found.targets[-1])[1]))
-        return tuple(map(self._write, found.targets, files))
+        return tuple(self._write(target, data, found) for target, data in zip(found.targets, files, strict=True))
 
-    def _write(self, target: str, data: bytes) -> str:
+    def _write(self, target: str, data: bytes, image: FoundImage) -> str:
         """Write a file, and give its path.
 
         Raises:
-            OSError: It cannot be written.
-            ValueError: It has been made meanwhile.
+            OSError: No file can be written.
+            ValueError: This one cannot, or has been made meanwhile.
         """
         path, part = self.folder / target, self.parts / secrets.token_hex(8)
         part.write_bytes(data)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if error := self._refuse(path):
+            if error := self._refuse(target, image):
                 raise ValueError(error)
-            os.replace(part, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            put_file(part, path, self.overwrite)
         except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(f"{path} cannot be written: a file stands where a folder must be") from error
+            blocked = f"{path} cannot be written: a file stands where a folder must be"
+            raise ValueError(self._refuse(target, image) or blocked) from error
+        except OSError as error:
+            if error.errno in _COMMON_ERRORS:
+                raise
+            raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+        finally:
+            part.unlink(missing_ok=True)
         return str(path)
+
+
+def _is_same(one: str | Path, other: str | Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):  # there is none, as where a URL is asked for
+        return False
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove a folder of half-written files, unless it holds something else."""
+    with suppress(OSError):
+        if all(re.fullmatch("[0-9a-f]{16}", path.name) for path in folder.iterdir()):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shorten(name: str) -> str:
+    """A name of no more bytes than leave room for a number and a suffix."""
+    name = name[:_MAX_NAME]
+    while len(os.fsencode(name)) > _MAX_NAME:
+        name = name[:-1]
+    return name
 
 
 def _common_folder(names: Iterable[str]) -> str:

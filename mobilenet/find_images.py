@@ -45,7 +45,7 @@ def find(names: Iterable[str]) -> Iterator[FoundImage]:
             yield FoundImage(name)
         elif "://" in name:
             yield FoundImage(name, error="a URL must begin with http:// or https://")
-        elif not (matches := sorted(set(_expand(name)))):
+        elif "\0" in name or not (matches := sorted(set(_expand(name)))):
             yield FoundImage(name)
         else:
             for match in matches:

@@ -64,6 +64,10 @@ class Model(NamedTuple):
     options: Mapping[str, Any]  # of the image processor
 
 
+# A configuration of more bytes is refused; those of 20,000 labels have one.
+MAX_JSON = 64 << 20
+
+
 class Files:
     """The files of a model, by name: in a folder, or on the Hub, which brings them into its cache.
 
@@ -106,6 +110,8 @@ class Files:
         """A JSON object; None where there is no such file."""
         if (path := self.find(name)) is None:
             return None
+        if (size := path.stat().st_size) > MAX_JSON:
+            raise ValueError(f"{name} must have at most {MAX_JSON} bytes, got {size}.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -211,7 +217,9 @@ def load(
         except Exception as error:  # ONNX Runtime has classes of its own
             raise ValueError(f"{model} cannot be run: {error}") from error
         try:
-            return answer(*outputs)
+            if not all(isinstance(output, np.ndarray) and output.dtype.kind == "f" for output in outputs):
+                raise ValueError("arrays of floats.")
+            return answer(pixels.shape, *outputs)
         except ValueError as error:
             raise ValueError(f"{model} must answer with {error}") from error
 
@@ -244,52 +252,76 @@ def _labels(config: Mapping[str, Any]) -> dict[int, str]:
 
 def _check_answer(labels: Mapping[int, str], count: int, *outputs: np.ndarray) -> None:
     """Raise ValueError, with the end of a sentence, where a network's answer cannot be right."""
-    if labels and count != len(labels):
-        raise ValueError(f"{len(labels)} scores, got {count}.")
+    if count != len(labels) if labels else not count:
+        raise ValueError(f"{len(labels) or 'some'} scores, got {count}.")
     if not all(np.isfinite(output).all() for output in outputs):
         raise ValueError("finite scores, got NaN or infinity: its weights are broken.")
 
 
+# Scores of lower precision may be off by so much.
+_ROUNDING = 1e-3
+# Of an image, anchors times labels: in 250 MB.
+MAX_SCORES = 1 << 26
+# Of an object: integers up to here are floats.
+MAX_LABEL = 1 << 24
+
+
+def _check_range(name: str, values: np.ndarray, most: float, tolerance: float = 0.0) -> None:
+    """Raise ValueError, with the end of a sentence, where values are not from 0 to the most that they may be."""
+    low, high = values.min(initial=0), values.max(initial=0)
+    if low < -tolerance or high > most + tolerance:
+        raise ValueError(f"{name} from 0 to {most}, got {low:g} to {high:g}.")
+
+
 def _scores(config: Mapping[str, Any], labels: Mapping[int, str]) -> Callable[..., np.ndarray]:
-    """From a classifier's logits to scores, of shape (B, labels)."""
+    """From the shape of pixels and a classifier's logits for them to scores, of shape (B, labels)."""
     score = _score_function(config)
 
-    def answer(logits: np.ndarray) -> np.ndarray:
-        if logits.ndim != 2:
-            raise ValueError(f"scores of shape (B, labels), got {logits.shape}.")
-        scores = score(logits)
-        _check_answer(labels, scores.shape[1], scores)
-        return scores
+    def answer(seen: tuple[int, ...], logits: np.ndarray) -> np.ndarray:
+        if logits.ndim != 2 or len(logits) != seen[0]:
+            raise ValueError(f"scores of shape ({seen[0]}, labels), got {logits.shape}.")
+        _check_answer(labels, logits.shape[1], logits)
+        return score(logits)
 
     return answer
 
 
 def _boxes(config: Mapping[str, Any], labels: Mapping[int, str]) -> Callable[..., tuple[np.ndarray, ...]]:
-    """A detector's scores, of shape (B, anchors, labels), and boxes, of shape (B, anchors, 4).
+    """From the shape of pixels and a detector's outputs for them to what can be right among these.
 
-    Or objects, of shape (objects, 7): place in the batch, label, score, and x0, y0, x1, y1 relative to the image.
+    Scores of shape (B, anchors, labels), and boxes of shape (B, anchors, 4). Or objects, of shape (objects, 7): place
+    in the batch, label, score, and x0, y0, x1, y1 relative to the image.
     """
 
-    def answer(scores: np.ndarray, boxes: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+    def answer(seen: tuple[int, ...], scores: np.ndarray, boxes: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         if boxes is None:
             if scores.ndim != 2 or scores.shape[1] != 7:
                 raise ValueError(f"objects of 7 numbers, got {scores.shape}.")
-            _check_answer({}, 0, scores)
+            _check_answer({}, 7, scores)
+            _check_range("labels", scores[:, 1], MAX_LABEL)
+            _check_range("scores", scores[:, 2], 1, _ROUNDING)
             return (scores,)
         if scores.ndim != 3 or boxes.shape != (*scores.shape[:2], 4):
             raise ValueError(f"scores and a box for each anchor, got {scores.shape} and {boxes.shape}.")
+        if len(scores) != seen[0]:
+            raise ValueError(f"scores of {seen[0]} images, got {len(scores)}.")
+        if (size := scores.shape[1] * scores.shape[2]) > MAX_SCORES:
+            raise ValueError(f"at most {MAX_SCORES} scores of an image, got {size}.")
         _check_answer(labels, scores.shape[2], scores, boxes)
+        _check_range("scores", scores, 1, _ROUNDING)
         return scores, boxes
 
     return answer
 
 
 def _maps(config: Mapping[str, Any], labels: Mapping[int, str]) -> Callable[..., np.ndarray]:
-    """A segmenter's logits, of shape (B, labels, h, w)."""
+    """From the shape of pixels to a segmenter's logits for them, of shape (B, labels, h, w)."""
 
-    def answer(logits: np.ndarray) -> np.ndarray:
-        if logits.ndim != 4:
-            raise ValueError(f"maps of logits, got {logits.shape}.")
+    def answer(seen: tuple[int, ...], logits: np.ndarray) -> np.ndarray:
+        batch, _, *sides = seen
+        fits = logits.ndim == 4 and all(0 < n <= most for n, most in zip(logits.shape[2:], sides, strict=True))
+        if not fits or len(logits) != batch:
+            raise ValueError(f"maps of logits for {batch} images of {sides[0]}x{sides[1]}, got {logits.shape}.")
         _check_answer(labels, logits.shape[1], logits)
         return logits
 
@@ -308,7 +340,8 @@ def _score_function(config: Mapping[str, Any]) -> Callable[[np.ndarray], np.ndar
     def softmax(logits: np.ndarray) -> np.ndarray:
         if logits.shape[-1] == 1:
             return sigmoid(logits)
-        powers = np.exp(logits - logits.max(-1, keepdims=True))
+        with np.errstate(over="ignore"):  # of what is far below, which counts as 0 anyway
+            powers = np.exp(logits - logits.max(-1, keepdims=True))
         return powers / powers.sum(-1, keepdims=True)
 
     problem = config.get("problem_type")

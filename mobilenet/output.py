@@ -6,10 +6,10 @@ import csv
 import io
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -18,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
+from .repository import hidden, put_file
 from .text import clean
 
 
@@ -100,21 +101,23 @@ def new_file(path: Path, overwrite: bool) -> Iterator[TextIO]:
     Raises:
         ValueError: It exists and shall not be replaced, or is no regular file.
     """
+    allowed = "a regular file" if overwrite else "a file that does not exist, or go with --overwrite"
+    refusal = ValueError(f"output must be {allowed}, got {path}.")
 
     def check() -> None:
-        if path.exists() and not (overwrite and path.is_file()):
-            allowed = "a regular file" if overwrite else "a file that does not exist, or go with --overwrite"
-            raise ValueError(f"output must be {allowed}, got {path}.")
+        if os.path.lexists(path) and not (overwrite and path.is_file()):
+            raise refusal
 
     check()
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(part, "x", encoding="utf-8", newline="") as file:
+    make, remove = partial(Path.touch, exist_ok=False), partial(Path.unlink, missing_ok=True)
+    with hidden(path.parent, f".{path.name}.mobilenet-", make, remove) as part:
+        with open(part, "w", encoding="utf-8", newline="") as file:
             yield file
         check()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            put_file(part, path, overwrite)
+        except FileExistsError as error:
+            raise refusal from error
 
 
 class Form(NamedTuple):
@@ -175,6 +178,7 @@ def writer(
 
 
 _BAR_WIDTH = 20
+_MAX_WIDTH = 40  # of a column of labels; longer ones reach out of it
 
 
 def _table_writer(out: Console, gives_probabilities: bool, form: Form) -> Callable[[Any], None]:
@@ -186,7 +190,7 @@ def _table_writer(out: Console, gives_probabilities: bool, form: Form) -> Callab
             return
         text = Text(clean(result.name), style="bold")
         words = [form.words(prediction) for prediction in result.predictions]
-        width = max((len(clean(p.label)) for p in result.predictions), default=0) if any(words) else 0
+        width = max((len(p.label) for p in result.predictions), default=0) if any(words) else 0
         for rank, ((_, label, score, *_), rest) in enumerate(zip(result.predictions, words, strict=True), 1):
             text.append(f"\n{rank:4}", style="not bold dim")
             if gives_probabilities:
@@ -194,7 +198,7 @@ def _table_writer(out: Console, gives_probabilities: bool, form: Form) -> Callab
                 text.append(f"{'━' * round(_BAR_WIDTH * score):{_BAR_WIDTH}}  ", style="not bold green")
             else:
                 text.append(f"{score:12.6g}  ", style="not bold")
-            text.append(clean(label).ljust(width), style="not bold")
+            text.append(clean(label).ljust(min(width, _MAX_WIDTH)), style="not bold")
             if rest:
                 text.append(f"  {rest}", style="not bold dim")
         out.print(text, soft_wrap=True)
@@ -237,9 +241,13 @@ class _Lines:
         self.out.out(text, end="", highlight=False)
 
 
+# What a formula begins with, and the same in full width, which some spreadsheets take for it.
+_FORMULAS = (*"=+-@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
 def _cell(text: str) -> str:
     """Text for a cell; a spreadsheet takes what begins like a formula for one, but for an apostrophe before it."""
-    return f"'{clean(text)}" if text.startswith(("=", "+", "-", "@")) else clean(text)
+    return f"'{clean(text)}" if text.startswith(_FORMULAS) else clean(text)
 
 
 def _csv_writer(out: Console, form: Form) -> Callable[[Any], None]:
@@ -256,19 +264,26 @@ def _csv_writer(out: Console, form: Form) -> Callable[[Any], None]:
     return write
 
 
+_MAX_DIGITS = 18  # of a number of 64 bits
+
+
 def _coco_writer(out: Console, categories: Mapping[int, int]) -> Writer:
     """COCO's results: a list with an object for each box, which has its corner, width and height.
 
-    An image's number is the one that its file's name is, as in COCO; where that is none, the name stands for it.
+    An image's number is the one that its file's name is, as in COCO; where that is none, or another image had it
+    before, the name stands for it.
     """
     separator = "["
+    numbered: dict[int, int] = {}  # hashes of names by their numbers
 
     def write(result: Any) -> None:
         nonlocal separator
         stem = Path(result.name).stem
+        number = int(stem) if stem.isascii() and stem.isdigit() and len(stem) <= _MAX_DIGITS else None
+        is_its_own = number is not None and numbered.setdefault(number, hash(result.name)) == hash(result.name)
         for index, _, score, (x0, y0, x1, y1) in result.predictions:
             line = {
-                "image_id": int(stem) if stem.isascii() and stem.isdigit() else result.name,
+                "image_id": number if is_its_own else result.name,
                 "category_id": categories.get(index, index + 1),
                 "bbox": [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)],
                 "score": round(score, 6),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,8 +179,85 @@ def is_repository(folder: Path) -> bool:
     """Whether a folder holds a model."""
     try:
         return "model_type" in json.loads(Path(regular(folder / "config.json")).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, RecursionError, TypeError, ValueError):
         return False
+
+
+@contextmanager
+def hidden(
+    folder: Path, prefix: str, make: Callable[[Path], object], remove: Callable[[Path], object]
+) -> Iterator[Path]:
+    """Make something hidden in a folder, remove it in the end, and at the start what runs that were killed have left.
+
+    Args:
+        folder: Where.
+        prefix: What its name begins with; eight hexadecimal digits follow.
+        make: Makes it.
+        remove: Removes it.
+    """
+    with suppress(OSError):  # of a folder that cannot be listed
+        for path in folder.iterdir():
+            if re.fullmatch(re.escape(prefix) + "[0-9a-f]{8}", path.name) and (lock := _lock(path)) is not None:
+                with suppress(OSError):
+                    remove(path)
+                os.close(lock)
+    while True:
+        path = folder / (prefix + secrets.token_hex(4))
+        make(path)
+        lock = _lock(path, waits=True)
+        if os.path.lexists(path):
+            break
+        if lock is not None:  # another run, which was tidying up, has just removed it
+            os.close(lock)
+    try:
+        yield path
+    finally:
+        remove(path)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(path: Path, waits: bool = False) -> int | None:
+    """Lock a file or folder until its descriptor is closed; None where another run has it, or there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def put_file(part: Path, path: Path, overwrite: bool) -> None:
+    """Move a file to its place, on the same file system.
+
+    Args:
+        part: The file.
+        path: Its place.
+        overwrite: Whether to replace a file that exists.
+
+    Raises:
+        FileExistsError: Something is there, and stays.
+        OSError: It cannot be moved.
+    """
+    if overwrite:
+        os.replace(part, path)
+        return
+    try:
+        os.link(part, path)  # fails where something came just now
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.rename(part, path)
+    else:
+        part.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:

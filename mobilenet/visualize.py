@@ -26,6 +26,9 @@ _MAX_LETTERS = 60
 _MIN_SIDE = 480
 _OPACITY = 0.5
 _SMALLEST_LABELED = 0.005  # share of an image that a class must have to be labeled
+_MOST_LABELED = 300  # boxes: finding places for labels takes time by the square of their number
+_MAX_BORDER = 16  # pixels
+_MAX_JPEG = 65_500  # pixels a side
 
 
 def label_color(index: int) -> Color:
@@ -100,20 +103,21 @@ class _Canvas:
 
 
 def draw_boxes(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
-    """An image with boxes, labels and scores; the best on top.
+    """An image with boxes, labels and scores; the best on top. Of more than 300 boxes, the best have labels.
 
     Args:
         image: Upright, of any mode. One whose sides are under 480 pixels is enlarged, so that labels are legible.
         detections: Best first, in pixels of the image.
     """
     image, scale = _enlarged(image)
-    canvas = _Canvas(image, [*map(_caption, detections)])
+    labeled = detections[:_MOST_LABELED]
+    canvas = _Canvas(image, [*map(_caption, labeled)])
     boxes = [_Box(*(scale * edge for edge in detection.box)) for detection in detections]
-    places = _place_labels(canvas, boxes, detections)
+    places = _place_labels(canvas, boxes[:_MOST_LABELED], labeled)
     for detection, box in reversed(list(zip(detections, boxes, strict=True))):
         x1, y1 = max(box.x0, box.x1 - 1), max(box.y0, box.y1 - 1)
         canvas.draw.rectangle((box.x0, box.y0, x1, y1), outline=label_color(detection.index), width=canvas.line)
-    for detection, place in reversed(list(zip(detections, places, strict=True))):
+    for detection, place in reversed(list(zip(labeled, places, strict=True))):
         canvas.label(_caption(detection), place.x0, place.y0, label_color(detection.index))
     return image
 
@@ -159,8 +163,13 @@ def to_mask(label_map: np.ndarray) -> Image.Image:
 
     Args:
         label_map: Integers of shape (H, W).
+
+    Raises:
+        ValueError: A class is beyond what 16 bits hold.
     """
     if label_map.dtype != np.uint8:
+        if label_map.max(initial=0) > 65535:
+            raise ValueError(f"a mask must have classes from 0 to 65535, got {label_map.max()}.")
         return Image.fromarray(label_map.astype(np.uint16))
     mask = Image.fromarray(label_map).convert("L")
     mask.putpalette(palette())
@@ -173,9 +182,14 @@ def encode(image: Image.Image, suffix: str) -> bytes:
     Args:
         image: The image.
         suffix: ".jpg" or ".png".
+
+    Raises:
+        ValueError: It is too large for JPEG.
     """
     file = io.BytesIO()
     if suffix == ".jpg":
+        if max(image.size) > _MAX_JPEG:
+            raise ValueError(f"{image.width}x{image.height} is over {_MAX_JPEG} pixels a side, which JPEG holds")
         image.save(file, "JPEG", quality=90)
     else:
         image.save(file, "PNG", compress_level=6 if image.mode == "P" else 3)
@@ -200,8 +214,7 @@ def draw_segments(
     shown = Image.blend(image, colored, _OPACITY)
     if background is not None:
         shown.paste(image, mask=Image.fromarray(label_map == background))
-    longest = max(image.size)
-    border = Image.fromarray(_border(label_map, max(1, round(longest / 500))))
+    border = Image.fromarray(_border(label_map, max(1, min(_MAX_BORDER, round(min(image.size) / 400)))))
     shown.paste((255, 255, 255), mask=border)
     named = [each for each in segments if each.index != background and each.area >= _SMALLEST_LABELED]
     texts = [_label(segment.label, segment.area) for segment in named]

@@ -5,9 +5,11 @@ A target takes any bytes. It returns, or raises one of its errors: anything else
 
 from __future__ import annotations
 
+import csv
 import inspect
 import io
 import json
+import os
 import struct
 import tarfile
 import tempfile
@@ -22,11 +24,14 @@ import numpy as np
 import torch
 from mobilenet.detection_mobilenet import anchor_shapes, generate_anchors
 from mobilenet.heads_mobilenet import DETECTORS
-from mobilenet.preprocessing_mobilenet import OPTIONS
+from mobilenet.preprocessing_mobilenet import FITS, OPTIONS, is_url, place, read_options
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save
 
 from mobilenet import MobileNetConfig, MobileNetForImageClassification, MobileNetImageProcessor
+from mobilenet import postprocessing_mobilenet as post
+from mobilenet.classify import classify
 from mobilenet.conversion import (
     ConversionError,
     from_google,
@@ -43,8 +48,28 @@ from mobilenet.conversion.from_tflite import POST_PROCESS
 from mobilenet.conversion.graph import Step, expected
 from mobilenet.conversion.parity import Comparison
 from mobilenet.conversion.rename import Table, places, skeleton
+from mobilenet.detect import detect, draws_to
+from mobilenet.drawings import Drawings
+from mobilenet.find_images import FoundImage
 from mobilenet.loading import load
-from mobilenet.tasks import DETECTION, SEGMENTATION
+from mobilenet.output import (
+    CLASSIFIED,
+    DETECTED,
+    SEGMENTED,
+    Detection,
+    DetectionResult,
+    Form,
+    Layout,
+    Prediction,
+    Result,
+    Segment,
+    SegmentationResult,
+    writer,
+)
+from mobilenet.segment import draws_to as segments_to
+from mobilenet.segment import segment
+from mobilenet.tasks import CLASSIFICATION, DETECTION, SEGMENTATION
+from mobilenet.visualize import draw_boxes, draw_segments, encode, to_mask
 
 
 try:
@@ -669,6 +694,252 @@ def use_onnx_outputs(data: bytes) -> None:
     source("model.onnx")(model.SerializeToString())
 
 
+# What comes after the network: suppression, label maps, drawings, results
+
+# Numbers that a byte stands for: from -0.5 to 2, and extremes.
+_NUMBERS = np.array([*((np.arange(250) - 50) / 100), 0, 1, 1e-30, 1e30, -1e30, 3e38], np.float32)
+
+
+def numbers(data: bytes, *shape: int) -> np.ndarray:
+    """An array of as many numbers as are asked for."""
+    size = int(np.prod(shape, dtype=np.int64))
+    return _NUMBERS[np.resize(np.frombuffer(data or b"\0", np.uint8), size)].reshape(shape)
+
+
+def noise() -> Iterator[bytes]:
+    """Bytes of several lengths."""
+    random = np.random.default_rng(0)
+    for length in (0, 9, 40, 200, 700):
+        yield random.bytes(length)
+
+
+def _plain_nms(
+    scores: np.ndarray, overlaps: list[list[bool]], threshold: float, limits: tuple[int, int, int | None]
+) -> list[tuple[int, int]]:
+    """Labels and anchors of what is detected, class by class and box by box."""
+    total, by_class, candidates = limits
+    found = []
+    for label, column in enumerate(scores.T.tolist()):
+        kept: list[int] = []
+        rows = [row for row, score in enumerate(column) if score > threshold]
+        for row in sorted(rows, key=lambda row, column=column: -column[row])[:candidates]:
+            if len(kept) < by_class and not any(overlaps[other][row] for other in kept):
+                kept.append(row)
+        found += [(label, row) for row in kept]
+    return sorted(found, key=lambda pair: -scores[pair[1], pair[0]])[:total]
+
+
+def use_suppress(data: bytes) -> None:
+    """Suppress boxes, and compare with what is said box by box."""
+    head, values = data[:8].ljust(8, b"\0"), data[8:]
+    labels, total, by_class = 1 + head[0] % 5, 1 + head[1] % 20, 1 + head[2] % 9
+    candidates, classes, clips = head[3] % 16 or None, head[4] % 4 or None, bool(head[7] & 1)
+    iou, threshold = head[5] / 256, head[6] / 256
+    count = min(len(values) // (labels + 4), 60)
+    rows = torch.from_numpy(numbers(values, count, labels + 4))
+    scores, boxes = rows[:, :labels].clamp(0, 1), rows[:, labels:]
+    found, indices, edges = post.suppress(
+        scores,
+        boxes,
+        threshold,
+        nms_iou_threshold=iou,
+        max_detections=total,
+        max_detections_per_class=by_class,
+        max_candidates_per_class=candidates,
+        max_classes_per_box=classes,
+        clip_boxes=clips,
+    )
+    corners = post.corners(boxes)
+    corners = corners.clamp(0, 1) if clips else corners
+    overlaps = (post.overlap(corners[:, None], corners[None]) > iou).tolist()
+    plain = scores.numpy()
+    if classes is None:
+        expected = _plain_nms(plain, overlaps, threshold, (total, by_class, candidates))
+    else:
+        best = _plain_nms(plain.max(1, keepdims=True), overlaps, threshold, (total, total, candidates))
+        expected = [
+            (label, row)
+            for _, row in best
+            for label in np.argsort(-plain[row], kind="stable")[:classes].tolist()
+            if plain[row, label] > threshold
+        ]
+    assert len(found) <= total * (classes or 1)
+    assert indices.tolist() == [label for label, _ in expected]
+    assert found.tolist() == [plain[row, label] for label, row in expected]
+    assert torch.equal(edges, corners[[row for _, row in expected]])
+
+
+def use_label_map(data: bytes) -> None:
+    """Make a label map, and compare it with all logits of each pixel."""
+    head, values = data[:8].ljust(8, b"\0"), data[8:]
+    height, width, rows, columns = 1 + head[0] % 50, 1 + head[1] % 50, 1 + head[2] % 9, 1 + head[3] % 9
+    labels, fit, side = 1 + head[4] % 6, list(FITS)[head[5] % len(FITS)], 1 + head[6] % 64
+    axes = place(width, height, read_options(FITS[fit](side, side + head[7] % 9)))
+    is_aligned = bool(head[7] & 128)
+    logits = torch.from_numpy(numbers(values, labels, rows, columns)).clamp(-10, 10)
+    found = post.label_map(logits, axes, is_aligned)
+    scores = post.resize_to_image(logits, axes, is_aligned)
+    assert found.shape == (height, width)
+    assert scores.shape == (labels, height, width)
+    assert 0 <= found.min() <= found.max() < labels
+    torch.testing.assert_close(scores.gather(0, found[None])[0], scores.amax(0))
+
+
+_TASKS = {
+    "logits": (CLASSIFICATION, {}),
+    "maps": (SEGMENTATION, {"segmentation_head": "lraspp"}),
+    "scores": (DETECTION, {"detector": "ssd_mobilenet_v1"}),
+    "detections": (DETECTION, {"detector": "ssd_mobilenet_v1"}),
+}
+
+
+@cache
+def exported_folder(kind: str) -> Path:
+    """A folder with the configuration of a network of three labels, and an image, but without a graph."""
+    folder = Path(tempfile.mkdtemp(prefix="hostile-"))
+    task, options = _TASKS[kind]
+    config = {"model_type": "mobilenet", "architectures": [task.architecture], "num_labels": 3, **options}
+    config["id2label"] = {str(index): label for index, label in enumerate(("background", "=a", "b\x1b[2J"))}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    processor = MobileNetImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
+    processor.save_pretrained(folder)
+    Image.new("RGB", (40, 30)).save(folder / "image.png")
+    return folder
+
+
+def exports() -> Iterator[bytes]:
+    """Shapes and outputs of every kind that are sound, and one that is not."""
+    values = bytes(range(50, 140))
+    for kind, shape in enumerate(((1, 3), (1, 3, 4, 4), (1, 9, 3), (5, 7), (0, 7))):
+        yield bytes([min(kind, 3), 0, len(shape), *shape]).ljust(8, b"\0") + values
+    yield bytes([1, 2, 4, 1, 3, 0, 4]).ljust(8, b"\0") + values
+
+
+def use_exported(data: bytes) -> None:
+    """Run a graph of constant outputs, of any shape, type and value, and write what comes of it."""
+    import onnx
+
+    head, values = data[:8].ljust(8, b"\0"), data[8:]
+    kind = list(_TASKS)[head[0] % len(_TASKS)]
+    shape = tuple(side % 12 for side in head[3 : 3 + head[2] % 6])
+    content = np.nan_to_num(numbers(values, *shape), posinf=1e38).astype(
+        ("float32", "float32", "int64", "float16", "float64", "bool")[head[1] % 6]
+    )
+    outputs = {kind if kind in ("scores", "detections") else "logits": content}
+    if kind == "scores":
+        outputs["pred_boxes"] = numbers(values[1:], *(*shape[:2], 4))
+    nodes = [
+        onnx.helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value, name))
+        for name, value in outputs.items()
+    ]
+    types = [onnx.helper.np_dtype_to_tensor_dtype(value.dtype) for value in outputs.values()]
+    ends = [onnx.helper.make_tensor_value_info(*pair, None) for pair in zip(outputs, types, strict=True)]
+    pixels = onnx.helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, ["batch", 3, 32, 32])
+    graph = onnx.helper.make_graph(nodes, "graph", [pixels], ends)
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    folder, (task, _) = exported_folder(kind), _TASKS[kind]
+    onnx.save(model, folder / "model.onnx")
+    manifest = {"export_format": "onnx", "components": {"model": {"file": "model.onnx"}}, "outputs": list(outputs)}
+    (folder / "export.json").write_text(json.dumps(manifest), encoding="utf-8")
+    network = load(str(folder), task=task)
+    images = [FoundImage(str(folder / "image.png"))]
+    if task is CLASSIFICATION:
+        (result,) = classify(images, network, 5, 1)
+    elif task is DETECTION:
+        (result,) = detect(images, network, 0.5, 1)
+        assert all(0 <= edge <= 40 for p in result.predictions for edge in p.box)
+    else:
+        (result,) = segment(images, network, 1)
+        assert sum(p.pixels for p in result.predictions) == 40 * 30
+    assert result.error is None
+    written(result, {CLASSIFICATION: CLASSIFIED, DETECTION: DETECTED, SEGMENTATION: SEGMENTED}[task])
+
+
+def written(result: Any, form: Form) -> None:
+    """Write a result in every layout, and read it back."""
+    texts = {}
+    for layout in Layout if form is DETECTED else (Layout.TABLE, Layout.JSON, Layout.CSV):
+        out = Console(file=io.StringIO(), highlight=False)
+        lines = writer(layout, out, form=form)
+        lines.write(result)
+        lines.close()
+        texts[layout] = out.file.getvalue()
+        assert all(c.isprintable() or c == "\n" for c in texts[layout])
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    line = json.loads(texts[Layout.JSON], parse_constant=refuse)
+    assert line["file"] == result.name
+    assert [p["label"] for p in line["predictions"]] == [p.label for p in result.predictions]
+    _, *rows = csv.reader(io.StringIO(texts[Layout.CSV], newline=""))
+    assert len(rows) == len(result.predictions)
+    assert not any(cell.startswith(tuple("=+-@\uff1d\uff0b\uff0d\uff20")) for row in rows for cell in (row[0], row[3]))
+    if form is DETECTED:
+        assert len(json.loads(texts[Layout.COCO], parse_constant=refuse)) == len(result.predictions)
+
+
+def use_results(data: bytes) -> None:
+    """Write results with any name, labels and scores."""
+    text = data.decode("utf-8", "surrogateescape")
+    scores = numbers(data, 1 + len(data) % 5).clip(0, 1).tolist()
+    name, labels = text[::2], (text, text[1:], "\uff1d1", "", "a" * 300)
+    found = [Detection(i, labels[i], score, (0.0, score, 9.5, 1e6)) for i, score in enumerate(scores)]
+    written(DetectionResult(name, found, None, (10, 10)), DETECTED)
+    written(Result(name, [Prediction(*p[:3]) for p in found], None), CLASSIFIED)
+    written(SegmentationResult(name, [Segment(*p[:3], 7) for p in found], None, (1, 1)), SEGMENTED)
+
+
+def use_draw(data: bytes) -> None:
+    """Draw boxes and classes of any label on an image of any shape."""
+    head, values = data[:4].ljust(4, b"\0"), data[4:]
+    width, height = 1 + head[0] * (4 if head[3] & 1 else 1), 1 + head[1] % 40
+    image, label = (
+        Image.new(("RGB", "L", "RGBA", "P")[head[2] % 4], (width, height)),
+        values.decode("utf-8", "replace"),
+    )
+    boxes = numbers(values, min(len(values) // 4, 20), 4).clip(0, 1) * (width, height, width, height)
+    found = [Detection(int(box[0]) - 1, label[i:], 0.5, tuple(box.tolist())) for i, box in enumerate(boxes)]
+    classes = np.resize(np.frombuffer(values or b"\0", np.uint8), (height, width))
+    classes = classes.astype(np.int32) * 200 if head[3] & 2 else classes
+    named = [Segment(int(index), label, 0.5, 1) for index in np.unique(classes)[:9]]
+    scale = -(-480 // max(width, height))
+    for drawn in (draw_boxes(image, found), draw_segments(image, classes, named, 0 if head[3] & 4 else None)):
+        assert (drawn.mode, drawn.size) == ("RGB", (scale * width, scale * height))
+        encode(drawn, ".jpg" if head[3] & 8 else ".png")
+    assert np.array_equal(np.asarray(to_mask(classes)), classes)
+    assert not image.convert("L").getbbox()
+
+
+def use_drawings(data: bytes) -> None:
+    """Name sources, by lines, and look where they would be drawn to."""
+    lines = [line.replace("..", "").lstrip("/") for line in os.fsdecode(data[1:]).split("\n")]
+    with tempfile.TemporaryDirectory(prefix="hostile-") as top:
+        sources, out = Path(top, "photos"), Path(top, "out")
+        (sources / "sub").mkdir(parents=True)
+        out.mkdir()
+        for name in ("a.jpg", "sub/a.jpg", "sub/b.gif"):
+            (sources / name).touch()
+        if os.name == "posix":
+            (out / "sub").symlink_to(sources / "sub")
+        names = [line if is_url(line) else os.path.join(str(sources), line) for line in lines]
+        drawings = Drawings(out, names, draws_to if data[:1] > b"\x7f" else segments_to, data[:1] > b"\x3f")
+        drawn = [target for image in drawings.find() for target in image.targets if image.error is None]
+        assert len({target.casefold() for target in drawn}) == len(drawn)
+        for target in drawn:
+            assert Path(os.path.realpath(out / target)).is_relative_to(os.path.realpath(out))
+            assert all(len(os.fsencode(part)) <= 255 for part in Path(target).parts)
+
+
+def drawing_names() -> Iterator[bytes]:
+    """Names of files, folders and patterns, and URLs, for each kind of drawing."""
+    names = (
+        "a.jpg\nsub\nsub/*.gif\n**/a.jpg\na.jpg\nhttp://[::1/a.png\nhttps://host/con.png?a\nhttps://host/x./..%2f\0"
+    )
+    for first in (b"\0", b"\x50", b"\xff"):
+        yield first + names.encode() + b"\nhttps://host/" + 200 * "\u732b".encode() + b".png\nsub/" + 300 * b"x"
+
+
 _CONVERSION = (ConversionError,)
 TARGETS = {
     "image": Target(use_image, (ValueError,), images),
@@ -687,6 +958,12 @@ TARGETS = {
     "tflite": Target(source("model.tflite"), _CONVERSION, tflite_files),
     "onnx": Target(source("model.onnx"), _CONVERSION, onnx_files),
     "tgz": Target(source("mobilenet_v1_0.25_128.tgz"), (*_CONVERSION, ImportError), archives),
+    "suppress": Target(use_suppress, (ValueError,), noise),
+    "label_map": Target(use_label_map, (ValueError,), noise),
+    "exported": Target(use_exported, (ValueError,), exports),
+    "draw": Target(use_draw, (ValueError,), noise),
+    "drawings": Target(use_drawings, (ValueError,), drawing_names),
+    "results": Target(use_results, (ValueError,), noise),
     "post_process": Target(use_post_process, _CONVERSION, post_processes),
     "tflite_detector": Target(source("detector.tflite"), _CONVERSION, tflite_detectors),
     "tflite_segmenter": Target(source("segmenter.tflite"), _CONVERSION, lambda: iter([tflite_segmenter()])),

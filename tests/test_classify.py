@@ -38,6 +38,7 @@ from mobilenet.classify import classify
 from mobilenet.cli import app
 from mobilenet.find_images import FoundImage, find
 from mobilenet.loading import load
+from mobilenet.output import new_file
 from mobilenet.text import clean
 
 
@@ -122,7 +123,7 @@ def test_find_expands_patterns(images, pattern, expected):
 
 
 def test_find_keeps_names_that_are_nothing_here():
-    names = ["https://example.org/a.jpg?size=*", "missing.jpg", "missing/*.jpg", "nul\0.jpg"]
+    names = ["https://example.org/a.jpg?size=*", "missing.jpg", "missing/*.jpg", "nul\0.jpg", "nul\0/*.jpg"]
     assert list(find(names)) == [FoundImage(name) for name in names]
 
 
@@ -216,11 +217,11 @@ def test_csv_says_the_same(model, images):
 
 def test_csv_holds_no_formulas(tmp_path):
     """For spreadsheets, which compute what begins like one."""
-    make_model(tmp_path / "model", id2label={0: "=1+1", 1: "+1", 2: "-1", 3: "@SUM(A1)", 4: "'", 5: "1=1"})
+    make_model(tmp_path / "model", id2label={0: "=1+1", 1: "+1", 2: "-1", 3: "@SUM(A1)", 4: "\uff1d1", 5: "1=1"})
     Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
     result = run(tmp_path / "image.png", "--model", tmp_path / "model", "--csv", "-k", 6)
     labels = {row["label"] for row in csv.DictReader(io.StringIO(result.stdout))}
-    assert labels == {"'=1+1", "'+1", "'-1", "'@SUM(A1)", "'", "1=1"}
+    assert labels == {"'=1+1", "'+1", "'-1", "'@SUM(A1)", "'\uff1d1", "1=1"}
 
 
 def test_table_says_the_same_and_ranks(model, images):
@@ -390,6 +391,23 @@ def test_results_in_a_file(model, images, tmp_path):
     assert run(*arguments, "-o", tmp_path, "--overwrite").stderr.startswith(
         "Error: --output must be a regular file, got "
     )
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_file_that_came_meanwhile_stays(monkeypatch, tmp_path):
+    output, link = tmp_path / "results.csv", os.link
+
+    def come_first(source, target):
+        output.write_text("precious")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", come_first)
+    with (
+        pytest.raises(ValueError, match=r"^output must be a file that does not exist"),
+        new_file(output, False) as file,
+    ):
+        file.write("results")
+    assert output.read_text() == "precious"
     assert list(tmp_path.iterdir()) == [output]
 
 
@@ -618,6 +636,10 @@ BROKEN_MODELS = {
     "no folder": (lambda folder: folder.rename(f"{folder}-away"), "must be a folder or a Hub id"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
+    "config of absurd size": (
+        lambda folder: os.truncate(folder / "config.json", (64 << 20) + 1),
+        "config.json must have at most 67108864 bytes, got 67108865.",
+    ),
     "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), ""),
     "another model": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "resnet"}'),

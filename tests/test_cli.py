@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ def test_no_command_is_a_usage_error():
         (ValueError("size must be 1 or 2,\n  got 3."), "Error: size must be 1 or 2, got 3.\n"),
         (FileNotFoundError("x holds no config.json."), "Error: x holds no config.json.\n"),
         (ImportError("export needs onnx: pip install onnx"), "Error: export needs onnx: pip install onnx\n"),
+        (ValueError("a set model.png allows no device; set it"), "Error: a set model.png allows no device; set it\n"),
+        (ValueError("no set; set model to x"), "Error: no set; set --model to x\n"),
         (ValueError("\x1b[31mred"), "Error: \N{REPLACEMENT CHARACTER}[31mred\n"),
     ],
 )
@@ -53,6 +56,16 @@ def test_an_expected_error_is_one_line_on_stderr(monkeypatch, error, line):
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr == line
+
+
+def test_what_pillow_says_of_images_stays_off_the_screen(monkeypatch):
+    def read(*args, **kwargs):
+        for module in ("PIL.Image", "PIL.TiffImagePlugin"):
+            warnings.warn_explicit("Corrupt EXIF data.", UserWarning, "x.py", 1, module)
+        raise ValueError("read")
+
+    monkeypatch.setattr("mobilenet.cli.classify.load", read)
+    assert run("classify", "x.jpg", "--model", "m").stderr == "Error: read\n"
 
 
 def test_a_fault_of_the_program_itself_keeps_its_traceback(monkeypatch):

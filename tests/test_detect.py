@@ -19,6 +19,7 @@ import pytest
 import torch
 from mobilenet.preprocessing_mobilenet import FITS
 from PIL import Image
+from rich.console import Console
 from scenes import coarse_images
 from test_classify import watch
 from typer.testing import CliRunner, Result
@@ -35,9 +36,9 @@ from mobilenet.coco import categories_of
 from mobilenet.find_images import FoundImage
 from mobilenet.inference import read_with_size
 from mobilenet.loading import load
-from mobilenet.output import Detection
+from mobilenet.output import DETECTED, Detection, DetectionResult, Layout, writer
 from mobilenet.tasks import DETECTION
-from mobilenet.visualize import draw_boxes, label_color
+from mobilenet.visualize import _Canvas, draw_boxes, label_color
 
 
 ROOT = Path(__file__).parents[1]
@@ -224,6 +225,27 @@ def test_results_as_coco_has_them(detector, scenes):
     assert json.loads(run(scenes, "--model", detector, "--threshold", 1, "--coco").stdout) == []
 
 
+def test_no_two_images_share_a_number_of_coco():
+    """Nor is one too long to be read."""
+    names = ["a/1.jpg", "b/1.jpg", "a/1.jpg", "0001.jpg", f"{10**18}.jpg", "1" * 5000 + ".jpg"]
+    out = Console(file=io.StringIO())
+    lines = writer(Layout.COCO, out, form=DETECTED)
+    for name in names:
+        lines.write(DetectionResult(name, [Detection(0, "kite", 0.5, (0, 0, 1, 1))], None, (1, 1)))
+    lines.close()
+    assert [line["image_id"] for line in json.loads(out.file.getvalue())] == [1, names[1], 1, *names[3:]]
+
+
+def test_a_long_label_lengthens_its_own_row_alone():
+    out = Console(file=io.StringIO())
+    labels = ("kite", "x" * 9000)
+    found = [Detection(index, label, 0.5, (0, 0, 1, 1)) for index, label in enumerate(labels)]
+    writer(Layout.TABLE, out, form=DETECTED).write(DetectionResult("a.jpg", found, None, (1, 1)))
+    _, short, long = out.file.getvalue().splitlines()
+    assert len(short) < 100
+    assert labels[1] in long
+
+
 def test_no_two_labels_share_a_category():
     coco = [
         label for label in (ROOT / "mobilenet/conversion/coco_labels.txt").read_text().splitlines() if label != "N/A"
@@ -288,6 +310,16 @@ def test_labels_lie_side_by_side():
     drawn = np.asarray(draw_boxes(ground, objects))
     areas = [(drawn == label_color(i)).all(-1).sum() for i in range(4)]
     assert min(areas) > 0.8 * max(areas)
+
+
+def test_the_best_of_very_many_boxes_have_labels(monkeypatch):
+    """Finding places for all of them would take hours."""
+    texts = []
+    monkeypatch.setattr(_Canvas, "label", lambda canvas, text, *_: texts.append(text))
+    box = (10, 10, 300, 300)
+    drawn = draw_boxes(Image.new("RGB", (480, 480)), [Detection(i, str(i), 0.9, box) for i in range(301)])
+    assert texts == [f"{i} 90 %" for i in reversed(range(300))]
+    assert drawn.getpixel((10, 150)) == label_color(0)
 
 
 def test_a_broken_image_is_reported_and_the_rest_goes_on(detector, scenes, tmp_path):

@@ -32,6 +32,7 @@ from mobilenet import (
     MobileNetForImageClassification,
     MobileNetForObjectDetection,
     MobileNetImageProcessor,
+    postprocessing_mobilenet,
 )
 from mobilenet.classify import classify_images
 
@@ -442,6 +443,21 @@ def test_of_equal_scores_the_lower_label_and_the_earlier_anchor_come_first() -> 
     found, labels, _ = suppress(scores, boxes, 0.1, max_classes_per_box=2, max_detections=2)
     assert labels.tolist() == [0, 1, 0, 1]
     assert len(found) == 4
+
+
+def test_suppression_is_the_same_for_some_classes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, boxes = torch.rand(30, 5), torch.rand(30, 4)
+    whole = suppress(scores, boxes, 0.3)
+    shapes, overlap = [], postprocessing_mobilenet.overlap
+
+    def watched(first: Tensor, second: Tensor) -> Tensor:
+        shapes.append(len(first))
+        return overlap(first, second)
+
+    monkeypatch.setattr(postprocessing_mobilenet, "MAX_PAIRS", 60)
+    monkeypatch.setattr(postprocessing_mobilenet, "overlap", watched)
+    assert all(map(torch.equal, suppress(scores, boxes, 0.3), whole))
+    assert max(shapes) == 2
 
 
 def test_nothing_is_found_in_nothing() -> None:

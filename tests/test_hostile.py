@@ -98,7 +98,13 @@ def _memory() -> Iterator[None]:
 def target(request: pytest.FixtureRequest) -> tuple:
     """A target's name, the target, and its seeds."""
     tflite = ["tflite", "post_process", "tflite_detector", "tflite_segmenter"]
-    needs = {"h5py": ["h5"], "ai_edge_litert": tflite, "flatbuffers": tflite, "onnxruntime": ["onnx", "onnx_outputs"]}
+    needs = {
+        "h5py": ["h5"],
+        "ai_edge_litert": tflite,
+        "flatbuffers": tflite,
+        "onnx": ["exported"],
+        "onnxruntime": ["onnx", "onnx_outputs", "exported"],
+    }
     for module, names in needs.items():
         if request.param in names:
             pytest.importorskip(module)
@@ -114,7 +120,8 @@ def target(request: pytest.FixtureRequest) -> tuple:
 def test_sound_input_is_answered(target: tuple) -> None:
     name, target, seeds = target
     errors = [error for error in (attempt(target, seed) for seed in seeds) if error is not None]
-    if name in ("image", "safetensors", "bin", "h5", "tflite", "tflite_detector", "tflite_segmenter"):
+    files = ("image", "safetensors", "bin", "h5", "tflite", "tflite_detector", "tflite_segmenter")
+    if name in (*files, "suppress", "label_map", "draw", "drawings", "results"):
         assert len(errors) <= 0.04 * len(seeds), errors
     if name in hostile.TRAINING and name != "mask":
         assert not errors

@@ -691,6 +691,13 @@ def test_a_decompression_bomb_is_refused():
         open_image(data.getvalue())
 
 
+def test_images_of_absurd_sides_are_refused():
+    data = io.BytesIO()
+    Image.new("1", (1, 1_000_001)).save(data, "PNG")
+    with pytest.raises(UnreadableImageError, match=r"bytes: 1x1000001 is over 1000000 pixels a side"):
+        open_image(data.getvalue())
+
+
 def test_unknown_recipe_lists_those_that_exist():
     with pytest.raises(ValueError, match=r"name must be one of google, .*, got 'none'"):
         MobileNetImageProcessor.from_recipe("none")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from mobilenet.repository import RepositoryError, claimed, staged
+from mobilenet.repository import RepositoryError, claimed, hidden, is_repository, put_file, staged
 
 
 pytestmark = pytest.mark.any_version
@@ -123,6 +126,46 @@ def test_a_folder_of_somebody_else_is_not_taken_over(output: Path) -> None:
     with pytest.raises(RepositoryError, match="must be free to build in, but holds something else"):
         write(output)
     assert files(output.parent) == {".out.mobilenet/precious": "mine"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
+def test_what_killed_runs_have_left_is_removed(tmp_path: Path) -> None:
+    """But not what another run keeps, nor what is called otherwise."""
+
+    def run() -> AbstractContextManager[Path]:
+        return hidden(tmp_path, ".out.", Path.touch, Path.unlink)
+
+    for name in (".out.01234567", ".out.0123456x", ".out.20261231.bak", "out.01234567"):
+        (tmp_path / name).touch()
+    with run() as first, run() as second:
+        assert {first.name, second.name} < {path.name for path in tmp_path.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {".out.0123456x", ".out.20261231.bak", "out.01234567"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_replaces_none_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    part, path = tmp_path / "part", tmp_path / "path"
+    for overwrite in (False, False, True):
+        part.write_text("new")
+        if path.exists() and not overwrite:
+            path.write_text("precious")
+            with pytest.raises(FileExistsError):
+                put_file(part, path, overwrite)
+            assert path.read_text() == "precious"
+        else:
+            put_file(part, path, overwrite)
+            assert path.read_text() == "new"
+            assert not part.exists()
+
+
+def test_a_configuration_nested_without_end_makes_no_repository(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    assert not is_repository(tmp_path)
 
 
 def test_two_outputs_of_one_folder_do_not_meet(output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -21,7 +22,10 @@ from mobilenet.cli import app
 from mobilenet.drawings import Drawings
 from mobilenet.segment import draws_to
 from mobilenet.segmentation_labels import VOC, palette
+from mobilenet.visualize import draw_segments, encode, to_mask
 
+
+needs_links = pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 
 LABELS = {0: "background", 1: "[red]sky[/]", 2: "sea\x1b[2J", 3: "sand", 4: "=rock"}
 
@@ -281,6 +285,105 @@ def test_nothing_is_drawn_over_its_source(tree, names, out):
     for overwrite in (False, True):
         with pytest.raises(ValueError, match=r"^draw must be a folder that holds no images, got "):
             drawn_to(names, Path(out), overwrite)
+
+
+@needs_links
+def test_nothing_is_drawn_through_a_link(tree):
+    """Neither over its source nor elsewhere."""
+    (tree / "out").mkdir()
+    (tree / "out/holiday").symlink_to(tree / "holiday")
+    os.link(tree / "street.jpg", tree / "out/street.jpg")
+    street, *others = drawn_to(["street.jpg", "holiday"], Path("out"), overwrite=True)
+    assert street == "out/street.jpg is the image itself"
+    assert len(others) == 4
+    assert {error.split(" leads out of ")[1] for error in others} == {"out"}
+
+
+@needs_links
+def test_a_folder_is_the_same_in_other_letters(tree, monkeypatch):
+    """Where a file system ignores case, a path that is resolved keeps the letters that it had."""
+    monkeypatch.setattr(os.path, "realpath", os.path.abspath)
+    if not (tree / "HOLIDAY").exists():
+        (tree / "HOLIDAY").symlink_to("holiday")
+    with pytest.raises(ValueError, match=r"^draw must be a folder that holds no images, got HOLIDAY"):
+        drawn_to(["holiday/deep"], Path("HOLIDAY"))
+
+
+def test_names_that_files_cannot_have_are_errors_of_their_images(tree):
+    """Long ones are cut, and those that Windows has for devices get a character more."""
+    cats = 76 * "\u732b"
+    names = [f"{cats}{cats}.png", f"{cats}{cats}.gif", "con.png", "a./b.png", "/".join("a" * 2000)]
+    urls = [f"https://host.org/{name}" for name in names]
+    (tree / ("x" * 251 + ".jpg")).touch()
+    broken, null, *whole = drawn_to(["http://[::1/a.png", "a\0b", *urls, "x" * 251 + ".jpg"], tree / "out")
+    assert broken.startswith("no file can have its name: ")
+    assert null.startswith("no file can have its name: ")
+    first, second, *whole, deep, long = whole
+    assert (first, second) == (f"host.org/{cats}.png", f"host.org/{cats}-2.png")
+    assert whole == ["host.org/_con.png", "host.org/a/b.png"]
+    assert deep == "/".join("a" * 30) + ".png"
+    assert long == "x" * 230 + ".jpg"
+
+
+def test_images_of_one_name_are_numbered_in_one_go(tree):
+    names = []
+
+    def targets(path: str, suffix: str) -> list[str]:
+        names.append(path + suffix)
+        return names[-1:]
+
+    urls = [f"https://host.org/a.png?id={number}" for number in range(100)]
+    list(Drawings(tree / "out", urls, targets, False).find())
+    assert names[:2] == ["host.org/a.png", "host.org/a-2.png"]
+    assert len(names) == len(set(names)) == 100
+
+
+def test_what_is_wrong_with_one_file_ends_nothing_else(tree, monkeypatch):
+    """A full disk does."""
+    drawings = Drawings(tree / "out", ["b", "street.jpg"], lambda path, suffix: [path + suffix], True)
+    with drawings:
+        first, second = drawings.find()
+        (tree / "out/b/a.jpg").mkdir(parents=True)
+        with pytest.raises(ValueError, match=r"a\.jpg is no regular file"):
+            drawings.draw(first, (8, 8), lambda upright: upright)
+        for code, kind in ((errno.EXDEV, ValueError), (errno.ENAMETOOLONG, ValueError), (errno.ENOSPC, OSError)):
+
+            def fail(*_: object, code: int = code) -> None:
+                raise OSError(code, os.strerror(code))
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "replace", fail)
+                with pytest.raises(kind, match=os.strerror(code)):
+                    drawings.draw(second, (8, 8), lambda upright: upright)
+        assert drawings.draw(second, (8, 8), lambda upright: upright) == (str(tree / "out/street.jpg"),)
+    assert {path.name for path in (tree / "out").iterdir()} == {"b", "street.jpg"}
+    with pytest.raises(ValueError, match="65501x1 is over 65500 pixels a side, which JPEG holds"):
+        encode(Image.new("L", (65_501, 1)), ".jpg")
+
+
+def test_what_a_killed_run_has_left_is_removed(tree):
+    """Unless somebody has put something into it."""
+    for name in (".mobilenet-01234567/0123456789abcdef", ".mobilenet-89abcdef/precious"):
+        (tree / "out" / name).parent.mkdir(parents=True)
+        (tree / "out" / name).touch()
+    with Drawings(tree / "out", ["b"], lambda path, suffix: [path + suffix], False):
+        left = {path.name for path in (tree / "out").iterdir()}
+        assert len(left) == 2
+        assert ".mobilenet-89abcdef" in left
+    assert [path.name for path in (tree / "out").rglob("*")] == [".mobilenet-89abcdef", "precious"]
+
+
+def test_borders_are_thin_on_narrow_images():
+    label_map = np.zeros((2, 20_000), np.uint8)
+    label_map[:, 10_000:] = 1
+    drawn = np.asarray(draw_segments(Image.new("RGB", (20_000, 2)), label_map, []))
+    assert (drawn == 255).all(-1).sum(1).tolist() == [1, 1]
+
+
+def test_masks_have_no_more_classes_than_16_bits_hold():
+    assert np.asarray(to_mask(np.int32([[65_535]]))) == 65_535
+    with pytest.raises(ValueError, match="a mask must have classes from 0 to 65535, got 65536"):
+        to_mask(np.int32([[65_536]]))
 
 
 def test_a_file_is_no_folder_to_draw_into(segmenter, tree):

@@ -332,13 +332,14 @@ def test_a_label_map_of_a_stretched_image_is_the_resized_logits_largest() -> Non
             assert differs.float().mean() < 1e-3
 
 
-def test_a_label_map_is_the_same_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_label_map_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, options = torch.randn(7, 9, 12), read_options(FITS["corner"](97, 0))
     axes = place(130, 101, options)
     whole = label_map(scores, axes)
     assert (whole.dtype, whole.shape) == (torch.int64, (101, 130))
-    monkeypatch.setattr(postprocessing_mobilenet, "MAX_LOGITS", 1)
-    assert torch.equal(label_map(scores, axes), whole)
+    for most in (70, 7 * 130 * 3):  # logits: of ten pixels of a row, and of three rows
+        monkeypatch.setattr(postprocessing_mobilenet, "MAX_LOGITS", most)
+        assert torch.equal(label_map(scores, axes), whole)
 
 
 @pytest.mark.parametrize("fit", FITS)

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -57,7 +58,8 @@ def rename_options(command: str, arguments: list[str]) -> list[str]:
 
 
 def quiet_libraries() -> None:
-    """Keep off the screen what other libraries say of themselves while they are imported."""
+    """Keep off the screen what other libraries say of themselves, and Pillow of images that it reads all the same."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     # TensorBoard imports TensorFlow where there is one, unless it finds this.
     sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
     for name in ("torchao", "torch.utils._pytree"):
@@ -108,8 +110,9 @@ class Group(TyperGroup):
         except (OSError, ValueError, ImportError) as error:
             name, must, rest = " ".join(str(error).split()).partition(" must ")
             text = self.options.get(name, name) + must + rest
-            # Advice names parameters too.
-            text = re.sub(r"(?<=[Ss]et )\w+|\w+(?= allows)", lambda m: self.options.get(m[0], m[0]), text)
+            # Advice names parameters too, after a comma or a semicolon, or at the start of a sentence.
+            advice = r"(?<=[;,.] [Ss]et )\w+(?= )|(?<=; )\w+(?= allows it)"
+            text = re.sub(advice, lambda m: self.options.get(m[0], m[0]), text)
             typer.echo(f"Error: {clean(text)}", err=True)
             raise typer.Exit(1) from error
 

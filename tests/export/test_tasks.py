@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from transformers import pipeline
 from typer.testing import CliRunner
 
 import mobilenet
-from mobilenet import MobileNetForSemanticSegmentation, MobileNetImageProcessor
+from mobilenet import MobileNetForSemanticSegmentation, MobileNetImageProcessor, loading
 from mobilenet.cli import app
 from mobilenet.export import export
 from mobilenet.export.compare import Comparison, Engine, ExportError, Timed, compare, objects
@@ -123,16 +124,18 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def write_graph(folder: Path, **outputs: np.ndarray) -> None:
-    """Put an ONNX graph of constant outputs beside a detector's configuration, as if it were its export."""
+def write_graph(folder: Path, make: Callable[[Path], None] = make_detector, **outputs: np.ndarray) -> None:
+    """Put an ONNX graph of constant outputs beside a model's configuration, as if it were its export."""
     onnx = pytest.importorskip("onnx")
-    make_detector(folder)
+    make(folder)
     nodes, values = [], []
     for name, value in outputs.items():
-        tensor = onnx.numpy_helper.from_array(value.astype(np.float32), name)
+        tensor = onnx.numpy_helper.from_array(value.astype(np.float32) if value.dtype == float else value, name)
         nodes.append(onnx.helper.make_node("Constant", [], [name], value=tensor))
-        values.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    pixels = onnx.helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, ["batch", 3, 128, 128])
+        values.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, None))
+    pixels = onnx.helper.make_tensor_value_info(
+        "pixel_values", onnx.TensorProto.FLOAT, ["batch", 3, "height", "width"]
+    )
     graph = onnx.helper.make_graph(nodes, "detector", [pixels], values)
     model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)])
     onnx.save(model, folder / "model.onnx")
@@ -152,14 +155,42 @@ def write_graph(folder: Path, **outputs: np.ndarray) -> None:
         ({"scores": np.zeros((1, 9, 4)), "pred_boxes": np.full((1, 9, 4), np.nan)}, "got NaN or infinity"),
         ({"detections": np.zeros((5, 6))}, "must answer with objects of 7 numbers, got (5, 6)."),
         ({"detections": np.full((5, 7), np.inf)}, "got NaN or infinity"),
+        (
+            {"scores": np.full((1, 9, 4), 1e9), "pred_boxes": np.zeros((1, 9, 4))},
+            "scores from 0 to 1, got 0 to 1e+09.",
+        ),
+        ({"detections": np.float64([[0, 0, -1, 0, 0, 1, 1]])}, "must answer with scores from 0 to 1, got -1 to 0."),
+        ({"detections": np.float64([[0, 1e30, 1, 0, 0, 1, 1]])}, "labels from 0 to 16777216, got 0 to 1e+30."),
+        (
+            {"scores": np.zeros((2, 9, 4)), "pred_boxes": np.zeros((2, 9, 4))},
+            "must answer with scores of 1 images, got",
+        ),
+        (
+            {"scores": np.zeros((1, 9, 4)), "pred_boxes": np.zeros((1, 9, 4), np.int32)},
+            "answer with arrays of floats.",
+        ),
+        (
+            {"scores": np.zeros((1, 10, 4)), "pred_boxes": np.zeros((1, 10, 4))},
+            "at most 36 scores of an image, got 40.",
+        ),
     ],
 )
-def test_graphs_that_cannot_be_right_are_one_error(tmp_path, scene, outputs, message):
+def test_graphs_that_cannot_be_right_are_one_error(monkeypatch, tmp_path, scene, outputs, message):
+    monkeypatch.setattr(loading, "MAX_SCORES", 36)
     write_graph(tmp_path, **outputs)
     result = CliRunner().invoke(app, ["detect", str(scene), "--model", str(tmp_path)])
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.splitlines()[-1].startswith("Error: ")
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 0, 0), (2, 5, 6, 6), (1, 5, 97, 6), (1, 5, 6), (1, 4, 6, 6)])
+def test_maps_that_cannot_be_right_are_one_error(tmp_path, scene, shape):
+    write_graph(tmp_path, make_segmenter, logits=np.zeros(shape))
+    result = CliRunner().invoke(app, ["segment", str(scene), "--model", str(tmp_path)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    expected = "5 scores, got 4." if shape[1] == 4 else f"maps of logits for 1 images of 96x96, got {shape}."
+    assert result.stderr.splitlines()[-1] == f"Error: {tmp_path} must answer with {expected}"
 
 
 def test_objects_of_a_graph_are_those_of_their_images(tmp_path, scene):
