@@ -407,6 +407,8 @@ def answers(setup: Setup, count: int) -> str:
     pixels = [exact.read(str(path)) for path in files]
     found = {"torch": top_1(exact, pixels)}
     for folder in sorted(Path(setup.exports).iterdir()):
+        if folder.name.startswith("detector"):
+            continue
         found[folder.name.replace("_", ", ")] = top_1(load(str(folder)), pixels)
     fast = load(setup.model, engine="torch", fast_decode=True)
     names = "torch, of 12 megapixels", "torch, of 12 megapixels, fast_decode"
@@ -514,6 +516,13 @@ def prepared(
         yield Setup(*folders, tflite, threads, detector, detector_tflite, segmenter_tflite)
 
 
+def write_seconds(measured: dict[str, dict[str, Result]], output: Path) -> None:
+    """Write all that was timed to results.json."""
+    output.mkdir(parents=True, exist_ok=True)
+    raw = {title: {name: result.seconds for name, result in found.items()} for title, found in measured.items()}
+    (output / "results.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+
+
 def main(
     model: Annotated[str, typer.Option(help="Folder of a converted MobileNet V2 1.0_224.")],
     native: Annotated[str, typer.Option(help="The same network for transformers' own class.")],
@@ -542,6 +551,7 @@ def main(
         for section in chosen:
             console.print(section.title)
             measured[section.title] = run_section(section, setup, rounds, seconds, console)
+            write_seconds(measured, output)  # so that nothing is lost if a later part fails
         extras = [
             write()
             for title, write in {
@@ -554,11 +564,8 @@ def main(
     reports = [describe(section, measured[section.title]) for section in chosen]
     heading = f"# Benchmark\n\n{machine(threads)}\n\n{rounds} rounds; medians. `{' '.join(sys.argv)}`\n"
     chart = ["![Images a second of every engine](results.png)\n"] if any("throughput" in t for t in measured) else []
-    output.mkdir(parents=True, exist_ok=True)
     text = "\n".join([heading, *chart, claims(measured), *reports, *extras])
     (output / "results.md").write_text(text, encoding="utf-8")
-    raw = {title: {name: result.seconds for name, result in found.items()} for title, found in measured.items()}
-    (output / "results.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     if chart and any("latency" in title for title in measured):
         draw(measured, output / "results.png")
     console.print(f"{output / 'results.md'} is written.", highlight=False)
