@@ -198,6 +198,16 @@ def test_a_run_leaves_a_complete_repository(tmp_path: Path, capsys: pytest.Captu
     assert "| class | IoU on held out |" in card.text
 
 
+def save_segmenter(folder: Path, names: list[str]) -> None:
+    config = MobileNetConfig(
+        width_multiplier=0.1,
+        segmentation_head="deeplab_v3_light",
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    MobileNetForSemanticSegmentation(config).save_pretrained(folder)
+
+
 class Known(MobileNetForSemanticSegmentation):
     """A segmenter that knows nothing but where the image is bright."""
 
@@ -226,13 +236,7 @@ def test_evaluation_is_of_whole_images(tmp_path: Path, monkeypatch: pytest.Monke
         Image.fromarray(mask).save(scenes / "masks" / f"{index}.png")
     (scenes / "classes.txt").write_text("ground\nlamp")
     names = ["other", "lamp", "ground"]
-    config = MobileNetConfig(
-        width_multiplier=0.1,
-        segmentation_head="deeplab_v3_light",
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    MobileNetForSemanticSegmentation(config).save_pretrained(tmp_path / "model")
+    save_segmenter(tmp_path / "model", names)
     processor = MobileNetImageProcessor(**FITS[fit](64, 64))
     processor.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(MobileNetForSemanticSegmentation, "forward", Known.forward)
@@ -260,13 +264,7 @@ def test_a_class_255_of_the_network_counts(tmp_path: Path, monkeypatch: pytest.M
     mask[48:] = 255
     Image.fromarray(mask).save(scenes / "masks" / "0.png")
     names = ["ground", *(f"other {index}" for index in range(254)), "lamp", *map(str, range(44))]
-    config = MobileNetConfig(
-        width_multiplier=0.1,
-        segmentation_head="deeplab_v3_light",
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    MobileNetForSemanticSegmentation(config).save_pretrained(tmp_path / "model")
+    save_segmenter(tmp_path / "model", names)
     size = {"height": 64, "width": 64}
     MobileNetImageProcessor(size=size, do_center_crop=False).save_pretrained(tmp_path / "model")
     monkeypatch.setattr(MobileNetForSemanticSegmentation, "forward", Known.forward)
