@@ -46,19 +46,15 @@ def metric_on_card(
 ) -> float | None:
     """A metric on a split that the model card of a folder or Hub id gives; None where it gives none.
 
-    A dataset may be at hand as a copy: what counts is its name without the owner's.
+    A dataset may be at hand as a copy: what counts is its id or its name, without the owner's.
     """
     data = read_card(model)
     if data is None:
         return None
-    wanted = (dataset_name(dataset).split("/")[-1], subset, split, metric.replace("_", " "))
+    name, *wanted = dataset_name(dataset).split("/")[-1], subset, split, metric.replace("_", " ")
     for result in data.eval_results or []:
-        if (
-            str(result.dataset_name).split("/")[-1],
-            result.dataset_config,
-            result.dataset_split,
-            result.metric_name,
-        ) == wanted:
+        names = {str(given).split("/")[-1] for given in (result.dataset_type, result.dataset_name)}
+        if name in names and wanted == [result.dataset_config, result.dataset_split, result.metric_name]:
             try:
                 return float(result.metric_value)
             except (OverflowError, TypeError, ValueError):

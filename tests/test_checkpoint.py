@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from typer.testing import CliRunner
 
+from mobilenet.cards import metric_on_card
 from mobilenet.cli import app
 from mobilenet.training.evaluate import evaluate_checkpoint
 from mobilenet.training.options import Options
@@ -72,6 +73,11 @@ def test_it_recognizes_its_kinds_on_photographs(data: Path) -> None:
     total = Counter(truth.values())
     expected = [f"{right[kind]} of {total[kind]}" if total[kind] else "" for kind in CLASSES]
     assert on_card("photographs") == [*expected, f"**{right.total()} of {total.total()}**"]
+
+
+def test_its_metadata_and_its_table_give_the_same_accuracy() -> None:
+    accuracy = metric_on_card(str(ROOT), "uoft-cs/cifar10", "test")
+    assert on_card("CIFAR-10")[-1] == f"**{100 * accuracy:.2f} %**"
 
 
 @pytest.mark.slow

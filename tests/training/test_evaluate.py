@@ -19,7 +19,7 @@ RESULT = """model-index:
 - name: model
   results:
   - task: {{type: image-classification}}
-    dataset: {{type: set, name: {name}, split: test}}
+    dataset: {{type: {id}, name: {name}, split: test}}
     metrics: [{{type: accuracy, name: accuracy, value: {value}}}]"""
 
 
@@ -97,11 +97,11 @@ def test_labels_count_by_name(colors: Path, tmp_path: Path) -> None:
         "tags: 5",
         "1: a",
         "model-index: [{name: a, results: [{task: {type: b}, dataset: {type: c, name: set}, source: d}]}]",
-        RESULT.format(name="set", value="[0.5]"),
-        RESULT.format(name="set", value="20.0 and more"),
-        RESULT.format(name="set", value="1" + "0" * 400),
-        RESULT.format(name="7", value="0.5"),
-        RESULT.format(name="[set]", value="0.5"),
+        RESULT.format(id="set", name="A set", value="[0.5]"),
+        RESULT.format(id="set", name="A set", value="20.0 and more"),
+        RESULT.format(id="set", name="A set", value="1" + "0" * 400),
+        RESULT.format(id="7", name="7", value="0.5"),
+        RESULT.format(id="a/b", name="[set]", value="0.5"),
     ],
 )
 def test_cards_without_figures_that_can_be_read(tmp_path: Path, metadata: str) -> None:
@@ -109,6 +109,10 @@ def test_cards_without_figures_that_can_be_read(tmp_path: Path, metadata: str) -
     assert metric_on_card(str(tmp_path), "owner/set", "test") is None
 
 
-def test_figures_on_cards(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(f"---\n{RESULT.format(name='other/set', value='0.5')}\n---\n")
+IDS_AND_NAMES = [("other/set", "A set"), ("other", "set"), ("other/set", "other/set")]
+
+
+@pytest.mark.parametrize(("dataset_id", "name"), IDS_AND_NAMES)
+def test_figures_on_cards(tmp_path: Path, dataset_id: str, name: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{RESULT.format(id=dataset_id, name=name, value='0.5')}\n---\n")
     assert metric_on_card(str(tmp_path), "owner/set", "test") == 0.5
