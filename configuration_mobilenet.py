@@ -134,7 +134,121 @@ def _is_fixed(cls: type, name: str) -> bool:
     )
 
 
-class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
+class CheckedFields:
+    """Fields that are what they may be, whenever they are set; for a configuration to inherit."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Hand this class's `__init__` on: transformers 5 would make a dataclass, which never calls it."""
+        if "__init__" not in vars(cls):
+            annotations = inspect.get_annotations(cls).items()
+            names = [name for name, kind in annotations if name in vars(cls) and "ClassVar" not in str(kind)]
+            defaults = {name: vars(cls)[name] for name in names}
+
+            def init(self: CheckedFields, *args: Any, **fields: Any) -> None:
+                super(cls, self).__init__(*args, **{**defaults, **fields})
+
+            cls.__init__ = init
+        super().__init_subclass__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field if its value is allowed: in __init__, by an argument of from_pretrained, or later."""
+        name = self.attribute_map.get(name, name)
+        _check(name, value)
+        if name in ("classifier_hidden_sizes", "out_features", "out_indices") and isinstance(value, tuple):
+            value = list(value)  # transformers takes no tuples
+        if _is_fixed(type(self), name):
+            raise ValueError(f"{name} must be left as {type(self).__name__} defines it, got {value!r}.")
+        super().__setattr__(name, value)
+
+
+class LoweredTable:
+    """What the fields and the architecture's table come to; for a configuration to inherit."""
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether a batch norm follows each convolution: the network is made with them, and they are not folded."""
+        return self.use_batch_norm and not self.fused
+
+    @property
+    def table(self) -> Architecture:
+        """The architecture's table, with as many blocks as the network has."""
+        return ARCHITECTURES[self.architecture].deepen(self.repeat_multiplier)
+
+    @property
+    def _width(self) -> Width:
+        return Width(self.width_multiplier, self.channel_divisor)
+
+    @property
+    def stem_block(self) -> Block:
+        """The first convolution."""
+        width = self._width if self.scale_stem else Width()
+        (block,) = self.table.stem.blocks(self.num_channels, width, self.hidden_act)
+        return block
+
+    @property
+    def stages(self) -> list[list[Block]]:
+        """Blocks by stage: a stage is a run of blocks that shares a resolution when the output stride is 32."""
+        return self.table.lower(
+            self._width,
+            self.stem_block.out_channels,
+            self.hidden_act,
+            self.output_stride,
+            self.anti_aliasing,
+            self.dilates_strided,
+        )
+
+    @property
+    def head_block(self) -> Block | None:
+        """The 1x1 convolution before the pooling; None for V1, which has none."""
+        table, channels = self.table, self.stages[-1][-1].out_channels
+        return table.head and next(
+            table.head.blocks(channels, self._width if table.pre_logits else self._last_width, self.hidden_act)
+        )
+
+    @property
+    def pre_logits_block(self) -> Block | None:
+        """The 1x1 convolution between the pooling and the classifier; None for V1 and V2, which have none."""
+        row = self.table.pre_logits if self.use_pre_logits else None
+        return row and next(row.blocks(self.head_block.out_channels, self._last_width, self.hidden_act))
+
+    @property
+    def _last_width(self) -> Width:
+        return self._width if (self.shrink_head if self.width_multiplier < 1 else self.grow_head) else Width()
+
+    @property
+    def segmentation(self) -> AtrousPyramid | LiteAtrousPyramid:
+        """The row of SEGMENTATION_HEADS that makes a segmenter of the network.
+
+        Raises:
+            ValueError: The configuration names none.
+        """
+        if self.segmentation_head is None:
+            allowed = _one_of(*SEGMENTATION_HEADS)[0]
+            raise ValueError(f"segmentation_head must be {allowed} for a segmenter, got None.")
+        return SEGMENTATION_HEADS[self.segmentation_head]
+
+    @property
+    def depths(self) -> list[int]:
+        """Number of blocks in each stage."""
+        return [len(stage) for stage in self.stages]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of blocks; hidden_states holds one feature map more, which is the stem's."""
+        return sum(self.depths)
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels of the pooled features that the classifier sees."""
+        return (self.pre_logits_block or self.head_block or self.stages[-1][-1]).out_channels
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the feature maps that MobileNetBackbone can return, by growing stride."""
+        return list(ARCHITECTURES[self.architecture].strides)
+
+
+class MobileNetConfig(CheckedFields, LoweredTable, BackboneConfigMixin, PretrainedConfig):
     """Configuration of a MobileNet.
 
     Args:
@@ -199,19 +313,6 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
     # As register_for_auto_class sets it, which first imports half a second's worth of transformers.
     _auto_class: ClassVar[str] = "AutoConfig"
     attribute_map: ClassVar[dict[str, str]] = {"depth_multiplier": "width_multiplier"}
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Hand this class's `__init__` on: transformers 5 would make a dataclass, which never calls it."""
-        if "__init__" not in vars(cls):
-            annotations = inspect.get_annotations(cls).items()
-            names = [name for name, kind in annotations if name in vars(cls) and "ClassVar" not in str(kind)]
-            defaults = {name: vars(cls)[name] for name in names}
-
-            def init(self: MobileNetConfig, *args: Any, **fields: Any) -> None:
-                super(cls, self).__init__(*args, **{**defaults, **fields})
-
-            cls.__init__ = init
-        super().__init_subclass__(**kwargs)
 
     def __init__(
         self,
@@ -302,99 +403,6 @@ class MobileNetConfig(BackboneConfigMixin, PretrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}.")
         return cls(**{**PRESETS[name], **kwargs})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field if its value is allowed: in __init__, by an argument of from_pretrained, or later."""
-        name = self.attribute_map.get(name, name)
-        _check(name, value)
-        if name in ("classifier_hidden_sizes", "out_features", "out_indices") and isinstance(value, tuple):
-            value = list(value)  # transformers takes no tuples
-        if _is_fixed(type(self), name):
-            raise ValueError(f"{name} must be left as {type(self).__name__} defines it, got {value!r}.")
-        super().__setattr__(name, value)
-
-    @property
-    def has_batch_norm(self) -> bool:
-        """Whether a batch norm follows each convolution: the network is made with them, and they are not folded."""
-        return self.use_batch_norm and not self.fused
-
-    @property
-    def table(self) -> Architecture:
-        """The architecture's table, with as many blocks as the network has."""
-        return ARCHITECTURES[self.architecture].deepen(self.repeat_multiplier)
-
-    @property
-    def _width(self) -> Width:
-        return Width(self.width_multiplier, self.channel_divisor)
-
-    @property
-    def stem_block(self) -> Block:
-        """The first convolution."""
-        width = self._width if self.scale_stem else Width()
-        (block,) = self.table.stem.blocks(self.num_channels, width, self.hidden_act)
-        return block
-
-    @property
-    def stages(self) -> list[list[Block]]:
-        """Blocks by stage: a stage is a run of blocks that shares a resolution when the output stride is 32."""
-        return self.table.lower(
-            self._width,
-            self.stem_block.out_channels,
-            self.hidden_act,
-            self.output_stride,
-            self.anti_aliasing,
-            self.dilates_strided,
-        )
-
-    @property
-    def head_block(self) -> Block | None:
-        """The 1x1 convolution before the pooling; None for V1, which has none."""
-        table, channels = self.table, self.stages[-1][-1].out_channels
-        return table.head and next(
-            table.head.blocks(channels, self._width if table.pre_logits else self._last_width, self.hidden_act)
-        )
-
-    @property
-    def pre_logits_block(self) -> Block | None:
-        """The 1x1 convolution between the pooling and the classifier; None for V1 and V2, which have none."""
-        row = self.table.pre_logits if self.use_pre_logits else None
-        return row and next(row.blocks(self.head_block.out_channels, self._last_width, self.hidden_act))
-
-    @property
-    def _last_width(self) -> Width:
-        return self._width if (self.shrink_head if self.width_multiplier < 1 else self.grow_head) else Width()
-
-    @property
-    def segmentation(self) -> AtrousPyramid | LiteAtrousPyramid:
-        """The row of SEGMENTATION_HEADS that makes a segmenter of the network.
-
-        Raises:
-            ValueError: The configuration names none.
-        """
-        if self.segmentation_head is None:
-            allowed = _one_of(*SEGMENTATION_HEADS)[0]
-            raise ValueError(f"segmentation_head must be {allowed} for a segmenter, got None.")
-        return SEGMENTATION_HEADS[self.segmentation_head]
-
-    @property
-    def depths(self) -> list[int]:
-        """Number of blocks in each stage."""
-        return [len(stage) for stage in self.stages]
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Number of blocks; hidden_states holds one feature map more, which is the stem's."""
-        return sum(self.depths)
-
-    @property
-    def feature_channels(self) -> int:
-        """Channels of the pooled features that the classifier sees."""
-        return (self.pre_logits_block or self.head_block or self.stages[-1][-1]).out_channels
-
-    @property
-    def stage_names(self) -> list[str]:
-        """Names of the feature maps that MobileNetBackbone can return, by growing stride."""
-        return list(ARCHITECTURES[self.architecture].strides)
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise; auto_map names the classes beside the file, so that what is saved loads wherever it goes."""
