@@ -160,7 +160,6 @@ def rounded(model: nn.Module, activations: dict[str, dict[str, Any]]) -> Iterato
     hidden = getattr(model, "hidden", ())
     after = {f"hidden.{index}": f"hidden.{index + 1}" for index in range(0, len(hidden), 2)}
     modules = dict(model.named_modules())
-    after = {f"hidden.{index}": f"hidden.{index + 1}" for index in range(0, len(getattr(model, "hidden", ())), 2)}
     hooks = [
         modules[after.get(name, name)].register_forward_hook(rounding(name))
         for name in activations

@@ -502,6 +502,26 @@ def test_squeeze_and_excite_of_8_bits_rounds_within(made: Path) -> None:
 
 
 @pytest.mark.slow
+def test_v3_of_8_bits_predicts_what_rounding_leaves(made: Path) -> None:
+    """Of a whole network: where ours rounds what the file rounds, it answers within a few of its steps."""
+    path = made / "v3_whole.tflite"
+    checkpoint = read(path)
+    model = build(checkpoint, "")
+    pixels = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = run_file(path, pixels)
+    whole = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+    images = checkpoint.processor(list(pixels.numpy()), **whole).pixel_values
+    exact = logits(model, images).softmax(-1)
+    with rounded(model, checkpoint.quantization["activations"]):
+        alike = logits(model, images).softmax(-1)
+    step = 1 / 256  # of what the file answers
+    assert expected.std(0).mean() > 5 * step
+    assert (alike - expected).abs().max() < 8 * step
+    assert (alike - expected).abs().mean() < 2 * step
+    assert (alike - expected).abs().mean() < 0.6 * (exact - expected).abs().mean()
+
+
+@pytest.mark.slow
 def test_teachable_machine_has_its_labels_and_its_recipe(made: Path, tmp_path: Path) -> None:
     source = shutil.copy(made / "model_unquant.tflite", tmp_path)
     assert "Assumed: that the network takes pixels scaled to -1..1" in read(source).warnings[0]
