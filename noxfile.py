@@ -8,8 +8,8 @@ from pathlib import Path
 import nox
 
 
-TRANSFORMERS = ("4.57.6", "5.0.0", "5.10.4", "5.23.0")
-BESIDE_TORCHVISION = ("4.57.6", "5.10.4", "5.23.0")
+TRANSFORMERS = ("4.57.6", "5.0.0", "5.10.4", "5.23.0", "5.24.0")
+BESIDE_TORCHVISION = ("4.57.6", "5.10.4", "5.24.0")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 nox.needs_version = ">=2024.10"
