@@ -362,10 +362,11 @@ class ClassifierTrainer(ImageTrainer):
 
         Source: learning without forgetting: Li and Hoiem, Section 3 (arXiv:1606.09282); the former classifier stays.
         """
-        with torch.no_grad():
-            expected = self.teacher(pixel_values=pixel_values).logits.float()
-        found = self.former_classifier(self.features).float()
-        logarithms = (F.log_softmax(logits / self.TEMPERATURE, 1) for logits in (found, expected))
+        with self.accelerator.autocast():  # the network itself has its own
+            with torch.no_grad():
+                expected = self.teacher(pixel_values=pixel_values).logits
+            found = self.former_classifier(self.features)
+        logarithms = (F.log_softmax(logits.float() / self.TEMPERATURE, 1) for logits in (found, expected))
         return self.TEMPERATURE**2 * F.kl_div(*logarithms, reduction="batchmean", log_target=True)
 
     def sampling_weights(self) -> Tensor | None:

@@ -169,6 +169,7 @@ def test_images_grow(tmp_path: Path) -> None:
     assert sides == [8, 8, 8, 16, 16, 16, 24, 24, 24, 32, 32, 32]
 
 
+@pytest.mark.slow
 def test_what_the_checkpoint_knows_is_retained(colors: Path, tmp_path: Path) -> None:
     """Its own classifier, on the trained features, predicts more as before; nothing else is saved."""
     source = tmp_path / "source"
@@ -210,6 +211,22 @@ def test_what_is_forgotten_by_hand(tmp_path: Path) -> None:
         model.load_state_dict({k: v for k, v in teacher.state_dict().items() if "classifier" not in k}, strict=False)
         model(pixels)
         assert trainer._forgotten(pixels) < 1e-5
+
+
+def test_what_is_forgotten_in_mixed_precision(tmp_path: Path) -> None:
+    """What runs beside the network has the network's types: a step gives a loss like that of single precision."""
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        teacher = randomize_norms(MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.1, num_labels=7)))
+        torch.nn.init.normal_(teacher.classifier.weight, std=0.2)
+        given = {"retain": 1.0, "precision": precision, "epochs": 1, "log_steps": 1}
+        trainer = trainer_of(tmp_path, [0, 1, 2, 0], teacher=teacher, model=str(tmp_path), **given)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] > 2  # 1.1 is cross entropy
+    assert losses[1] == pytest.approx(losses[0], rel=0.4)  # the last norms see four numbers for each channel
+    assert losses[1] != losses[0]
 
 
 @pytest.mark.parametrize("first_size", [None, 16])
