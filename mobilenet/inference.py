@@ -97,18 +97,21 @@ def infer(
         _compute_alone()
         attempts = [try_to_read(image) for image in batch]
         readable = [attempt for attempt in attempts if isinstance(attempt, ReadImage)]
-        results = iter(
-            [
-                result
-                for _, alike in groupby(readable, key=lambda image: image.pixels.shape)
-                for result in predict(list(alike))
-            ]
-        )
+        with computing:
+            results = iter(
+                [
+                    result
+                    for _, alike in groupby(readable, key=lambda image: image.pixels.shape)
+                    for result in predict(list(alike))
+                ]
+            )
         return [
             fail(image.name, attempt) if isinstance(attempt, str) else next(results)
             for image, attempt in zip(batch, attempts, strict=True)
         ]
 
+    # More networks at once than processors would take memory, and no less time.
+    computing = threading.BoundedSemaphore(os.cpu_count() or 1)
     images = iter(images)
     batches = iter(lambda: list(islice(images, batch_size)), [])
     with closing(_map_in_threads(run, batches)) as results:
