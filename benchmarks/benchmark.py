@@ -27,7 +27,7 @@ import torch
 import typer
 from PIL import Image
 from rich.console import Console
-from subjects import FAMILY, GPU_SUBJECTS, SUBJECTS, Setup, agreement
+from subjects import FAMILY, GPU_SUBJECTS, SUBJECTS, Setup, agreement, ssdlite
 
 
 Varied = dict[str, Any]
@@ -78,6 +78,8 @@ DETECTION = (
     "torchvision, SSDLite",
     "ours, torchvision's SSDLite",
     "ours, torchvision's SSDLite, fused",
+    "mobilenet detect, torchvision's SSDLite, onnx",
+    "mobilenet detect, torchvision's SSDLite, openvino",
 )
 FILES_TO_BOXES = "Detection: files to boxes"
 SEGMENTERS = (
@@ -304,7 +306,16 @@ CLAIMS = (
     ("ours, detector, fused", "LiteRT, detector", "files to boxes", None),
     ("mobilenet detect, onnx", "LiteRT, detector", "files to boxes", None),
     ("mobilenet detect, openvino", "LiteRT, detector", "files to boxes", None),
-    ("ours, torchvision's SSDLite, fused", "torchvision, SSDLite", "files to boxes", None),
+    *(
+        (ours, "torchvision, SSDLite", "files to boxes", f"batches of {batch}")
+        for ours in (
+            "ours, torchvision's SSDLite",
+            "ours, torchvision's SSDLite, fused",
+            "mobilenet detect, torchvision's SSDLite, onnx",
+            "mobilenet detect, torchvision's SSDLite, openvino",
+        )
+        for batch in (1, 8)
+    ),
     ("ours, segmenter", "transformers, segmenter", "Segmentation", "batch 1, ms"),
     ("ours, segmenter, fused", "transformers, segmenter", "Segmentation", "batch 1, ms"),
     ("ours, segmenter, ONNX Runtime", "transformers, segmenter", "Segmentation", "batch 1, ms"),
@@ -505,9 +516,13 @@ def prepared(
                 with contextlib.suppress(ImportError):
                     name = f"{target}_int8" if int8 else target
                     export(model, exports / name, target, int8=int8, images=images, min_agreement=0)
-        for target in ("onnx", "openvino") if detector else ():
-            with contextlib.suppress(ImportError):
-                export(detector, exports / f"detector_{target}", target, images=images)
+        detectors = {"detector": detector, "detector_ssdlite": str(Path(folder, "ssdlite"))} if detector else {}
+        for part in ssdlite() if detector else ():
+            part.save_pretrained(detectors["detector_ssdlite"])
+        for name, source in detectors.items():
+            for target in ("onnx", "openvino"):
+                with contextlib.suppress(ImportError):
+                    export(source, exports / f"{name}_{target}", target, images=images)
         for path in sorted(images.glob("*.JPEG"))[:12]:
             enlarge(path, large / path.name)
         paths = (path and str(path) for path in (tflite, detector_tflite, segmenter_tflite))

@@ -522,29 +522,40 @@ def _(setup: Setup) -> Prepare:
     return _our_detector(setup, fused=True)
 
 
+def _detect(folder: str, setup: Setup, engine: str) -> Prepare:
+    from mobilenet.detect import run as detect
+    from mobilenet.loading import load
+    from mobilenet.output import Layout
+    from mobilenet.tasks import DETECTION
+
+    detector = load(folder, engine=engine, task=DETECTION)
+
+    def prepare(batch: int, count: int) -> Timed:
+        files = _files(setup, count)
+
+        def run() -> None:
+            with contextlib.redirect_stdout(io.StringIO()):
+                detect(files, detector, layout=Layout.JSON, threshold=THRESHOLD, batch_size=batch)
+
+        return run
+
+    return prepare
+
+
 for _engine in ("torch", "onnx", "openvino"):
 
     @subject(f"mobilenet detect, {_engine}")
     def _(setup: Setup, engine: str = _engine) -> Prepare:
-        from mobilenet.detect import run as detect
-        from mobilenet.loading import load
-        from mobilenet.output import Layout
-        from mobilenet.tasks import DETECTION
-
         folder = _required(setup.detector, "--detector")
         folder = folder if engine == "torch" else str(Path(setup.exports, f"detector_{engine}"))
-        detector = load(folder, engine=engine, task=DETECTION)
+        return _detect(folder, setup, engine)
 
-        def prepare(batch: int, count: int) -> Timed:
-            files = _files(setup, count)
 
-            def run() -> None:
-                with contextlib.redirect_stdout(io.StringIO()):
-                    detect(files, detector, layout=Layout.JSON, threshold=THRESHOLD, batch_size=batch)
+for _engine in ("onnx", "openvino"):
 
-            return run
-
-        return prepare
+    @subject(f"mobilenet detect, torchvision's SSDLite, {_engine}")
+    def _(setup: Setup, engine: str = _engine) -> Prepare:
+        return _detect(str(Path(setup.exports, f"detector_ssdlite_{engine}")), setup, engine)
 
 
 @torch.no_grad()
@@ -575,19 +586,23 @@ def _(setup: Setup) -> Prepare:
     return prepare
 
 
+def ssdlite() -> tuple[torch.nn.Module, Any]:
+    """torchvision's SSDLite as ours, with random weights, and its image processor."""
+    from mobilenet.heads_mobilenet import DETECTORS
+
+    from mobilenet import MobileNetConfig, MobileNetForObjectDetection, MobileNetImageProcessor
+
+    name = "ssdlite320_mobilenet_v3_large"
+    model = MobileNetForObjectDetection(MobileNetConfig.from_preset(name)).eval()
+    _see_background([predict.conv for predict in model.class_predictors])
+    return model, MobileNetImageProcessor.from_recipe("ssd", 320, **DETECTORS[name].suppression._asdict())
+
+
 for _fused, _suffix in ((False, ""), (True, ", fused")):
 
     @subject(f"ours, torchvision's SSDLite{_suffix}")
     def _(setup: Setup, fused: bool = _fused) -> Prepare:
-        from mobilenet.heads_mobilenet import DETECTORS
-
-        from mobilenet import MobileNetConfig, MobileNetForObjectDetection, MobileNetImageProcessor
-
-        name = "ssdlite320_mobilenet_v3_large"
-        options = DETECTORS[name].suppression._asdict()
-        model = MobileNetForObjectDetection(MobileNetConfig.from_preset(name)).eval()
-        _see_background([predict.conv for predict in model.class_predictors])
-        processor = MobileNetImageProcessor.from_recipe("ssd", 320, **options)
+        model, processor = ssdlite()
         return _detecting(model.fuse() if fused else model, processor, setup)
 
 
