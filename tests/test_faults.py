@@ -177,6 +177,7 @@ def test_convert_says_where_it_cannot_write(run: Run, source: Path, tmp_path: Pa
     assert names(tmp_path) == {"source"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["SIGINT", "read-only"])
 def test_an_interrupted_overwrite_keeps_what_was_there(run: Run, source: Path, tmp_path: Path, fault: str) -> None:
     assert run("convert", source, tmp_path / "out", "--no-compare")[0] == 0
@@ -255,6 +256,7 @@ def training(colors: Path, output: Path) -> list[object]:
     return ["train", colors, "--output", output, *options.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "fault"),
     [

@@ -94,7 +94,13 @@ def _memory() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+# What they say of these, transformers may change.
+CONFIGURED = ("array", "config", "processor", "google", "timm")
+MARKS = {name: [pytest.mark.any_version] for name in TARGETS if name not in CONFIGURED}
+MARKS["bin"].append(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=MARKS.get(name, ())) for name in TARGETS])
 def target(request: pytest.FixtureRequest) -> tuple:
     """A target's name, the target, and its seeds."""
     tflite = ["tflite", "post_process", "tflite_detector", "tflite_segmenter"]
@@ -564,6 +570,7 @@ for mode in ("RGB", "RGBA", "LA", "L", "1", "P", "I", "I;16", "F", "CMYK", "LAB"
 
 @pytest.mark.any_version
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="this system does not tell the peak of memory")
+@pytest.mark.slow
 def test_an_image_takes_no_more_memory_than_is_stated() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True)

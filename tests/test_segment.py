@@ -25,6 +25,9 @@ from mobilenet.segmentation_labels import VOC, palette
 from mobilenet.visualize import draw_segments, encode, to_mask
 
 
+pytestmark = pytest.mark.any_version
+
+
 needs_links = pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 
 LABELS = {0: "background", 1: "[red]sky[/]", 2: "sea\x1b[2J", 3: "sand", 4: "=rock"}

@@ -9,6 +9,9 @@ from mobilenet.export.compare import Comparison as Export
 from mobilenet.tables import table
 
 
+pytestmark = pytest.mark.any_version
+
+
 @pytest.mark.parametrize("width", [80, 40])
 def test_tables_cut_nothing(width):
     checksum, labels = "0123456789abcdef" * 4, ("[red]", "=1", "x\x1b[2J")

@@ -9,6 +9,9 @@ from markdown_it import MarkdownIt
 from mobilenet.text import clean, markdown
 
 
+pytestmark = pytest.mark.any_version
+
+
 HOSTILE = [
     "<script>alert(1)</script>",
     "<img src=x onerror=alert(1)>",

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -14,6 +15,9 @@ from mobilenet.training.data import (
     decode,
     load_splits,
 )
+
+
+pytestmark = pytest.mark.any_version
 
 
 def test_training_and_evaluation_see_what_the_processor_gives(colors: Path, tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from mobilenet.training.options import MEANT_FOR, TASKS, Options
 from mobilenet.training.run import run
 
 
+pytestmark = pytest.mark.any_version
+
+
 def test_optimizer_and_rate_by_default() -> None:
     """SGD from scratch, AdamW from a checkpoint, each at its own rate; what is given goes first."""
     given = {"dataset": "", "output": ""}

@@ -206,6 +206,7 @@ def test_a_folder_of_another_kind_is_not_taken_for_an_unfinished_run(colors: Pat
     assert (tmp_path / "out.training" / "train" / "red" / "000.png").exists()
 
 
+@pytest.mark.slow
 def test_a_time_limit_stops_with_a_checkpoint(colors: Path, tmp_path: Path) -> None:
     """The same command goes on to the weights of an unlimited run; other options are refused, or start anew."""
     given = {"epochs": 2, "erasing": 0.3}
