@@ -149,6 +149,7 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "fault"),
     [*everywhere(CONVERT_STAGES, SIGNALS), *((CONVERT + "build", fault) for fault in ("SIGINT", "SIGTERM"))],

@@ -77,6 +77,11 @@ class ModelTests(modeling.ModelTesterMixin):
             width_multiplier=0.5,
         ).run_common_tests()
 
+    @pytest.mark.slow
+    def test_bc_torch_dtype(self) -> None:
+        """Theirs, which takes over ten seconds."""
+        super().test_bc_torch_dtype()
+
     def test_hidden_states_output(self) -> None:
         """Theirs takes hidden states for sequences; these are feature maps, of the stem and of every block."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
