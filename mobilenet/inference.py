@@ -71,8 +71,8 @@ def infer(
 ) -> Iterator[Any]:
     """Run a network on images in batches; every image gives one result, in order.
 
-    Each batch is read and run by one thread, beside others: so nothing waits for anything, and the network's own
-    threads, which would spin while they wait for each other, are not needed.
+    Each batch is read by one thread and run by another, beside others: so nothing waits for anything, and the
+    network's own threads, which would spin while they wait for each other, are not needed.
 
     Args:
         images: What was found.
@@ -93,30 +93,31 @@ def infer(
         except ValueError as error:  # UnreadableImageError among them
             return reason(name, error)
 
+    def compute(readable: list[ReadImage]) -> list[Any]:
+        _compute_alone()
+        alike = groupby(readable, key=lambda image: image.pixels.shape)
+        return [result for _, group in alike for result in predict(list(group))]
+
     def run(batch: list[FoundImage]) -> list[Any]:
         _compute_alone()
         attempts = [try_to_read(image) for image in batch]
         readable = [attempt for attempt in attempts if isinstance(attempt, ReadImage)]
-        with computing:
-            results = iter(
-                [
-                    result
-                    for _, alike in groupby(readable, key=lambda image: image.pixels.shape)
-                    for result in predict(list(alike))
-                ]
-            )
+        results = iter(computing.submit(compute, readable).result())
         return [
             fail(image.name, attempt) if isinstance(attempt, str) else next(results)
             for image, attempt in zip(batch, attempts, strict=True)
         ]
 
-    # More networks at once than processors would take memory, and no less time.
-    computing = threading.BoundedSemaphore(os.cpu_count() or 1)
+    # More networks at once than processors, or in more threads, would take memory and no less time.
+    computing = ThreadPoolExecutor(os.cpu_count() or 1)
     images = iter(images)
     batches = iter(lambda: list(islice(images, batch_size)), [])
-    with closing(_map_in_threads(run, batches)) as results:
-        for batch in results:
-            yield from batch
+    try:
+        with closing(_map_in_threads(run, batches)) as results:
+            for batch in results:
+                yield from batch
+    finally:
+        computing.shutdown(wait=False, cancel_futures=True)
 
 
 _thread = threading.local()
