@@ -83,7 +83,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "padding": _one_of("same", "symmetric"),
     "use_batch_norm": _FLAG,
     "fused": _FLAG,
-    "batch_norm_eps": ("a number above 0", lambda v: _is_number(v) and v > 0),
+    "batch_norm_eps": ("a number above 0 and at most 1", lambda v: _is_number(v) and 0 < v <= 1),
     "batch_norm_momentum": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "classifier_dropout": ("a drop probability from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
     "use_pre_logits": _FLAG,

@@ -129,8 +129,8 @@ def default_model() -> str | None:
 
 # What transformers, torch and the Hub raise on configurations and weights that are missing or broken.
 _LOADING_ERRORS = (
-    *(AttributeError, EOFError, LookupError, OSError, RecursionError, RuntimeError, TypeError, ValueError),
-    *(SafetensorError, StrictDataclassError, UnpicklingError),
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RecursionError, RuntimeError),
+    *(TypeError, ValueError, SafetensorError, StrictDataclassError, UnpicklingError),
 )
 
 
