@@ -405,7 +405,7 @@ class MobileNetConfig(CheckedFields, LoweredTable, BackboneConfigMixin, Pretrain
         return cls(**{**PRESETS[name], **kwargs})
 
     def to_dict(self) -> dict[str, Any]:
-        """Serialise; auto_map names the classes beside the file, so that what is saved loads wherever it goes."""
+        """Serialize; auto_map names the classes beside the file, so that what is saved loads wherever it goes."""
         fields = super().to_dict()
         for name, default in MobileNetConfig.__init__.__kwdefaults__.items():
             if fields.get(name) in (default, []):

@@ -265,7 +265,7 @@ class MobileNetImageProcessor(BaseImageProcessor):
         return _with_scores(found, scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """Serialise the options; those that are not every network's, where they say something."""
+        """Serialize the options; those that are not every network's, where they say something."""
         options = {k: v for k, v in super().to_dict().items() if k in OPTIONS or not k.startswith("_")}
         return {k: v for k, v in options.items() if k not in LATER_OPTIONS or v != OPTIONS[k][0]}
 
