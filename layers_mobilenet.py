@@ -205,7 +205,7 @@ class DepthwiseSeparable(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Weigh each channel by what the means of all channels say.
+    """Scale each channel by what the means of all channels say.
 
     Shape: (B, C, H, W) -> (B, C, H, W)
     Source: MobileNetV3, Section 5.3 (arXiv:1905.02244); Hu et al., Section 3 (arXiv:1709.01507)
@@ -221,7 +221,7 @@ class SqueezeExcite(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Weigh each channel by a number of its own.
+    """Scale each channel by a number of its own.
 
     Shape: (B, C, H, W) -> (B, C, H, W)
     Source: Touvron et al., Section 2 (arXiv:2103.17239)

@@ -191,7 +191,7 @@ class MobileNetModel(Features, MobileNetPreTrainedModel):
         Args:
             pixel_values: Images as MobileNetImageProcessor gives them, of shape (B, num_channels, H, W).
             output_hidden_states: Whether to return every intermediate feature map.
-            **kwargs: return_dict, whether to return an output class instead of a tuple; others count for nothing.
+            **kwargs: return_dict, whether to return an output class instead of a tuple; others are ignored.
 
         Returns:
             last_hidden_state: Feature map of the last block, of shape (B, C, H / 32, W / 32) at output stride 32.
@@ -384,7 +384,7 @@ class MobileNetBackbone(BackboneMixin, MobileNetPreTrainedModel):
     """Feature maps of a MobileNet, for detectors and segmenters; loads from a classifier's checkpoint.
 
     `config.out_features` chooses among `config.stage_names`, whose strides double up to 32, or to
-    `config.output_stride` where that is less: of V1, V2 and V3 large, "stem" and "stage1" both have 2.
+    `config.output_stride` where that is less: of V1, V2, V3 large and EdgeTPU, "stem" and "stage1" both have 2.
     """
 
     has_attentions = False

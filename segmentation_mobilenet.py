@@ -43,7 +43,7 @@ class AtrousPyramidHead(nn.Module):
         self.classifier = Conv2d(table.channels, config.num_labels, 1)
 
     def forward(self, x: Tensor, maps: Sequence[Tensor] = ()) -> Tensor:
-        """Logits of a feature map; other maps count for nothing."""
+        """Logits of a feature map; other maps are ignored."""
         pooled = self.branches[self.rates.index(0)].norm
         if x.shape[0] == 1 and isinstance(pooled, nn.BatchNorm2d) and pooled.training:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Train ours, transformers' own MobileNetV2 and timm's side by side, and print a table for the README.
+"""Train ours, transformers' own MobileNetV2 and timm's side by side, and print a table for docs/train.md.
 
 Same images, recipe, seeds and steps for all; each network is as its library builds it, with its own defaults for
 initial weights, classifier, batch norm and dropout. From scratch, and from Google's weights, which all three compute

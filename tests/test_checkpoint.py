@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from typer.testing import CliRunner
 
+from mobilenet import MobileNetForImageClassification, MobileNetImageProcessor
 from mobilenet.cards import metric_on_card
 from mobilenet.cli import app
 from mobilenet.training.evaluate import evaluate_checkpoint
@@ -30,6 +31,19 @@ def test_it_loads_from_the_root() -> None:
     processor = AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=False)
     side = model.config.image_size
     assert processor.crop_size == {"height": side, "width": side}
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(MobileNetForImageClassification, "config.json"), (MobileNetImageProcessor, "preprocessor_config.json")],
+)
+def test_its_files_are_as_they_would_be_saved(kind: type, name: str, tmp_path: Path) -> None:
+    kind.from_pretrained(ROOT).save_pretrained(tmp_path)
+    there, saved = (json.loads((folder / name).read_text(encoding="utf-8")) for folder in (ROOT, tmp_path))
+    for fields in (there, saved):
+        fields.pop("transformers_version", None)
+    assert there == saved
 
 
 def test_its_file_is_small_and_in_float32() -> None:

@@ -107,7 +107,7 @@ def convert(
       ssdlite320_mobilenet_v3_large       torchvision's detector, or its .pth
       lraspp_mobilenet_v3_large           torchvision's segmenters, or their .pth
       google/deeplabv3_mobilenet_v2_1.0_513  segmenter: Hub id or folder
-      network.pth                         the plain network of courses
+      network.pth                         V1 without batch norm, as courses teach it
       mobilenet_v1_1.0_224.tgz            slim: archive or .ckpt (tensorflow)
       mobilenet_1_0_224_tf.h5             Keras: .h5, .weights.h5, .keras (h5py)
       mobilenet_v2_1.0_224_quant.tflite   TFLite, any bits (ai-edge-litert)

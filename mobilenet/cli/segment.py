@@ -31,7 +31,7 @@ def segment(
     batch_size: options.BatchSize = 4,
     fast_decode: options.FastDecode = False,
 ) -> None:
-    """Tell the class of every pixel of images. No code that comes with a model is run.
+    """Predict the class of every pixel of images. No code that comes with a model is run.
 
     An image that cannot be read is reported on stderr, and the rest goes on; the exit code is then 1.
 

@@ -1,4 +1,4 @@
-"""The plain depthwise separable network of courses: convolutions with biases, ReLU, no batch norm."""
+"""The depthwise separable network as courses teach it: convolutions with biases, ReLU, no batch norm."""
 
 from __future__ import annotations
 

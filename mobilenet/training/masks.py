@@ -18,7 +18,7 @@ from mobilenet.preprocessing_mobilenet import UnreadableImageError, fetch, is_ur
 from .data import IMAGE, LABEL, SPLIT_FOLDERS, Labels, Reader, listed, read_text
 
 
-IGNORED = 255  # a value of pixels that count for nothing
+IGNORED = 255  # a value of pixels that do not count
 IMAGE_FOLDERS = ("images", "image", "img")
 MASK_FOLDERS = ("masks", "mask", "annotations", "labels")
 MASK_COLUMNS = ("label", "annotation", "mask", "labels", "annotations", "masks")

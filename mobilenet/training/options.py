@@ -117,7 +117,7 @@ class Options:
     train_size: Annotated[
         int | None,
         _option(
-            "Side of the varied images that the network trains on, by default that of its input; it may be smaller, "
+            "Side of the augmented images that the network trains on, by default that of its input; it may be smaller, "
             "as crops enlarge what they show (arXiv:1906.06423)."
         ),
     ] = None
@@ -151,7 +151,7 @@ class Options:
         ),
     ] = True
 
-    # How to vary the images
+    # How to augment the images
     crop_scale: Annotated[float, _option("Least share of the area that a random crop keeps; 1 for no crops.")] = 0.35
     flip: Annotated[bool, _option("Mirror half of the images.")] = True
     trivial_augment: Annotated[

@@ -46,7 +46,7 @@ class MeanIou:
     Args:
         names: Of the classes.
         device: Where the maps are.
-        ignored: Label of the pixels that count for nothing.
+        ignored: Label of the pixels that do not count.
     """
 
     def __init__(self, names: list[str], device: str | torch.device = "cpu", ignored: int = IGNORED) -> None:

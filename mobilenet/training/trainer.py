@@ -238,7 +238,7 @@ class ImageTrainer(Trainer):
     # The average of the weights
 
     def _blend(self, averages: list[Tensor], currents: list[Tensor], _: Tensor | int) -> None:
-        """Move averages towards current values; early on faster, as there is little to average yet.
+        """Move averages toward current values; early on faster, as there is little to average yet.
 
         Source: tf.train.ExponentialMovingAverage with num_updates.
         """
