@@ -117,8 +117,8 @@ class Options:
     train_size: Annotated[
         int | None,
         _option(
-            "Side of the augmented images that the network trains on, by default that of its input; it may be smaller, "
-            "as crops enlarge what they show (arXiv:1906.06423)."
+            "Side of the augmented images that the network trains on, by default that of its input; it may be "
+            "smaller, as crops enlarge what they show (arXiv:1906.06423)."
         ),
     ] = None
     first_size: Annotated[
