@@ -427,6 +427,41 @@ def _bound_onnx() -> None:
     create_and_register_allocator(memory, OrtArenaCfg({"max_mem": MAX_ONNX_BYTES}))
 
 
+def onnx_session(graph: Path | bytes, threads: int) -> Any:
+    """A session of ONNX Runtime that computes alike on every CPU, in bounded memory.
+
+    Where an x86 processor lacks VNNI, a sum of two 8-bit products saturates at 16 bits unless the session asks for
+    precision, for which some operators on integers have no kernel.
+
+    Args:
+        graph: A file or its content.
+        threads: That share an operator.
+
+    Raises:
+        Exception: Of ONNX Runtime's many, as it does not run the graph.
+    """
+    import onnxruntime
+
+    _bound_onnx()
+
+    def load(precise: bool) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4  # errors are raised
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.x64quantprecision", str(int(precise)))
+        # What is folded at loading comes from another allocator, which takes whatever it is asked for; exports have
+        # nothing to fold.
+        return onnxruntime.InferenceSession(
+            graph, options, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+        )
+
+    try:
+        return load(precise=True)
+    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented:
+        return load(precise=False)
+
+
 def _places(wanted: Sequence[str], found: Sequence[Collection[str]]) -> list[int]:
     """Where among a graph's outputs those are that a task uses; one alone is the first, whatever its name.
 
@@ -442,17 +477,7 @@ def _places(wanted: Sequence[str], found: Sequence[Collection[str]]) -> list[int
 
 
 def _onnx(path: Path, outputs: Sequence[str]) -> tuple[str, Network]:
-    from onnxruntime import InferenceSession, SessionOptions
-
-    _bound_onnx()
-    settings = SessionOptions()
-    settings.intra_op_num_threads = 1
-    settings.log_severity_level = 4  # errors are raised
-    settings.add_session_config_entry("session.use_env_allocators", "1")
-    # What is folded at loading comes from another allocator; exports have nothing to fold.
-    session = InferenceSession(
-        path, settings, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
-    )
+    session = onnx_session(path, threads=1)
     (pixels,) = session.get_inputs()
     found = [output.name for output in session.get_outputs()]
     names = [found[place] for place in _places(outputs, [{name} for name in found])]

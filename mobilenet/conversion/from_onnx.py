@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mobilenet.loading import _bound_onnx
+from mobilenet.loading import onnx_session
 from mobilenet.pickles import MAX_BYTES
 from mobilenet.require import require
 
@@ -562,16 +562,8 @@ def _runtime(file: File, found: Match, image_size: int) -> Oracle:
     model = cut(file.model, names)
     if any(entry.HasField("g") or entry.graphs for node in model.graph.node for entry in node.attribute):
         raise NoOracleError("the ONNX file has operators that run others")
-    _bound_onnx()
     try:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4  # errors are raised
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        # What is folded at loading comes from another allocator, which takes whatever it is asked for.
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
-        )
+        session = onnx_session(model.SerializeToString(), torch.get_num_threads())
     except Exception as error:  # the runtime has errors of its own for each cause
         said = first_line(error)
         raise NoOracleError(f"ONNX Runtime {onnxruntime.__version__} does not run the file: {said}") from error
