@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, ClassVar
@@ -132,6 +133,13 @@ def _is_fixed(cls: type, name: str) -> bool:
         or isinstance(found, (FunctionType, classmethod, staticmethod))
         or (isinstance(found, property) and found.fset is None)
     )
+
+
+def _is_registered(auto: str, place: Any) -> bool:
+    """Whether a class that is loaded, "module.Class", is registered for an Auto class: saving copies its code."""
+    module, _, name = str(place).partition(".")
+    modules = (code for key, code in list(sys.modules.items()) if key.rpartition(".")[2] == module)
+    return any(getattr(vars(code).get(name), "_auto_class", None) == auto for code in modules if code is not None)
 
 
 class CheckedFields:
@@ -410,7 +418,9 @@ class MobileNetConfig(CheckedFields, LoweredTable, BackboneConfigMixin, Pretrain
         for name, default in MobileNetConfig.__init__.__kwdefaults__.items():
             if fields.get(name) in (default, []):
                 fields.pop(name, None)
-        return fields | {"auto_map": dict(AUTO_MAP)}
+        given = fields.get("auto_map")
+        given = given.items() if isinstance(given, dict) else ()
+        return fields | {"auto_map": AUTO_MAP | {auto: place for auto, place in given if _is_registered(auto, place)}}
 
 
 # Written whole: saving a model alone would register that model's class and no other.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -182,6 +184,56 @@ def test_fine_tuned_keeps_its_code(hub: Hub, client: Client, original: Path, exp
     check_folder(tmp_path / "b")
     check_files(hub.files("someone/again"))
     check_all(client(hub, "someone/again", *TRUSTED, "--all"), tuned["logits"])
+
+
+OWN_CODE = """
+import torch
+from .configuration_mobilenet import MobileNetConfig
+from .modeling_mobilenet import MobileNetForImageClassification
+
+class Calibrated(MobileNetForImageClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        self.temperature = torch.nn.Parameter(torch.full((1,), 4.0))
+
+class CalibratedConfig(MobileNetConfig):
+    pass
+
+Calibrated.config_class = CalibratedConfig
+Calibrated.register_for_auto_class("AutoModelForImageClassification")
+CalibratedConfig.register_for_auto_class()
+"""
+
+
+def test_a_class_of_ones_own_is_saved_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subclass in a file beside copies of these: what loads is that subclass; what nobody runs is not named."""
+    package = tmp_path / "own_package"
+    package.mkdir()
+    for name in CODE:
+        shutil.copy(ROOT / name, package)
+    (package / "calibrated.py").write_text(OWN_CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_package.calibrated")
+    model = own.Calibrated(own.CalibratedConfig(width_multiplier=0.1, num_labels=3))
+    torch.nn.init.constant_(model.temperature, 5.0)
+    model.config.auto_map = {"AutoBackbone": "elsewhere.Backbone"}
+    model.save_pretrained(tmp_path / "saved")
+    auto_map = json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]
+    classes = {
+        "AutoConfig": "calibrated.CalibratedConfig",
+        "AutoModelForImageClassification": "calibrated.Calibrated",
+    }
+    assert auto_map == AUTO_MAP | classes
+    load = (
+        "import sys; from transformers import AutoModelForImageClassification as Auto;"
+        "model = Auto.from_pretrained(sys.argv[1], trust_remote_code=True);"
+        "print(type(model).__name__, type(model.config).__name__, model.temperature.item())"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
+    output = subprocess.run(
+        [sys.executable, "-c", load, tmp_path / "saved"], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert output.split() == ["Calibrated", "CalibratedConfig", "5.0"]
 
 
 @pytest.fixture
