@@ -87,7 +87,8 @@ class ReLU6(nn.ReLU6):
     """ReLU6, in place where nobody differentiates it: for that, torch's own copies what it overwrites."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu6(x, inplace=not x.requires_grad)
+        # torch.jit.trace looks once with gradients and once without.
+        return F.relu6(x, inplace=not (x.requires_grad or torch.jit.is_tracing()))
 
 
 ACTIVATION_LAYERS = {
@@ -356,8 +357,8 @@ class MultiQueryAttention(ResidualBlock):
         y = self.norm(x)
         maps = self.query(y), self.key(self.key_reduction(y)), self.value(self.value_reduction(y))
         # (B, C, H, W) -> (B, 1, H * W * heads, C / heads), without a copy of what is in the channels-last format
-        rows = (m.permute(0, 2, 3, 1).reshape(x.shape[0], 1, -1, self.head_channels) for m in maps)
-        y = F.scaled_dot_product_attention(*rows).reshape(x.shape[0], *x.shape[-2:], -1)
+        rows = (m.permute(0, 2, 3, 1).unflatten(3, (-1, self.head_channels)).flatten(1, 3)[:, None] for m in maps)
+        y = F.scaled_dot_product_attention(*rows).reshape(*x.shape[:1], *x.shape[2:], self.query.out_channels)
         return self.add(x, self.output(y.permute(0, 3, 1, 2)))
 
 

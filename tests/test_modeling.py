@@ -304,6 +304,23 @@ def test_every_kind_of_block_has_a_layer(architecture):
 # Graphs
 
 
+@pytest.mark.any_version
+@pytest.mark.parametrize("architecture", FAMILY)
+def test_a_batch_may_be_empty(architecture):
+    model = MobileNetForImageClassification(MobileNetConfig(architecture, num_labels=7)).eval()
+    assert model(torch.zeros(0, 3, 64, 64)).logits.shape == (0, 7)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("architecture", ["mobilenet_v1", "mobilenet_v2"])
+def test_is_traced_with_gradients(architecture):
+    """torch.jit.trace looks twice, the second time without gradients, and compares."""
+    model = MobileNetForImageClassification(MobileNetConfig(architecture, 0.25, return_dict=False)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    traced = torch.jit.trace(model, images, strict=False)
+    torch.testing.assert_close(traced(images)[0], model(images)[0])
+
+
 @pytest.mark.slow
 @pytest.mark.any_version
 @pytest.mark.parametrize("architecture", FAMILY)
