@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,22 @@ from .preprocessing_mobilenet import (
     preprocess,
     read_options,
 )
+
+
+def _image_sizes(sizes: Any, count: int, whole: bool = False) -> list[tuple[float, float]]:
+    """Height and width of each image, as a sequence or a tensor holds them; whole numbers where pixels are counted.
+
+    Raises:
+        ValueError: They are not so many, or not two numbers above 0 each.
+    """
+    kind = int if whole else float
+    try:
+        read = [tuple(kind(side) for side in size) for size in sizes]
+    except (OverflowError, TypeError, ValueError):
+        read = []
+    if len(read) != count or not all(len(size) == 2 and all(0 < side < math.inf for side in size) for size in read):
+        raise ValueError(f"target_sizes must hold height and width of each of {count} images, got {sizes!r}.")
+    return read
 
 
 class MobileNetImageProcessor(BaseImageProcessor):
@@ -200,21 +217,19 @@ class MobileNetImageProcessor(BaseImageProcessor):
             of shape (n, 4), as (x0, y0, x1, y1), in pixels of the image, where sizes say which, and clipped to it.
 
         Raises:
-            ValueError: target_sizes are not as many as there are images, or threshold is no number.
+            ValueError: There is not a size of two numbers above 0 for each image, or threshold is no number.
         """
         if not isinstance(threshold, Real) or isinstance(threshold, bool) or threshold != threshold:
             raise ValueError(f"threshold must be a number, got {threshold!r}.")
-        if target_sizes is not None and len(target_sizes) != len(outputs.scores):
-            raise ValueError(
-                f"target_sizes must hold a size for each of {len(outputs.scores)} images, got {len(target_sizes)}."
-            )
+        if target_sizes is not None:
+            target_sizes = _image_sizes(target_sizes, len(outputs.scores))
         options = read_options({name: getattr(self, name) for name in OPTIONS})
         suppression = {name: options[name] for name in SUPPRESSION}
         results = []
         for index, (scores, boxes) in enumerate(zip(outputs.scores, outputs.pred_boxes, strict=True)):
             found, labels, edges = suppress(scores, boxes, float(threshold), **suppression)
             if target_sizes is not None:
-                height, width = (float(side) for side in target_sizes[index])
+                height, width = target_sizes[index]
                 edges = torch.from_numpy(on_image(edges.cpu().numpy(), place(width, height, options))).to(edges)
             results.append({"scores": found, "labels": labels, "boxes": edges})
         return results
@@ -251,11 +266,7 @@ class MobileNetImageProcessor(BaseImageProcessor):
         if target_sizes is None:
             found, scores = list(logits.argmax(1)), list(logits)
             return _with_scores(found, scores) if return_segmentation_scores else found
-        sizes = [tuple(map(int, size)) for size in target_sizes]
-        if len(sizes) != len(logits) or not all(len(size) == 2 and min(size) > 0 for size in sizes):
-            raise ValueError(
-                f"target_sizes must hold height and width of each of {len(logits)} images, got {target_sizes!r}."
-            )
+        sizes = _image_sizes(target_sizes, len(logits), whole=True)
         options = read_options({name: getattr(self, name) for name in OPTIONS})
         axes = [place(width, height, options) for height, width in sizes]
         found = [label_map(each, axis, self.align_corners) for each, axis in zip(logits, axes, strict=True)]

@@ -351,12 +351,22 @@ def open_image(source: str | os.PathLike | bytes, at_least: tuple[int, int] = (0
         raise UnreadableImageError(f"{name}: cannot be decoded: {error}") from error
 
 
+def _is_deep(image: Image.Image) -> bool:
+    """Whether an image has more than 8 bits a value."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
 def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
 
 
 def _to_rgba(image: Image.Image) -> Image.Image:
     """Convert an image that has transparency; of mode La, Pillow does so by way of LA alone."""
+    if _is_deep(image):
+        transparent = image.info["transparency"]
+        opaque = np.asarray(image) != (transparent if isinstance(transparent, int) else -1)
+        image = _to_eight_bits(image).convert("LA")
+        image.putalpha(Image.fromarray(255 * opaque.astype(np.uint8)))
     return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 
@@ -368,12 +378,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return _to_eight_bits(image).convert("RGB")
     if _has_alpha(image):
         image = _to_rgba(image)
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image).convert("RGB")
+    if _is_deep(image):
+        return _to_eight_bits(image).convert("RGB")
     try:
         return image.convert("RGB")
     except ValueError as error:
@@ -394,12 +404,18 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8))
 
 
-def _as_byte_range(values: np.ndarray, name: str) -> np.ndarray:
-    """Floats in 0 to 1 or in 0 to 255, as float32 in 0 to 255."""
+def _as_byte_range(values: np.ndarray, name: str, scale: float | None = None) -> np.ndarray:
+    """Floats in 0 to 1 or in 0 to 255, by their own range unless the scale says which, as float32 in 0 to 255."""
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 255):  # false for NaN too
         raise ValueError(f"{name} must have values from 0 to 1 or from 0 to 255, got {low} to {high}.")
-    return values.astype(np.float32) * (255 if high <= 1 else 1)
+    return values.astype(np.float32) * (255 / (scale or (1 if high <= 1 else 255)))
+
+
+class Bytes(NamedTuple):
+    """An image of floats in 0 to 255, however low its own are."""
+
+    values: np.ndarray
 
 
 class _Planes(NamedTuple):
@@ -419,7 +435,7 @@ def _is_encoded(image: Any) -> bool:
 
 def _as_array(image: Any) -> Any:
     """A torch tensor as an array, and anything else as it comes: torch need not be imported for it."""
-    if not hasattr(image, "detach"):
+    if not (hasattr(image, "detach") and hasattr(image, "dtype")):  # streams can be detached, too
         return image
     image = image.detach().cpu()
     return (image.float() if str(image.dtype) == "torch.bfloat16" else image).numpy()
@@ -444,7 +460,7 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, ...]:
     return image.split() if image.mode == "RGBA" else (image,)
 
 
-def _from_array(array: np.ndarray, input_data_format: str | None, as_rgb: bool) -> _Planes:
+def _from_array(array: np.ndarray, input_data_format: str | None, as_rgb: bool, scale: float | None = None) -> _Planes:
     array = _channels_last(array, input_data_format)
     if array.size == 0:
         raise ValueError(f"an array must not be empty, got shape {array.shape}.")
@@ -461,8 +477,8 @@ def _from_array(array: np.ndarray, input_data_format: str | None, as_rgb: bool) 
         return _Planes((to_rgb(image),) if as_rgb else _split_alpha(image), 255)
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"an array must be of integers or floats, got {array.dtype}.")
-    scale = 255 if float(array.max()) > 1 else 1
-    array = _as_byte_range(array, f"an array of {array.dtype}")
+    scale = scale or (255 if float(array.max()) > 1 else 1)
+    array = _as_byte_range(array, f"an array of {array.dtype}", scale)
     if array.shape[-1] == 4 and as_rgb:
         alpha = array[..., 3:] / 255
         array = array[..., :3] * alpha + 255 * (1 - alpha)
@@ -478,9 +494,13 @@ def _to_planes(image: Any, input_data_format: str | None, as_rgb: bool) -> _Plan
             raise ValueError(f"an image must not be empty, got {image.width}x{image.height}.")
         if as_rgb:
             return _Planes((to_rgb(image),), 255)
-        if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
-            return _Planes(_split_alpha(_to_rgba(image)) if _has_alpha(image) else (to_rgb(image),), 255)
-        return _Planes((image.convert("L") if image.mode in ("1", "L") else _to_eight_bits(image),), 255)
+        if _has_alpha(image):
+            return _Planes(_split_alpha(_to_rgba(image)), 255)
+        if _is_deep(image):
+            return _Planes((_to_eight_bits(image),), 255)
+        return _Planes((image.convert("L") if image.mode in ("1", "L") else to_rgb(image),), 255)
+    if isinstance(image, Bytes):
+        return _from_array(image.values, input_data_format, as_rgb, 255)
     if isinstance(image, np.ndarray):
         return _from_array(image, input_data_format, as_rgb)
     raise TypeError(f"images must be Pillow images, arrays, tensors, paths or URLs, got {type(image).__name__}.")
@@ -501,7 +521,9 @@ def flatten(images: Any) -> list[Any]:
     images = _as_array(images)
     if isinstance(images, np.ndarray):
         if images.ndim == 4:
-            return list(images)
+            # Floats have one range, of the whole batch: a dark image of it has none of its own.
+            whole = images.size and np.issubdtype(images.dtype, np.floating) and images.max() > 1
+            return [Bytes(image) for image in images] if whole else list(images)
         if images.ndim not in (2, 3):
             shape = tuple(images.shape)
             raise ValueError(f"images must be arrays of 2 or 3 dimensions, or batches of 4, got shape {shape}.")

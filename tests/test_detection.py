@@ -497,8 +497,12 @@ def test_detections_are_in_pixels_of_each_image() -> None:
         SimpleNamespace(scores=found.scores[:1], pred_boxes=found.pred_boxes[:1])
     )
     torch.testing.assert_close(relative["boxes"], torch.tensor([[0.25, 0.4, 0.75, 0.6]]))
-    with pytest.raises(ValueError, match="target_sizes must hold a size for each of 2 images, got 1"):
+    with pytest.raises(ValueError, match="target_sizes must hold height and width of each of 2 images, got "):
         processor.post_process_object_detection(found, 0.5, [(100, 200)])
+    one = SimpleNamespace(scores=found.scores[:1], pred_boxes=found.pred_boxes[:1])
+    for sizes in ([(0, 0)], [(-1, 5)], [(math.nan, 5)], [(1,)], [(1, 2, 3)], [None], torch.zeros(1, 2), 5):
+        with pytest.raises(ValueError, match="target_sizes must hold height and width of each of 1 images, got "):
+            processor.post_process_object_detection(one, 0.5, sizes)
     with pytest.raises(ValueError, match="threshold must be a number, got 'high'"):
         processor.post_process_object_detection(found, "high")
 

@@ -202,6 +202,26 @@ def test_floats_keep_their_units_without_rescaling():
     assert raw(unit * 255).unique().tolist() == [63.75]
 
 
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_floats_of_a_batch_have_one_range(make):
+    """A frame that is all but black is so beside a brighter one, too."""
+    batch = np.zeros((2, 8, 8, 3), np.float32)
+    batch[0], batch[1] = 100, 1
+    expected = pixels([image.astype(np.uint8) for image in batch])
+    torch.testing.assert_close(pixels(make(batch)), expected, rtol=0, atol=1e-6)
+    assert raw(make(batch))[1].unique().tolist() == [1]
+    assert raw(make(batch / 255))[1].unique().tolist() == pytest.approx([1 / 255])
+
+
+def test_transparency_of_16_bits_shows_white():
+    image = Image.fromarray(np.array([[0, 256 * 100, 65535]], np.uint16))
+    image.info["transparency"] = 256 * 100
+    assert raw(image)[0, 0].tolist() == [[0, 255, 255]]
+    four = raw(image, do_convert_rgb=False)[0]
+    assert four[3].tolist() == [[255, 0, 255]]
+    assert four[0].tolist() == [[0, 100, 255]]
+
+
 def test_alpha_of_arrays_shows_white():
     array = np.zeros((4, 4, 4), np.uint8)
     assert raw(array).unique().tolist() == [255]
@@ -248,9 +268,12 @@ def test_images_of_every_mode_with_transparency_keep_it():
     palette = Image.new("P", (2, 2))
     palette.putpalette([10, 20, 30])
     palette.info["transparency"] = 0
+    gray = Image.new("L", (2, 2), 7)
+    gray.info["transparency"] = 7
     for image, expected in (
         (Image.new("RGBA", (2, 2), (1, 2, 3, 4)), [1, 2, 3, 4]),
         (Image.new("LA", (2, 2), (7, 9)), [7, 7, 7, 9]),
+        (gray, [7, 7, 7, 0]),
         (palette, [10, 20, 30, 0]),
         (Image.new("RGB", (2, 2), (1, 2, 3)), [1, 2, 3]),
         (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), [255, 0, 0]),
@@ -660,6 +683,8 @@ def test_bad_images_are_named(images, message):
 def test_other_things_are_no_images():
     with pytest.raises(TypeError, match=r"images must be Pillow images, .*, got int"):
         pixels(7)
+    with io.BytesIO(b"image") as stream, pytest.raises(TypeError, match=r"images must be .*, got BytesIO"):
+        pixels(stream)
     with pytest.raises(TypeError, match="unknown option do_flip; known are fast_decode, do_convert_rgb, "):
         pixels(photo(), do_flip=True)
 
