@@ -22,7 +22,7 @@ from transformers.utils import logging
 from mobilenet.architectures_mobilenet import ARCHITECTURES
 from mobilenet.cards import export_card
 from mobilenet.find_images import find
-from mobilenet.loading import Files, loading, read_config
+from mobilenet.loading import Files, loading, onnx_session, read_config
 from mobilenet.preprocessing_mobilenet import OPTIONS, read_options
 from mobilenet.pretrained import load_network
 from mobilenet.progress import status, track
@@ -239,7 +239,6 @@ def write(exporter: Exporter, target: Target, int8: bool, folder: Path, nms: boo
 def write_transformers_js(exporter: Exporter, folder: Path) -> list[Engine]:
     """Write what transformers.js reads: names of the classes it knows, each network in one file of its own."""
     import onnx_ir
-    from onnxruntime import InferenceSession
 
     config = exporter.config
     name = ARCHITECTURES[config.architecture].native
@@ -257,7 +256,7 @@ def write_transformers_js(exporter: Exporter, folder: Path) -> list[Engine]:
     (folder / "onnx").mkdir()
 
     def load(path: Path) -> Callable[[Tensor], Outputs]:
-        session = InferenceSession(path)
+        session = onnx_session(path, torch.get_num_threads())
         return lambda pixel_values: (torch.from_numpy(session.run(None, {"pixel_values": pixel_values.numpy()})[0]),)
 
     engines = []

@@ -158,7 +158,7 @@ def test_onnx_takes_any_size_and_holds_no_needless_operator(tmp_path, options, o
 @pytest.fixture(scope="module")
 def real_model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real") / "model"
-    convert(str(data / "checkpoints" / "google_mobilenet_v1_0.75_192"), folder, compare=False)
+    convert(str(data / "checkpoints" / "google_mobilenet_v2_1.0_224"), folder, compare=False)
     return folder
 
 
@@ -183,9 +183,9 @@ def test_int8_is_calibrated_by_channel(real_model, sample, tmp_path):
     tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     outputs = {output: node for node in graph.node for output in node.output}
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
-    assert len(convolutions) == 27
+    assert len(convolutions) == 52
     quantized = [outputs[node.input[1]] for node in convolutions if node.input[1] in outputs]
-    assert len(quantized) == 24  # all but the stem and the first block
+    assert len(quantized) == 49  # all but the stem and the first block
     for weight in quantized:
         values, scales, _ = (tensors[name] for name in weight.input)
         assert weight.op_type == "DequantizeLinear"
@@ -226,12 +226,12 @@ def test_transformers_js_finds_what_it_reads(real_model, sample, tmp_path):
     config, processor = (
         json.loads((tmp_path / "js" / name).read_text()) for name in ("config.json", "preprocessor_config.json")
     )
-    assert config["model_type"] == "mobilenet_v1"
+    assert config["model_type"] == "mobilenet_v2"
     assert config["id2label"]["282"] == "tabby, tabby cat"
-    assert (config["depth_multiplier"], config["image_size"]) == (0.75, 192)
-    assert processor["image_processor_type"] == "MobileNetV1ImageProcessor"
+    assert (config["depth_multiplier"], config["image_size"]) == (1.0, 224)
+    assert processor["image_processor_type"] == "MobileNetV2ImageProcessor"
     assert "auto_map" not in config | processor
-    assert processor["crop_size"] == {"height": 192, "width": 192}
+    assert processor["crop_size"] == {"height": 224, "width": 224}
     assert ModelCard.load(tmp_path / "js" / "README.md").data.library_name == "transformers.js"
 
 

@@ -173,6 +173,7 @@ def test_images_grow(tmp_path: Path) -> None:
 def test_what_the_checkpoint_knows_is_retained(colors: Path, tmp_path: Path) -> None:
     """Its own classifier, on the trained features, predicts more as before; nothing else is saved."""
     source = tmp_path / "source"
+    torch.manual_seed(3)  # of random networks, one that forgets much
     start = randomize_norms(
         MobileNetForImageClassification(MobileNetConfig(width_multiplier=0.1, image_size=64, num_labels=40))
     )
@@ -184,14 +185,15 @@ def test_what_the_checkpoint_knows_is_retained(colors: Path, tmp_path: Path) -> 
     changes = []
     for retain in (0.0, 30.0):
         output = tmp_path / f"retain-{retain}"
-        run(options(colors, output, model=str(source), retain=retain, epochs=8, image_size=None, learning_rate=0.01))
+        given = {"epochs": 8, "image_size": None, "learning_rate": 0.01, "precision": "float32"}
+        run(options(colors, output, model=str(source), retain=retain, **given))
         assert weights(output).keys() == weights(source).keys()
         model = MobileNetForImageClassification.from_pretrained(output).eval()
         with torch.no_grad():
             expected = start.eval()(images).logits.softmax(1)
             found = start.classifier(model.backbone(images).pooler_output).softmax(1)
         changes.append((found - expected).abs().sum(1).mean().item())
-    assert changes[1] < 0.85 * changes[0]
+    assert changes[1] < 0.5 * changes[0]
 
 
 def test_what_is_forgotten_by_hand(tmp_path: Path) -> None:
