@@ -136,8 +136,8 @@ class MobileNetImageProcessor(BaseImageProcessor):
 
         Args:
             images: An image, or a list of them: Pillow images of any mode; numpy arrays or torch tensors of shape
-                (H, W), (H, W, C) or (C, H, W), or batches of these, of integers in 0 to 255 or of floats in 0 to 1
-                or 0 to 255; paths, URLs, or the bytes of a file.
+                (H, W), (H, W, C) or (C, H, W), or batches of these, of integers in 0 to 255 or of floats in 0 to 255,
+                or in 0 to 1 if none of the array is above 1; paths, URLs, or the bytes of a file.
             return_tensors: "pt" for one torch tensor, "np" for one numpy array, None for a list of arrays.
             data_format: "channels_first" for (B, C, H, W), "channels_last" for (B, H, W, C).
             input_data_format: The same for arrays that come; by default read off their shape.
