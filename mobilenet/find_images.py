@@ -57,6 +57,9 @@ def find(names: Iterable[str]) -> Iterator[FoundImage]:
 
 def _read_stdin() -> Iterator[FoundImage]:
     """The images whose names stdin holds, or the one that it holds itself."""
+    if sys.stdin is None:
+        yield FoundImage("stdin", "it is closed")
+        return
     stdin = sys.stdin.buffer
     start = stdin.read1(1 << 16)
     if b"\0" in start:  # which no name has, and the start of every image but a rare one

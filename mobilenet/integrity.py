@@ -176,7 +176,7 @@ def _judge(folder: Path, path: Path, release: Release, is_shard: bool) -> Findin
 def _leads_away(folder: Path, path: Path) -> str | None:
     """Why a link is not followed. The Hub's cache has links, to blobs beside the snapshots."""
     target = path.resolve()
-    if target.is_relative_to(folder) or target.parent == folder.parents[1] / "blobs":
+    if target.is_relative_to(folder) or target.parent == folder.parent.parent / "blobs":
         return None if target.is_file() else f"a link to {target}, which is no file"
     return f"a link out of the folder, to {target}"
 

@@ -184,6 +184,8 @@ _MAX_WIDTH = 40  # of a column of labels; longer ones reach out of it
 def _table_writer(out: Console, gives_probabilities: bool, form: Form) -> Callable[[Any], None]:
     """A block for each image: its name, and its labels by rank."""
 
+    bar = "━" if out.encoding.startswith("utf") else "="
+
     # A Table of rich would take as long as the network.
     def write(result: Any) -> None:
         if result.error is not None:
@@ -195,7 +197,7 @@ def _table_writer(out: Console, gives_probabilities: bool, form: Form) -> Callab
             text.append(f"\n{rank:4}", style="not bold dim")
             if gives_probabilities:
                 text.append(f"{100 * score:7.1f} %  ", style="not bold")
-                text.append(f"{'━' * round(_BAR_WIDTH * score):{_BAR_WIDTH}}  ", style="not bold green")
+                text.append(f"{bar * round(_BAR_WIDTH * score):{_BAR_WIDTH}}  ", style="not bold green")
             else:
                 text.append(f"{score:12.6g}  ", style="not bold")
             text.append(clean(label).ljust(min(width, _MAX_WIDTH)), style="not bold")

@@ -320,6 +320,22 @@ def test_names_from_stdin(model, images):
     assert names == [f"{images}/{name}" for name in ("b.png", "sub/c.webp", "sub/deeper/d.bmp")]
 
 
+def test_a_closed_stdin_is_named(model, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert [(image.name, image.error) for image in find(["-"])] == [("stdin", "it is closed")]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_stdout_of_any_encoding_takes_the_table(model, images, encoding):
+    image = shutil.copy(images / "b.png", images / "sub" / "\N{SNOWMAN}.png")
+    command = [sys.executable, "-m", "mobilenet.cli", "classify", image, "--model", str(model)]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(mobilenet.__file__).parents[1])}
+    result = subprocess.run(command, env=environment, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert rb"\u2603.png" in result.stdout
+    assert b" %  =" in result.stdout
+
+
 def test_an_image_from_stdin(model, images):
     data = (images / "b.png").read_bytes()
     there, here = (

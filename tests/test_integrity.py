@@ -248,3 +248,7 @@ def test_what_the_cache_holds_is_what_the_hub_announced(hub: Hub, tmp_path: Path
         status, findings = run(snapshot)
         assert status == 1
         assert "not what the Hub announced" in findings[name]["verdict"]
+
+
+def test_a_folder_at_the_root_of_a_disk_may_hold_links() -> None:
+    assert integrity._leads_away(Path("/repository"), Path(__file__)).startswith("a link out of the folder, to ")

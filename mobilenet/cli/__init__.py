@@ -98,6 +98,8 @@ class Group(TyperGroup):
         try:
             if sys.stdout is None:
                 raise OSError("stdout is closed: there is nowhere to print results.")
+            if hasattr(sys.stdout, "reconfigure"):
+                sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has every name
             quiet_libraries()
             return super().invoke(ctx)
         except KeyboardInterrupt:

@@ -61,7 +61,7 @@ def find_labeled(folder: Path, labels: Sequence[str]) -> list[tuple[str, int]]:
 
 def _from_listing(listing: Path, numbers: dict[str, int]) -> list[tuple[str, int]]:
     try:
-        with listing.open(encoding="utf-8", newline="") as file:
+        with listing.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
         raise ConversionError(f"{listing}: cannot be read: {error}") from error

@@ -225,9 +225,11 @@ def leave_out_background(model: MobileNetForImageClassification, quantization: d
     Raises:
         ConversionError: The network has not 1001 classes.
     """
-    config, old = model.config, model.classifier
-    if config.num_labels != 1001:
-        raise ConversionError(f"--drop-background is for networks of 1001 classes, got {config.num_labels}.")
+    config = model.config
+    if not isinstance(model, MobileNetForImageClassification) or config.num_labels != 1001:
+        got = f"a {type(model).__name__} of {config.num_labels}"
+        raise ConversionError(f"--drop-background is for classifiers of 1001 classes, got {got}.")
+    old = model.classifier
     name_classes(config, [config.id2label[index] for index in range(1, config.num_labels)])
     model.num_labels = config.num_labels
     model.classifier = torch.nn.Linear(old.in_features, config.num_labels)

@@ -180,6 +180,7 @@ PUBLISHED = {
 PUBLISHED |= {
     function: next(url for url in PUBLISHED.values() if f"/{function}-" in url) for function in _FUNCTIONS.values()
 }
+PUBLISHED["ssdlite320_mobilenet_v3_large"] = PUBLISHED["SSDLite320_MobileNet_V3_Large_Weights.COCO_V1"]
 # The second weights of a network were trained, and are evaluated, by another recipe than the first.
 _SECOND = ("7ebf99e0", "5c1a4163")
 

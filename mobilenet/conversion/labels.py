@@ -104,7 +104,7 @@ def _read_file(path: Path) -> Any:
         path = Path(regular(path))
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix != ".json":
             return [line.strip() for line in text.splitlines() if line.strip()]
         content = json.loads(text)

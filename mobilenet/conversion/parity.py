@@ -479,13 +479,17 @@ def load_back(folder: Path, images: Sequence[str], task: Task, batch: int = BATC
         return {name: tensors[name] for name in task.outputs}
 
 
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+
+
 def find_images(folder: Path) -> list[str]:
     """Every image below a folder, sorted.
 
     Raises:
         ConversionError: There is none.
     """
-    found = sorted(str(path.absolute()) for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    found = sorted(str(path.absolute()) for path in folder.rglob("*") if _is_image(path))
     if not found:
         raise ConversionError(f"--compare-on must be a folder of images, got {folder}, which holds none.")
     return found

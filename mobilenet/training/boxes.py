@@ -81,8 +81,8 @@ class Boxes(Labels):
         return _innermost(_parts(rows.features[LABEL])[CATEGORY]).names
 
     def check_rows(self, rows: datasets.Dataset) -> None:
-        if not any(label and label[CATEGORY] for label in rows[LABEL][:]):
-            raise ValueError("images to train or measure on must have boxes, but none has any.")
+        if not any(label and label[CATEGORY] and not all(label[CROWD]) for label in rows[LABEL][:]):
+            raise ValueError("images to train or measure on must have boxes, but none has any that is not a crowd's.")
 
     def check_measured(self, rows: datasets.Dataset) -> None:
         self.check_rows(rows)
@@ -319,7 +319,7 @@ def _read_json(file: Path) -> dict[str, list[dict[str, Any]]]:
         ValueError: The file is not in COCO's format.
     """
     try:
-        content = json.loads(read_text(file, MAX_SIZE))
+        content = json.loads(read_text(file, MAX_SIZE, "utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} must be a JSON file: {error}") from error
     if not isinstance(content, dict):

@@ -230,6 +230,8 @@ def load_splits(
     elif path.is_dir():
         source = labels.read_folder(path)
     else:
+        if path.is_absolute() or dataset.startswith(".") or len(path.parts) > 2:
+            raise FileNotFoundError(f"dataset must be a folder, a .parquet file or a Hub id, got {dataset!r}.")
         source = {"path": dataset, "name": subset, "revision": revision}
     if isinstance(source, datasets.DatasetDict):
         return labels.unify(source)
@@ -248,6 +250,8 @@ def load_splits(
     image = _column(
         "image", image_column, features, lambda name: isinstance(features[name], datasets.Image) and name != label
     )
+    if image == label:
+        raise ValueError(f"image_column must be another column than the labels', got {image!r} for both.")
     splits = splits.select_columns([image, label])
     for old, new in ((image, IMAGE), (label, LABEL)):
         if old != new:
@@ -338,6 +342,16 @@ def _classes(path: Path) -> str:
     stray += [f"{folder.parent.name}/{folder.name}" for name in classes for folder in _below(name)]
     if stray:
         raise ValueError(f"{path} must hold images in the folders of their classes alone, got {listed(stray)}.")
+    empty = [
+        folder.name
+        for folder in classes
+        if folder.is_symlink() or not any(entry.suffix.lower() in extensions for entry in folder.iterdir())
+    ]
+    if empty:
+        raise ValueError(
+            f"{path} must hold images that Pillow reads in the folder of each class, got none in {listed(empty)} "
+            "(links to folders are not followed)."
+        )
     return f"{glob.escape(str(path))}/*/*"
 
 

@@ -72,7 +72,9 @@ def evaluate_checkpoint(
     if split not in splits:
         raise ValueError(f"split must be one of {', '.join(splits)}, got {split!r}.")
     network, processor = load_network(model, task=kind)
-    known = {label: index for index, label in network.config.id2label.items()}
+    known: dict[str, int] = {}
+    for index, label in network.config.id2label.items():
+        known.setdefault(label, index)  # of equal labels, the first
     folders = None if external_images else folders_of(dataset)
     task.labels.find_names(splits, dataset, label_names, folders, default=list(known))
     rows = splits[split]

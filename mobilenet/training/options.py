@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,7 +241,7 @@ class Options:
             ("epochs", "at least 1", self.epochs >= 1),
             ("batch_size", "at least 1", self.batch_size is None or self.batch_size >= 1),
             ("accumulation", "at least 1", self.accumulation >= 1),
-            ("learning_rate", "above 0", self.learning_rate is None or self.learning_rate > 0),
+            ("learning_rate", "a number above 0", self.learning_rate is None or 0 < self.learning_rate < math.inf),
             ("momentum", "from 0 to below 1", 0 <= self.momentum < 1),
             ("weight_decay", "at least 0", self.weight_decay >= 0),
             ("warmup", "from 0 to 1", 0 <= self.warmup <= 1),

@@ -28,7 +28,7 @@ from .data import Images, Reader, Storage, decode, folders_of, load_splits, tell
 from .options import FREE_TO_CHANGE, RECORD, Options
 from .report import plot_curves
 from .task import Split, TrainingTask, input_size, training_task
-from .trainer import STAGING, checkpoints, freeze, whole_batches
+from .trainer import STAGING, checkpoints, diverged, freeze, whole_batches
 
 
 def keep_memory() -> None:
@@ -88,8 +88,8 @@ def _run(options: Options, state: PartialState, claim: Claim | None) -> bool:
     data = _read(options)
     task = data.task
     model, processor = task.build(options, data.names)
-    if state.is_main_process:
-        _prepare_work(options, state.num_processes)
+    with state.main_process_first():
+        _prepare_work(options, state.num_processes, data.images)
     with state.local_main_process_first():
         train, validation, test = (
             _decode(options, data, split, processor, state) for split in ("train", "validation", "test")
@@ -139,8 +139,11 @@ def _check_unfinished(options: Options, state: PartialState) -> None:
     if options.restart and state.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
     if record.exists():
-        recorded = json.loads(record.read_text(encoding="utf-8"))
-        before = recorded["options"] | {"processes": recorded["processes"]}
+        try:
+            recorded = json.loads(record.read_text(encoding="utf-8"))
+            before = recorded["options"] | {"processes": recorded["processes"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{record} must be the record of a run, but cannot be read: {error!r}.") from error
         now = dataclasses.asdict(options) | {"processes": state.num_processes}
         changed = [
             f"{name} (was {before.get(name)!r})"
@@ -154,15 +157,23 @@ def _check_unfinished(options: Options, state: PartialState) -> None:
             )
 
 
-def _prepare_work(options: Options, processes: int) -> None:
-    """Make the folder of the unfinished run."""
+def _prepare_work(options: Options, processes: int, images: dict[str, int]) -> None:
+    """Make the folder of the unfinished run, or raise ValueError where it was on other images."""
+    record = options.work / RECORD
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8")).get("images", images)
+        if before != images:
+            raise ValueError(
+                f"{options.work} holds an unfinished run on another number of images: {before}, now {images}. Set "
+                "--restart to forget it."
+            )
     shutil.rmtree(options.work / STAGING, ignore_errors=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    if not (options.work / RECORD).exists():
-        write_json(options.work / RECORD, _record(options, processes))
+    if not record.exists():
+        write_json(record, _record(options, processes, images))
 
 
-def _record(options: Options, processes: int) -> dict[str, Any]:
+def _record(options: Options, processes: int, images: dict[str, int]) -> dict[str, Any]:
     """All that is needed to run this again."""
     versions = {"python": sys.version.split()[0]}
     for package in ("torch", "transformers", "accelerate", "datasets", "kornia", "pillow", "numpy"):
@@ -175,6 +186,7 @@ def _record(options: Options, processes: int) -> dict[str, Any]:
         "command": options.command(processes),
         "options": dataclasses.asdict(options),
         "processes": processes,
+        "images": images,
         "precision": _best_precision() if options.precision == "auto" else options.precision,
         "hardware": hardware,
         "versions": versions,
@@ -190,6 +202,12 @@ class Data(NamedTuple):
     validation: Any
     test: Any
     splits: dict[str, str]  # what the dataset calls those of them that it has
+
+    @property
+    def images(self) -> dict[str, int]:
+        """How many images each split has."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: len(rows) for name, rows in splits.items() if rows is not None}
 
 
 def _read(options: Options) -> Data:
@@ -304,7 +322,13 @@ def _finish(
     validation: Images | None,
     test: Images | None,
 ) -> None:
-    """Write the repository beside its place, measure what was written, and move it there."""
+    """Write the repository beside its place, measure what was written, and move it there.
+
+    Raises:
+        ValueError: Training has diverged.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+        raise diverged(options)
     work = options.work
     repository = work / "repository"
     shutil.rmtree(repository, ignore_errors=True)

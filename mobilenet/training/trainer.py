@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import math
 import os
 import shutil
 import time
@@ -38,6 +39,12 @@ def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, the oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def diverged(options: Options) -> ValueError:
+    """The error of a run whose loss or weights are no finite numbers any more."""
+    rate = options.peak_learning_rate
+    return ValueError(f"learning_rate must be less: at {rate:g}, training has diverged; --restart begins anew.")
 
 
 def whole_batches(count: int, batch: int) -> int:
@@ -441,6 +448,8 @@ class TrainingCallback(TrainerCallback):
             writer.writerows(state.log_history)
         os.replace(partial, path)
         entry, metric = state.log_history[-1], self.trainer.metric
+        if not math.isfinite(float(entry.get("loss", 0))):
+            raise diverged(self.trainer.options)
         if f"eval_{metric}" in entry or ("loss" in entry and state.epoch == int(state.epoch)):
             shown = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}"}
             shown[f"eval_{metric}"] = metric.replace("_", " ") + " {:.2%}"

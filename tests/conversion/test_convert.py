@@ -317,6 +317,18 @@ def test_dropping_the_background_keeps_the_other_classes(small: Path, tmp_path: 
     )
 
 
+def test_only_classifiers_have_a_background_to_drop(data: Path, tmp_path: Path) -> None:
+    source = data / "tflite" / "deeplabv3.tflite"
+    words = "--drop-background is for classifiers of 1001 classes, got a MobileNetForSemanticSegmentation of 21"
+    assert_fails_without_a_trace(source, tmp_path / "output", words, drop_background=True)
+
+
+def test_hidden_files_are_not_compared_on(tmp_path: Path) -> None:
+    for name in ("owl.jpg", "._owl.jpg"):
+        (tmp_path / name).touch()
+    assert parity.find_images(tmp_path) == [str(tmp_path / "owl.jpg")]
+
+
 def test_labels_come_from_files_and_known_sets(small: Path, tmp_path: Path, data: Path) -> None:
     google = (data / "imagenet_labels_1001.txt").read_text().splitlines()
     (tmp_path / "labels.txt").write_text("\n".join(f"class {index}" for index in range(1001)))
@@ -331,6 +343,9 @@ def test_labels_come_from_files_and_known_sets(small: Path, tmp_path: Path, data
         assert config["id2label"]["0"] == first
         if first == "background":
             assert [config["id2label"][str(index)] for index in range(1001)] == google
+    (tmp_path / "labels.txt").write_text((tmp_path / "labels.txt").read_text(), encoding="utf-8-sig")
+    convert(str(small), tmp_path / "output", labels=str(tmp_path / "labels.txt"), compare=False, overwrite=True)
+    assert json.loads((tmp_path / "output" / "config.json").read_text())["id2label"]["0"] == "class 0"
     for labels, part in (
         ("imagenet", "must hold a label for each of 1001 classes, got 1000"),
         ("nonsense", "nonsense: no labels: must be imagenet, imagenet-background, a file"),

@@ -368,3 +368,8 @@ def test_published_segmenters_are_known_by_name(name: str, tmp_path: Path, monke
 
 def test_both_segmenters_of_torchvision_are_published() -> None:
     assert {"deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"} <= from_torchvision.PUBLISHED.keys()
+
+
+def test_its_detector_is_published_by_the_name_of_its_function() -> None:
+    url = from_torchvision.PUBLISHED["ssdlite320_mobilenet_v3_large"]
+    assert url.endswith("/ssdlite320_mobilenet_v3_large_coco-a79551df.pth")

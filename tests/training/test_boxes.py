@@ -326,6 +326,10 @@ def test_folders_without_annotations_and_splits_with_others(tmp_path: Path) -> N
     write(tmp_path / "set", {**content, "annotations": []})
     with pytest.raises(ValueError, match="must have boxes, but none has any"):
         BOXES.check_rows(load_splits(str(tmp_path / "set"), labels=BOXES)["train"])
+    crowds = [{**annotation, "iscrowd": 1} for annotation in content["annotations"]]
+    write(tmp_path / "set", {**content, "annotations": crowds})
+    with pytest.raises(ValueError, match="must have boxes, but none has any that is not a crowd's"):
+        BOXES.check_measured(load_splits(str(tmp_path / "set"), labels=BOXES)["train"])
 
 
 def test_columns_without_boxes_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Datasets: forms, splits, labels, order, memory, and what is refused."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,6 +168,13 @@ def test_folders_that_are_neither_splits_nor_classes(colors: Path, tmp_path: Pat
     with pytest.raises(ValueError, match="the folders of their classes alone, got red/dark"):
         load_splits(str(colors))
     (colors / "train" / "red" / "dark").rmdir()
+    (colors / "train" / "gray").mkdir()
+    (colors / "train" / "gray" / "photo.heic").touch()
+    (colors / "train" / "link").symlink_to(colors / "train" / "red")
+    with pytest.raises(ValueError, match=r"in the folder of each class, got none in gray, link \(links to folders"):
+        load_splits(str(colors))
+    (colors / "train" / "link").unlink()
+    shutil.rmtree(colors / "train" / "gray")
     (colors / "overview.png").write_bytes(png()["bytes"])
     (colors / "train" / "about.pdf").touch()
     assert {name: len(split) for name, split in load_splits(str(colors)).items()} == counts
@@ -236,6 +244,18 @@ def test_rows_name_files_of_their_dataset_alone(
         ):
             run(options(path, tmp_path / "out", validation=0.0))
     assert len(decode(rows, processor, Storage(tmp_path), "train")) == 2
+
+
+def test_one_column_is_not_both(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "set.parquet", image=[png(), png()], label=["a", "b"])
+    with pytest.raises(ValueError, match="image_column must be another column than the labels', got 'label' for both"):
+        load_splits(str(path), image_column="label")
+
+
+@pytest.mark.parametrize("name", ["./flowers", "/flowers", "a/b/flowers"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"a .parquet file or a Hub id, got '{name}'"):
+        load_splits(name)
 
 
 def test_splits_with_other_labels_are_refused(colors: Path, tmp_path: Path) -> None:

@@ -179,12 +179,33 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_same_weights(colors: Path, tmp_pa
         assert torch.equal(resumed[name], undisturbed[name]), name
 
 
+def test_a_run_that_diverges_ends_with_an_error(colors: Path, tmp_path: Path) -> None:
+    """Nothing is written of a network whose weights are no numbers."""
+    given = {"epochs": 2, "learning_rate": 1e30, "warmup": 0.0}
+    with pytest.raises(ValueError, match=r"learning_rate must be less: at 1e\+30, training has diverged"):
+        run(options(colors, tmp_path / "out", **given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_with_the_same_images_alone(colors: Path, tmp_path: Path) -> None:
+    output, work = tmp_path / "out", tmp_path / "out.training"
+    assert not run(options(colors, output, epochs=2, time_limit=1e-9))
+    shutil.copy(colors / "train" / "red" / "000.png", colors / "train" / "red" / "more.png")
+    with pytest.raises(ValueError, match=r"out\.training holds an unfinished run on another number of images: "):
+        run(options(colors, output, epochs=2))
+    for content in ("{}", "[]", "{"):
+        (work / "training.json").write_text(content)
+        with pytest.raises(ValueError, match=r"training\.json must be the record of a run, but cannot be read: "):
+            run(options(colors, output, epochs=2))
+    assert run(options(colors, output, epochs=1, restart=True))
+
+
 def test_what_another_run_decoded_is_not_trained_on(colors: Path, tmp_path: Path) -> None:
     """A run that was killed while it decoded left images that a run with other options has no use for."""
     given = {"epochs": 1, "validation": 0.0}
     work = tmp_path / "out.training"
     work.mkdir()
-    other = training._record(options(colors, tmp_path / "out", seed=1, **given), 1)
+    other = training._record(options(colors, tmp_path / "out", seed=1, **given), 1, {})
     (work / "training.json").write_text(json.dumps(other), encoding="utf-8")
     np.save(work / "train.npy", np.zeros((3, 3, 8, 8), np.uint8))
     np.save(work / "train.labels.npy", np.arange(3))
