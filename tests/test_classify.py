@@ -326,8 +326,8 @@ def test_a_closed_stdin_is_named(model, monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_stdout_of_any_encoding_takes_the_table(model, images, encoding):
-    image = shutil.copy(images / "b.png", images / "sub" / "\N{SNOWMAN}.png")
+def test_stdout_of_any_encoding_takes_the_table(model, images, encoding, tmp_path):
+    image = shutil.copy(images / "b.png", tmp_path / "\N{SNOWMAN}.png")
     command = [sys.executable, "-m", "mobilenet.cli", "classify", image, "--model", str(model)]
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(mobilenet.__file__).parents[1])}
     result = subprocess.run(command, env=environment, capture_output=True)
