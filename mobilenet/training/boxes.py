@@ -81,11 +81,13 @@ class Boxes(Labels):
         return _innermost(_parts(rows.features[LABEL])[CATEGORY]).names
 
     def check_rows(self, rows: datasets.Dataset) -> None:
-        if not any(label and label[CATEGORY] and not all(label[CROWD]) for label in rows[LABEL][:]):
-            raise ValueError("images to train or measure on must have boxes, but none has any that is not a crowd's.")
+        if not any(label and label[CATEGORY] for label in rows[LABEL][:]):
+            raise ValueError("images to train or measure on must have boxes, but none has any.")
 
     def check_measured(self, rows: datasets.Dataset) -> None:
         self.check_rows(rows)
+        if all(not label or all(label[CROWD]) for label in rows[LABEL][:]):
+            raise ValueError("images to measure on must have boxes, but none has any that is not a crowd's.")
 
     def check(self, labels: np.ndarray, names: Sequence[str]) -> str | None:
         seen = labels[..., 0]
