@@ -224,6 +224,8 @@ def test_a_class_of_ones_own_is_saved_as_such(tmp_path: Path, monkeypatch: pytes
         "AutoModelForImageClassification": "calibrated.Calibrated",
     }
     assert auto_map == AUTO_MAP | classes
+    if Version(transformers.__version__) < Version("5"):
+        return  # it copies what a local file imports, but not what that imports in turn
     load = (
         "import sys; from transformers import AutoModelForImageClassification as Auto;"
         "model = Auto.from_pretrained(sys.argv[1], trust_remote_code=True);"
